@@ -1,0 +1,171 @@
+// The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a small
+// call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of torch;
+// without it, fused_dropout/autograd.py and rng.py do the same in Python, bit for bit.
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+#ifdef FUSED_DROPOUT_CUDA
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor apply(const Tensor& x, double p, const Tensor& key) {
+  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::apply");
+  return op.call(x, p, key, 0);
+}
+
+void apply_(const Tensor& x, double p, const Tensor& key) {
+  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::apply_");
+  op.call(x, p, key, 0);
+}
+
+bool serves(c10::DeviceType device) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (device == at::kCUDA) return true;
+#endif
+  return device == at::kCPU;
+}
+
+// A tensor that the kernels can take as it is, outside every transform, mode and tracer: all else is Python's to decide.
+bool is_plain(const Tensor& x) {
+  using c10::DispatchKey;
+  static const auto kPlainTensor =
+      c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
+                           DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) |
+      c10::autocast_dispatch_keyset;
+  static const auto kPlainThread =
+      c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) | c10::autocast_dispatch_keyset;
+  const auto dtype = x.scalar_type();
+  // A difference of key sets keeps the backends, so empty() would not do.
+  const auto nothing_in = [](c10::DispatchKeySet keys) { return keys.highestFunctionalityKey() == DispatchKey::Undefined; };
+  return x.defined() && serves(x.device().type()) && nothing_in(x.key_set() - kPlainTensor) &&
+      nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
+      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
+      !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
+}
+
+#ifdef FUSED_DROPOUT_CUDA
+// Seed and Philox offset / 4 of the generator, which moves on by one counter step. During a graph capture both are known
+// only when the graph is replayed, so a kernel writes the key there.
+Tensor draw_cuda_key(at::Device device, const std::optional<at::Generator>& generator) {
+  auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
+  at::PhiloxCudaState state;
+  {
+    const std::lock_guard<std::mutex> lock(g->mutex_);
+    state = g->philox_cuda_state(4);
+  }
+  if (!state.captured_) {
+    Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64));
+    uint64_t* words = key.mutable_data_ptr<uint64_t>();
+    words[0] = state.seed_.val;
+    words[1] = state.offset_.val / 4;
+    return key;
+  }
+  static const auto write =
+      find_operator<void(const Tensor&, int64_t, int64_t, int64_t)>("fused_dropout::write_captured_key");
+  Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64).device(device));
+  write.call(key, reinterpret_cast<int64_t>(state.seed_.ptr), reinterpret_cast<int64_t>(state.offset_.ptr),
+             static_cast<int64_t>(state.offset_intragraph_));
+  return key;
+}
+#endif
+
+// What torch.empty((), dtype=torch.int64).random_() draws, as the seed of a fresh stream: 63 bits.
+Tensor draw_cpu_key(const std::optional<at::Generator>& generator) {
+  auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64));
+  uint64_t* words = key.mutable_data_ptr<uint64_t>();
+  const std::lock_guard<std::mutex> lock(g->mutex_);
+  words[0] = g->random64() & ~(uint64_t{1} << 63);
+  words[1] = 0;
+  return key;
+}
+
+Tensor draw_key(at::Device device, const std::optional<at::Generator>& generator) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (device.is_cuda()) return draw_cuda_key(device, generator);
+#endif
+  return draw_cpu_key(generator);
+}
+
+// The gradient with its elements in the order in which forward's were numbered: memory order for a dense input
+// (strides given unless that is row-major), row-major for the rest, which the operator itself takes a tensor with holes for.
+Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64_t>>& strides) {
+  if (!strides) return gradient.is_non_overlapping_and_dense() ? gradient.contiguous() : gradient;
+  if (gradient.strides() == *strides) return gradient;
+  return at::empty_strided(gradient.sizes(), *strides, gradient.options()).copy_(gradient);
+}
+
+Tensor dropout_with_key(const Tensor& x, double p, const Tensor& key, bool inplace);
+
+// Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
+struct Dropout : torch::autograd::Function<Dropout> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, double p, const Tensor& key,
+                        bool inplace) {
+    ctx->save_for_backward({key});
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["p"] = p;
+    if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) ctx->saved_data["strides"] = x.strides().vec();
+    if (inplace) ctx->mark_dirty({x});
+    return dropout_with_key(x, p, key, inplace);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& gradients) {
+    if (!gradients[0].defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
+    const auto strides = ctx->saved_data.find("strides");
+    const auto order = strides == ctx->saved_data.end() ? std::nullopt : std::optional(strides->second.toIntVector());
+    const Tensor gradient = in_order_of(gradients[0], order);
+    return {dropout_with_key(gradient, ctx->saved_data["p"].toDouble(), ctx->get_saved_variables()[0], false),
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor dropout_with_key(const Tensor& x, double p, const Tensor& key, bool inplace) {
+  if (at::GradMode::is_enabled() && x.requires_grad()) return Dropout::apply(x, p, key, inplace);
+  // Nothing to record, so straight to the kernel; a batched gradient under vmap still needs its own rule.
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+  if (is_plain(x)) below.emplace();
+  if (!inplace) return apply(x, p, key);
+  apply_(x, p, key);
+  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  return x;
+}
+
+// The result, or None where Python has to look: another kind of tensor, a transform, a mode.
+std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
+                              const std::optional<Tensor>& key) {
+  if (!is_plain(x)) return std::nullopt;
+  if (x.numel() == 0) return x;
+  if (inplace) {
+    torch::autograd::check_inplace(x, x.requires_grad() && at::GradMode::is_enabled());
+    if (!x.is_non_overlapping_and_dense()) return std::nullopt;
+  }
+  return dropout_with_key(x, p, key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator),
+                          inplace);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_eager, m) {
+  m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
+  m.def("serves", [](const std::string& device) { return serves(c10::Device(device).type()); });
+  m.def("draw_key", torch::wrap_pybind_function_no_gil(draw_key));
+}

@@ -1,0 +1,59 @@
+// The mask, version 1, for host and device: which elements survive, as a pure function of (key, p, element index).
+// Fixed bit for bit, for CUDA, every CPU path and fused_dropout/reference.py alike: an element that one of them decided
+// otherwise would get a gradient that belongs to another mask. No kernel and no binding repeats any of it.
+#pragma once
+
+#include "philox.h"
+
+#include <cmath>
+
+namespace fused_dropout {
+
+// One Philox call makes eight 16-bit draws: element i has draw i % 8 of block i / 8.
+constexpr int kBlock = 8;
+
+// What a call draws with, and the 16 bytes that it leaves for its backward: a uint64 tensor [seed, offset].
+struct Key {
+  uint64_t seed, offset;
+};
+
+// Of each 2^48 equally likely (draw, tie), the first hi * 2^32 + lo are kept; hi is at most 65536.
+struct Threshold {
+  uint32_t hi, lo;
+};
+
+inline Threshold threshold(double p) {
+  constexpr double kTwo48 = 281474976710656.0;
+  double kept = std::floor((1.0 - p) * kTwo48 + 0.5);
+  // Strictly between 0 and 1 neither outcome becomes impossible; at 0 all are kept and at 1 none.
+  if (p > 0.0 && kept > kTwo48 - 1) kept = kTwo48 - 1;
+  if (p < 1.0 && kept < 1) kept = 1;
+  const uint64_t k = static_cast<uint64_t>(kept);
+  return {static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(k)};
+}
+
+// What the kept elements are multiplied by, in the precision of the product: float, or double for double.
+inline double scale(double p) { return 1.0 / (1.0 - p); }
+
+FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
+  const Words counter = {{static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32),
+                          static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32)}};
+  return philox(counter, {{static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32)}});
+}
+
+// Does the element in this slot (its index modulo 8) of the block survive? A draw below the threshold's high part does,
+// one above does not, and one equal to it leaves it to the tie: the block's three other words, XORed.
+FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, Threshold t) {
+  const uint32_t word = words.w[slot / 2];
+  const uint32_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;
+  const uint32_t tie = words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3] ^ word;
+  return draw < t.hi + (tie < t.lo);
+}
+
+// Selects rather than multiplies by zero: a dropped NaN or infinity becomes +0 too.
+template <typename Compute, typename T>
+FUSED_DROPOUT_HOST_DEVICE T drop_or_scale(bool kept, T x, Compute scale) {
+  return kept ? static_cast<T>(static_cast<Compute>(x) * scale) : static_cast<T>(0.0f);
+}
+
+}  // namespace fused_dropout

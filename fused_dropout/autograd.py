@@ -1,0 +1,96 @@
+"""Autograd in Python, over the operators: for torch.compile, torch.func and forward-mode AD, and wherever the eager
+binding is not there. Nothing is saved for backward but the key, 16 bytes.
+
+Dropout is linear and diagonal: it is its own backward, its own double backward and its own forward-mode derivative, all
+with the same key.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import operators
+from .reference import is_dense
+
+
+def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """The gradient with its elements in the order in which forward's were numbered.
+
+    That is memory order for a dense input (whose strides are given unless they are row-major), row-major for the rest.
+    """
+    if strides is None:
+        if gradient.is_contiguous():
+            return gradient
+        # With holes or repeated elements it is numbered row-major by the operator itself.
+        return gradient.contiguous() if is_dense(gradient) else gradient
+    if gradient.stride() == strides:
+        return gradient
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout of x with probability p and the mask of the key."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, p: float, key: Tensor) -> Tensor:
+        return operators.apply(x, p, key)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+        x, ctx.p, key = inputs
+        ctx.save_for_backward(key)
+        ctx.set_materialize_grads(False)
+        ctx.strides = None if x.is_contiguous() or not is_dense(x) else x.stride()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        (key,) = ctx.saved_tensors
+        return apply(_in_order_of(gradient, ctx.strides), ctx.p, key), None, None
+
+
+class DropoutForwardAD(Dropout):
+    """Dropout with forward-mode derivatives: apart from the other, since Dynamo refuses a Function that has ``jvp``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+        Dropout.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, p: None, key: None) -> Tensor:
+        (key_,) = ctx.saved_tensors
+        return apply(_in_order_of(tangent, ctx.strides), ctx.p, key_)
+
+
+# Function.apply less what it does for torch.func: binding the arguments by their signature takes it 15 us a call.
+_apply_eager = super(torch.autograd.Function, Dropout).apply
+
+
+def is_transformed() -> bool:
+    """Whether a compiler, a transform or a mode is looking, or forward-mode AD is on."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def apply(x: Tensor, p: float, key: Tensor, transformed: bool | None = None) -> Tensor:
+    """Dropout of x with probability p and the mask of the key, under whatever transforms and modes are active.
+
+    x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). Returns a tensor with the
+    strides of ``torch.empty_like(x)``.
+    """
+    if is_transformed() if transformed is None else transformed:
+        dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+        return (DropoutForwardAD if dual else Dropout).apply(x, p, key)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _apply_eager(x, p, key)
+    return operators.apply(x, p, key)

@@ -1,0 +1,51 @@
+"""The operators ``torch.ops.fused_dropout``: schemas, fake kernels and batching rule; the reference for every device.
+
+The native library, where it is loaded, puts its kernels before the reference for the devices that it was built for.
+All are pure functions of an explicit key, but for ``draw_key``, which takes one from a default generator.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference, rng
+
+_library = torch.library.Library("fused_dropout", "DEF")
+_ARGUMENTS = "float p, Tensor key, int start=0"
+_SCHEMAS = {
+    # The mask follows the memory order of x, so a compiler must hand the operator the strides that eager would.
+    f"apply(Tensor x, {_ARGUMENTS}) -> Tensor": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    f"apply_(Tensor(a!) x, {_ARGUMENTS}) -> ()": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    f"keep_mask(Tensor x, {_ARGUMENTS}) -> Tensor": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    # Partitioner and checkpointing replay random state only around operators with this tag.
+    "draw_key(Device device) -> Tensor": (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+}
+for _schema, _tags in _SCHEMAS.items():
+    _library.define(_schema, tags=_tags)
+
+
+def _implement(name: str, reference_kernel: object, fake: object) -> None:
+    _library.impl(name, reference_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
+
+
+_implement("apply", reference.apply, lambda x, p, key, start=0: torch.empty_like(x))
+_implement("apply_", reference.apply_, lambda x, p, key, start=0: None)
+_implement("keep_mask", reference.keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
+_implement("draw_key", lambda device: rng.draw_key(device).to(device), lambda device: torch.empty(2, dtype=torch.uint64, device=device))
+
+
+def _apply_batched(info, in_dims, x: Tensor, p: float, key: Tensor, start: int = 0) -> tuple[Tensor, int]:  # noqa: ANN001
+    """vmap: with one key all samples get one mask, that of a sample alone; with a key each, each gets its own."""
+    x_dim, _, key_dim, _ = in_dims
+    samples = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if key_dim is None:
+        return reference.drop(samples, keep_mask(samples[0], p, key, start), p), 0
+    return torch.stack([apply(sample, p, key_, start) for sample, key_ in zip(samples, key.unbind(key_dim), strict=True)]), 0
+
+
+torch.library.register_vmap("fused_dropout::apply", _apply_batched, lib=_library)
+
+apply = torch.ops.fused_dropout.apply.default
+apply_ = torch.ops.fused_dropout.apply_.default
+keep_mask = torch.ops.fused_dropout.keep_mask.default
+draw_key = torch.ops.fused_dropout.draw_key.default

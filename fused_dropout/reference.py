@@ -1,0 +1,110 @@
+"""The mask contract in PyTorch, on any device: the specification to read, and what runs where no kernel was built.
+
+The mask is a pure function of a key ``[seed, offset]``, the drop probability p and each element's index i:
+
+1. ``block = i // 8``; four 32-bit words come from Philox4x32-10 with the counter (offset, block) and the key (seed),
+   each a 64-bit number, low word first (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
+   SC'11).
+2. ``draw(i)`` is the half-word ``i % 8`` of the block; ``tie(i)`` is the XOR of the three words that it is not in.
+3. ``K = floor((1 - p) * 2**48 + 0.5)``, at least 1 and at most ``2**48 - 1``. Element i is kept if, and only if,
+   ``draw(i) * 2**32 + tie(i) < K``.
+
+A kept element becomes ``x / (1 - p)``, the product with the rounded factor taken in float32 (float64 for float64) and
+rounded once more to x's dtype; a dropped one becomes +0, whatever it was. Words are int64 tensors here, since PyTorch
+has no unsigned 32-bit arithmetic.
+"""
+
+from collections.abc import Sequence
+from math import floor
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+BLOCK = 8
+LOW_32 = 0xFFFFFFFF
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low word of the product. The multiplier less 2**32 is used, since the whole product overflows int64."""
+    product = word * (multiplier - (1 << 32))
+    return (product >> 32) + word, product & LOW_32
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four int64 tensors of 32-bit words for a counter of four and a key of two such tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & LOW_32, (k1 + WEYL[1]) & LOW_32
+    return c0, c1, c2, c3
+
+
+def threshold(p: float) -> int:
+    """K: of each 2**48 equally likely (draw, tie), so many are kept."""
+    if p in (0, 1):
+        return 0 if p else 1 << 48
+    return min(max(floor((1.0 - p) * 2**48 + 0.5), 1), (1 << 48) - 1)
+
+
+def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.device) -> Tensor:
+    """The mask of the elements start to start + numel - 1: a bool tensor of shape (numel,)."""
+    seed, offset = key.view(torch.int64).to(device).unbind()
+    first = start // BLOCK
+    block = torch.arange(first, first + -(-(start % BLOCK + numel) // BLOCK), device=device)
+    counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
+    words = torch.stack(philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32)), dim=-1)
+    w0, w1, w2, w3 = words.unbind(-1)
+    tie = (w0 ^ w1 ^ w2 ^ w3)[:, None] ^ words
+    # Equal to comparing draw * 2**32 + tie with K: the tie decides only where the draw is K's high part.
+    high, low = divmod(threshold(p), 1 << 32)
+    limit = (tie < low) + high
+    kept = torch.stack(((words & 0xFFFF) < limit, (words >> 16) < limit), dim=-1)
+    return kept.flatten()[start % BLOCK :][:numel]
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x fills one stretch of memory without overlap, in whatever order of its dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
+    """The mask of x: True where an element is kept, in the layout of ``torch.empty_like(x)``.
+
+    Elements are numbered from ``start`` in memory order if x is dense, else in row-major order.
+    """
+    flat = keep_flat(x.numel(), p, key, start, x.device)
+    if x.is_contiguous():
+        return flat.view(x.shape)
+    if is_dense(x):
+        return flat.as_strided(x.shape, x.stride())
+    return torch.empty_like(x, dtype=torch.bool).copy_(flat.view(x.shape))
+
+
+def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Dropout of x with a given mask."""
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale = 1.0 / (1.0 - p) if p < 1 else 0.0
+    return torch.where(mask, (x.to(precision) * scale).to(x.dtype), 0.0)
+
+
+def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
+    """Dropout of x with the mask that ``keep_mask`` gives, in the layout of ``torch.empty_like(x)``."""
+    return torch.empty_like(x).copy_(drop(x, keep_mask(x, p, key, start), p))
+
+
+def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
+    """``apply`` in place."""
+    x.copy_(drop(x, keep_mask(x, p, key, start), p))
