@@ -25,14 +25,16 @@ void for_each_kept(Key key, Threshold t, uint64_t index, int64_t n, const Visit&
 template <typename Stretch>
 void for_each_stretch(const Job& job, const Stretch& stretch) {
   const Rows& rows = job.rows;
-  torch::stable::parallel_for(0, job.numel(), kGrain, [&](int64_t begin, int64_t end) {
+  const auto cut = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
       const int64_t row = i / rows.length, column = i % rows.length;
       const int64_t n = std::min(end - i, rows.length - column);
       stretch(row * rows.x_stride + column, row * rows.y_stride + column, job.start + row * rows.pitch + column, n);
       i += n;
     }
-  });
+  };
+  if (job.numel() <= kGrain) return cut(0, job.numel());
+  torch::stable::parallel_for(0, job.numel(), kGrain, cut);
 }
 
 template <typename T, typename Compute = float>

@@ -43,15 +43,15 @@ class Dropout(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
         x, ctx.p, key = inputs
         ctx.save_for_backward(key)
-        ctx.set_materialize_grads(False)
         ctx.strides = None if x.is_contiguous() or not is_dense(x) else x.stride()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if gradient is None:
-            return None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (key,) = ctx.saved_tensors
-        return apply(_in_order_of(gradient, ctx.strides), ctx.p, key), None, None
+        gradient = _in_order_of(gradient, ctx.strides)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return apply(gradient, ctx.p, key, is_transformed()), None, None
+        return operators.apply(gradient, ctx.p, key), None, None
 
 
 class DropoutForwardAD(Dropout):
@@ -65,31 +65,31 @@ class DropoutForwardAD(Dropout):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, p: None, key: None) -> Tensor:
         (key_,) = ctx.saved_tensors
-        return apply(_in_order_of(tangent, ctx.strides), ctx.p, key_)
+        return apply(_in_order_of(tangent, ctx.strides), ctx.p, key_, transformed=True)
 
 
 # Function.apply less what it does for torch.func: binding the arguments by their signature takes it 15 us a call.
 _apply_eager = super(torch.autograd.Function, Dropout).apply
 
 
+_is_compiling = torch.compiler.is_compiling
+_in_functorch = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
 def is_transformed() -> bool:
     """Whether a compiler, a transform or a mode is looking, or forward-mode AD is on."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )
+    return _is_compiling() or _in_functorch() or _dispatch_modes() > 0 or forward_ad._current_level >= 0
 
 
-def apply(x: Tensor, p: float, key: Tensor, transformed: bool | None = None) -> Tensor:
-    """Dropout of x with probability p and the mask of the key, under whatever transforms and modes are active.
+def apply(x: Tensor, p: float, key: Tensor, transformed: bool) -> Tensor:
+    """Dropout of x with probability p and the mask of the key; transformed: what ``is_transformed`` says.
 
     x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). Returns a tensor with the
     strides of ``torch.empty_like(x)``.
     """
-    if is_transformed() if transformed is None else transformed:
-        dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if transformed:
+        dual = not _is_compiling() and forward_ad._current_level >= 0
         return (DropoutForwardAD if dual else Dropout).apply(x, p, key)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_eager(x, p, key)

@@ -17,6 +17,7 @@ _torch_dropout = F.dropout
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_dropout = native.eager.dropout if native.eager else None
 _is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
 
 
 def dropout(
@@ -79,7 +80,8 @@ def _dropout(
     input: Tensor, p: float, training: bool, inplace: bool, generator: Generator | None, key: Tensor | None
 ) -> Tensor:
     """``dropout`` in Python: every transform and mode, and what goes to torch's own function."""
-    if not _is_fusable(input):
+    transformed = autograd.is_transformed()
+    if not _is_fusable(input) or (not transformed and _tracing_state() is not None):
         if key is not None or generator is not None:
             raise TypeError(f"key and generator are for the fused path, which does not take {_describe(input)}")
         return _torch_dropout(input, p, training, inplace)
@@ -88,9 +90,9 @@ def _dropout(
     p = float(p)
     if inplace:
         _check_no_overlap(input)
-    transformed = autograd.is_transformed()
     if key is None:
-        key = rng.no_key() if p == 1 else rng.take_key(input.device, generator, transformed)
+        draw = rng.draw_key_transformed if transformed else rng.draw_key
+        key = rng.no_key() if p == 1 else draw(input.device, generator)
     if not inplace:
         return autograd.apply(input, p, key, transformed)
     if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
@@ -109,7 +111,6 @@ def _is_fusable(x: object) -> bool:
         and (x.is_cpu or x.is_cuda)
         and x.layout is torch.strided
         and not x.is_nested
-        and (_is_compiling() or not torch.jit.is_tracing())
     )
 
 

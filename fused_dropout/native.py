@@ -99,11 +99,6 @@ if _notes and _setting() == "auto":
 draw_cpu_key = torch.ops.fused_dropout.draw_cpu_key.default if kernels else None
 
 
-def eager_serves(device: str) -> bool:
-    """Whether the eager binding is there and was built for this type of device."""
-    return eager is not None and eager.serves(device)
-
-
 def _serves(device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("fused_dropout::apply", device.upper())
 

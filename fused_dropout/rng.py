@@ -7,7 +7,7 @@ which then advances by 4, one counter step, whatever the size of the tensor.
 import torch
 from torch import Generator, Tensor
 
-from . import native
+from .native import draw_cpu_key, eager
 
 _CPU = torch.device("cpu")
 _SEED_AND_ZERO = torch.tensor([-1, 0], device=_CPU)
@@ -19,13 +19,14 @@ def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor
     During the capture of a CUDA graph the key is drawn on the device, as two 63-bit numbers: a fresh one at each replay,
     though not the one that an eager call would take (the eager binding does that).
     """
-    if native.eager_serves(device.type):
-        return native.eager.draw_key(device, generator)
+    on_cpu = device.type != "cuda"
+    if on_cpu and generator is None and draw_cpu_key is not None:
+        return draw_cpu_key()
+    if eager is not None and eager.serves(device.type):
+        return eager.draw_key(device, generator)
     if generator is not None and generator.device.type != device.type:
         raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{generator.device.type}'")
-    if device.type != "cuda":
-        if generator is None and native.draw_cpu_key is not None:
-            return native.draw_cpu_key()
+    if on_cpu:
         seed = torch.empty(1, dtype=torch.int64, device=_CPU).random_(generator=generator)
         return (seed & _SEED_AND_ZERO).view(torch.uint64)
     if torch.cuda.is_current_stream_capturing():
@@ -43,10 +44,8 @@ def no_key() -> Tensor:
     return torch.zeros(2, dtype=torch.uint64, device="cpu")
 
 
-def take_key(device: torch.device, generator: Generator | None, transformed: bool) -> Tensor:
-    """``draw_key``, also under transforms and modes."""
-    if not transformed:
-        return draw_key(device, generator)
+def draw_key_transformed(device: torch.device, generator: Generator | None) -> Tensor:
+    """``draw_key`` under transforms and modes."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         # An operator, so that tracers record the drawing and not what was drawn.
         if generator is None:
