@@ -113,53 +113,57 @@ Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64
   return at::empty_strided(gradient.sizes(), *strides, gradient.options()).copy_(gradient);
 }
 
-Tensor dropout_with_key(const Tensor& x, double p, const Tensor& key, bool inplace);
+// Straight to the kernel where nothing else is looking; a gradient batched by vmap still needs its own rule.
+Tensor run_operator(const Tensor& x, double p, const Tensor& key, bool inplace) {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+  if (is_plain(x)) below.emplace();
+  if (!inplace) return apply(x, p, key);
+  apply_(x, p, key);
+  return x;
+}
 
 // Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, double p, const Tensor& key,
                         bool inplace) {
     ctx->save_for_backward({key});
-    ctx->set_materialize_grads(false);
     ctx->saved_data["p"] = p;
     if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) ctx->saved_data["strides"] = x.strides().vec();
     if (inplace) ctx->mark_dirty({x});
-    return dropout_with_key(x, p, key, inplace);
+    return run_operator(x, p, key, inplace);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
-    if (!gradients[0].defined()) return {Tensor(), Tensor(), Tensor(), Tensor()};
-    const auto strides = ctx->saved_data.find("strides");
-    const auto order = strides == ctx->saved_data.end() ? std::nullopt : std::optional(strides->second.toIntVector());
-    const Tensor gradient = in_order_of(gradients[0], order);
-    return {dropout_with_key(gradient, ctx->saved_data["p"].toDouble(), ctx->get_saved_variables()[0], false),
-            Tensor(), Tensor(), Tensor()};
+    const auto found = ctx->saved_data.find("strides");
+    std::optional<std::vector<int64_t>> strides;
+    if (found != ctx->saved_data.end()) strides = found->second.toIntVector();
+    const Tensor gradient = in_order_of(gradients[0], strides);
+    const double p = ctx->saved_data["p"].toDouble();
+    const Tensor key = ctx->get_saved_variables()[0];
+    const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad();
+    return {recorded ? Dropout::apply(gradient, p, key, false) : run_operator(gradient, p, key, false), Tensor(),
+            Tensor(), Tensor()};
   }
 };
-
-Tensor dropout_with_key(const Tensor& x, double p, const Tensor& key, bool inplace) {
-  if (at::GradMode::is_enabled() && x.requires_grad()) return Dropout::apply(x, p, key, inplace);
-  // Nothing to record, so straight to the kernel; a batched gradient under vmap still needs its own rule.
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  if (is_plain(x)) below.emplace();
-  if (!inplace) return apply(x, p, key);
-  apply_(x, p, key);
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  return x;
-}
 
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
 std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
                               const std::optional<Tensor>& key) {
   if (!is_plain(x)) return std::nullopt;
   if (x.numel() == 0) return x;
+  const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
   if (inplace) {
-    torch::autograd::check_inplace(x, x.requires_grad() && at::GradMode::is_enabled());
-    if (!x.is_non_overlapping_and_dense()) return std::nullopt;
+    torch::autograd::check_inplace(x, recorded);
+    if (!x.is_non_overlapping_and_dense() || (x.is_inference() && !c10::InferenceMode::is_enabled())) {
+      return std::nullopt;
+    }
   }
-  return dropout_with_key(x, p, key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator),
-                          inplace);
+  const Tensor used = key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator);
+  if (recorded) return Dropout::apply(x, p, used, inplace);
+  const Tensor y = run_operator(x, p, used, inplace);
+  if (inplace && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  return y;
 }
 
 }  // namespace

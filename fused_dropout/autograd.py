@@ -23,8 +23,8 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     if strides is None:
         if gradient.is_contiguous():
             return gradient
-        # With holes or repeated elements it is numbered row-major by the operator itself.
-        return gradient.contiguous() if is_dense(gradient) else gradient
+        # Rows with holes between them are numbered row-major by the operator itself, in one pass.
+        return gradient.contiguous() if is_dense(gradient) or 0 in gradient.stride() else gradient
     if gradient.stride() == strides:
         return gradient
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)

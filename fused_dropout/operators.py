@@ -28,15 +28,25 @@ def _implement(name: str, reference_kernel: object, fake: object) -> None:
     torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
 
 
+def _apply_in_place(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
+    # As the kernels have it: who calls the operator counts the change.
+    with torch.autograd._unsafe_preserve_version_counter(x):
+        reference.apply_(x, p, key, start)
+
+
+def _keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
+    return reference.keep_mask(x, p, key, start).clone()
+
+
 _implement("apply", reference.apply, lambda x, p, key, start=0: torch.empty_like(x))
-_implement("apply_", reference.apply_, lambda x, p, key, start=0: None)
-_implement("keep_mask", reference.keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
+_implement("apply_", _apply_in_place, lambda x, p, key, start=0: None)
+_implement("keep_mask", _keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
 _implement("draw_key", lambda device: rng.draw_key(device).to(device), lambda device: torch.empty(2, dtype=torch.uint64, device=device))
 
 
 def _apply_batched(info, in_dims, x: Tensor, p: float, key: Tensor, start: int = 0) -> tuple[Tensor, int]:  # noqa: ANN001
     """vmap: with one key all samples get one mask, that of a sample alone; with a key each, each gets its own."""
-    x_dim, _, key_dim, _ = in_dims
+    x_dim, _, key_dim, *_ = in_dims
     samples = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if key_dim is None:
         return reference.drop(samples, keep_mask(samples[0], p, key, start), p), 0

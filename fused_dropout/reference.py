@@ -25,6 +25,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 BLOCK = 8
 LOW_32 = 0xFFFFFFFF
+CHUNK = 1 << 15
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -52,11 +53,10 @@ def threshold(p: float) -> int:
     return min(max(floor((1.0 - p) * 2**48 + 0.5), 1), (1 << 48) - 1)
 
 
-def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.device) -> Tensor:
-    """The mask of the elements start to start + numel - 1: a bool tensor of shape (numel,)."""
-    seed, offset = key.view(torch.int64).to(device).unbind()
-    first = start // BLOCK
-    block = torch.arange(first, first + -(-(start % BLOCK + numel) // BLOCK), device=device)
+def keep_blocks(first: int, count: int, p: float, key: Tensor) -> Tensor:
+    """The mask of whole blocks, on the key's device: a bool tensor of shape (count, 8)."""
+    seed, offset = key.view(torch.int64).unbind()
+    block = torch.arange(first, first + count, device=key.device)
     counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
     words = torch.stack(philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32)), dim=-1)
     w0, w1, w2, w3 = words.unbind(-1)
@@ -64,8 +64,18 @@ def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.devic
     # Equal to comparing draw * 2**32 + tie with K: the tie decides only where the draw is K's high part.
     high, low = divmod(threshold(p), 1 << 32)
     limit = (tie < low) + high
-    kept = torch.stack(((words & 0xFFFF) < limit, (words >> 16) < limit), dim=-1)
-    return kept.flatten()[start % BLOCK :][:numel]
+    return torch.stack(((words & 0xFFFF) < limit, (words >> 16) < limit), dim=-1).view(count, BLOCK)
+
+
+def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.device) -> Tensor:
+    """The mask of the elements start to start + numel - 1: a bool tensor of shape (numel,)."""
+    key = key.to(device)
+    first, skip = divmod(start, BLOCK)
+    count = -(-(skip + numel) // BLOCK)
+    # A cache's worth at a time: there are some forty bytes of words and products to each element.
+    kept = [keep_blocks(first + i, min(CHUNK, count - i), p, key) for i in range(0, count, CHUNK)]
+    flat = torch.cat(kept) if kept else torch.empty(0, dtype=torch.bool, device=device)
+    return flat.flatten()[skip : skip + numel]
 
 
 def is_dense(x: Tensor) -> bool:
@@ -86,8 +96,6 @@ def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     Elements are numbered from ``start`` in memory order if x is dense, else in row-major order.
     """
     flat = keep_flat(x.numel(), p, key, start, x.device)
-    if x.is_contiguous():
-        return flat.view(x.shape)
     if is_dense(x):
         return flat.as_strided(x.shape, x.stride())
     return torch.empty_like(x, dtype=torch.bool).copy_(flat.view(x.shape))

@@ -1,0 +1,60 @@
+"""Fixtures, and the layers that a run does without.
+
+    pytest --hide=_eager     no eager binding: the kernels behind the Python autograd Function
+    pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
+
+On the fake GPU the tests marked gpu run too, but for those whose tensors torch itself would have to copy inside an operator.
+"""
+
+import sys
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--hide", default="", help="extension modules to do without: _eager or _C")
+
+
+def pytest_configure(config):
+    for name in filter(None, config.getoption("--hide").split(",")):
+        sys.modules[f"fused_dropout.{name}"] = None
+    import fused_dropout as fd
+
+    config.stash[_INFO] = fd.backend_info()
+
+
+_INFO = pytest.StashKey()
+ON_FAKE_GPU = "fake_gpu" in sys.modules
+
+
+def pytest_report_header(config):
+    return str(config.stash[_INFO]).splitlines()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        if ON_FAKE_GPU and item.get_closest_marker("torch_copies"):
+            pytest.skip("the fake GPU has none of torch's own kernels for copies inside an operator")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def key():
+    return torch.tensor([0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321], dtype=torch.uint64)
+
+
+@pytest.fixture
+def info(request):
+    return request.config.stash[_INFO]

@@ -1,0 +1,86 @@
+"""The mask contract in plain integers, written from its description alone: no code is shared with the library, so that
+equality with this file means something. Below the line, the same for many elements at once, in numpy and torch."""
+
+import math
+
+import numpy as np
+import torch
+
+LOW32 = 2**32 - 1
+
+
+def philox4x32(counter, key, rounds=10):
+    """Four words from four counter words and two key words (Salmon et al., SC'11)."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(rounds):
+        m0, m1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (m1 >> 32) ^ c1 ^ k0, m1 & LOW32, (m0 >> 32) ^ c3 ^ k1, m0 & LOW32
+        k0, k1 = (k0 + 0x9E3779B9) & LOW32, (k1 + 0xBB67AE85) & LOW32
+    return c0, c1, c2, c3
+
+
+def threshold(p):
+    """K: an element is kept iff its 48 bits (draw above, tie below) are less."""
+    return min(max(math.floor((1 - p) * 2**48 + 0.5), 1), 2**48 - 1)
+
+
+def scale(p):
+    return 1 / (1 - p)
+
+
+def block_words(seed, offset, block):
+    return philox4x32((offset & LOW32, offset >> 32, block & LOW32, block >> 32), (seed & LOW32, seed >> 32))
+
+
+def draw(seed, offset, i):
+    """The element's own half-word: element 0 has the low half of word 0, element 1 its high half, and so on."""
+    return block_words(seed, offset, i // 8)[i % 8 // 2] >> 16 * (i % 2) & 0xFFFF
+
+
+def tie(seed, offset, i):
+    """The XOR of the three words that the draw is not in."""
+    w0, w1, w2, w3 = block_words(seed, offset, i // 8)
+    return (w1 ^ w2 ^ w3, w0 ^ w2 ^ w3, w0 ^ w1 ^ w3, w0 ^ w1 ^ w2)[i % 8 // 2]
+
+
+def keep(seed, offset, i, p):
+    if p in (0, 1):
+        return p == 0
+    high, low = threshold(p) >> 32, threshold(p) & LOW32
+    return draw(seed, offset, i) < high or (draw(seed, offset, i) == high and tie(seed, offset, i) < low)
+
+
+def keep_list(seed, offset, p, n, start=0):
+    """keep() of elements start .. start + n - 1, each block computed once."""
+    kept = []
+    for block in range(start // 8, (start + n + 7) // 8):
+        words = block_words(seed, offset, block)
+        everything = words[0] ^ words[1] ^ words[2] ^ words[3]  # XOR a word out again, and the other three are left
+        kept += [((w >> half & 0xFFFF) << 32 | everything ^ w) < threshold(p) for w in words for half in (0, 16)]
+    return kept[start % 8 : start % 8 + n] if 0 < p < 1 else [p == 0] * n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def words_numpy(seed, offset, first, count):
+    """block_words of `count` blocks from `first` on, one row a block: the same lines, run on uint64 arrays."""
+    return np.stack(block_words(seed, offset, np.uint64(first) + np.arange(count, dtype=np.uint64)), axis=1)
+
+
+def keep_numpy(seed, offset, p, n, start=0):
+    """keep_list, fast enough for millions of elements."""
+    words = words_numpy(seed, offset, start // 8, (start % 8 + n + 7) // 8)
+    ties = np.bitwise_xor.reduce(words, axis=1, keepdims=True) ^ words
+    kept = (np.stack([words & 0xFFFF, words >> 16], axis=2) << 32 | ties[:, :, None]) < threshold(p)
+    return kept.reshape(-1)[start % 8 :][:n] if 0 < p < 1 else np.full(n, p == 0)
+
+
+def expected(values, seed, offset, p, start=0):
+    """Dropout of a one-dimensional CPU tensor whose element 0 has index `start`."""
+    if p in (0, 1):
+        return values.clone() if p == 0 else torch.zeros_like(values)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    product = (values.to(wide) * torch.tensor(scale(p), dtype=wide)).to(values.dtype)
+    kept = torch.from_numpy(keep_numpy(seed, offset, p, len(values), start))
+    return torch.where(kept, product, torch.zeros((), dtype=values.dtype))

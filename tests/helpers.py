@@ -1,0 +1,85 @@
+"""Shared by the bit-exact tests: inputs, the contract's answer for any layout, and elements made to order."""
+
+import math
+import random
+
+import contract
+import pytest
+import torch
+
+from fused_dropout import reference
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]  # where an integer type or a sign would end
+EVEN = [k / 2**16 for k in (1, 2, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1)]  # the draw alone decides: K_lo is 0
+PROBABILITIES = [5e-324, 1e-12, 1e-6, 25 / 256, 0.1, 1 / 3, 0.5, 0.9, 1 - 1e-6, 1 - 2**-49, math.nextafter(1, 0)]
+PROBABILITIES += EVEN + [math.nextafter(p, 0) for p in EVEN] + [math.nextafter(p, 1) for p in EVEN]
+
+# The operators and their reference: the same arguments, the same bits.
+OPERATORS = [torch.ops.fused_dropout, reference]
+for_operators = pytest.mark.parametrize("ops", OPERATORS, ids=["operator", "reference"])
+for_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def key_tensor(seed: int, offset: int, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor([seed, offset], dtype=torch.uint64, device=device)
+
+
+def values(n: int, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype).to(device)
+
+
+def position(x: torch.Tensor) -> torch.Tensor:
+    """The index of each element of x: its place in memory if x is dense and non-overlapping, row-major otherwise."""
+    dims = sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1)
+    if not all(stride == math.prod(size for _, size in dims[:k]) for k, (stride, _) in enumerate(dims)):
+        return torch.arange(x.numel()).reshape(x.shape)
+    index = torch.zeros(x.shape, dtype=torch.int64)
+    for dim, (stride, size) in enumerate(zip(x.stride(), x.shape)):
+        index += (torch.arange(size) * stride).reshape(-1, *[1] * (x.dim() - 1 - dim))
+    return index
+
+
+def expected(x: torch.Tensor, seed: int, offset: int, p: float, start: int = 0) -> torch.Tensor:
+    """contract.expected for a tensor of any layout."""
+    index = position(x).reshape(-1)
+    in_order = torch.empty(x.numel(), dtype=x.dtype)
+    in_order[index] = x.detach().cpu().reshape(-1)
+    return contract.expected(in_order, seed, offset, p, start)[index].reshape(x.shape)
+
+
+def expected_mask(x: torch.Tensor, seed: int, offset: int, p: float, start: int = 0) -> torch.Tensor:
+    return torch.from_numpy(contract.keep_numpy(seed, offset, p, x.numel(), start))[position(x)]
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    """The same bits; NaN is any NaN, since hardware disagrees on its payload."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    got = got.detach().cpu()
+    same = (got.view(BITS[got.dtype]) == want.view(BITS[want.dtype])) | (got.isnan() & want.isnan())
+    assert same.all(), f"{int((~same).sum())} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
+
+
+def philox_backwards(words, seed):
+    """The counter that Philox turns into these words."""
+    c0, c1, c2, c3 = words
+    inverse0, inverse1 = pow(0xD2511F53, -1, 2**32), pow(0xCD9E8D57, -1, 2**32)
+    for r in reversed(range(10)):
+        k0, k1 = seed + r * 0x9E3779B9 & contract.LOW32, (seed >> 32) + r * 0xBB67AE85 & contract.LOW32
+        a, b = c3 * inverse0 & contract.LOW32, c1 * inverse1 & contract.LOW32
+        c0, c1, c2, c3 = a, c0 ^ (0xCD9E8D57 * b >> 32) ^ k0, b, c2 ^ (0xD2511F53 * a >> 32) ^ k1
+    return c0, c1, c2, c3
+
+
+def forge(rng: random.Random, half: int, draw: int, tie: int) -> tuple[int, int, int]:
+    """seed, offset and i of an element at place `half` of its block with this draw and this tie."""
+    while True:
+        seed, own, a, b = rng.getrandbits(64), rng.getrandbits(16), rng.getrandbits(32), rng.getrandbits(32)
+        words = [a, b, a ^ b ^ tie]
+        words.insert(half // 2, own << 16 | draw if half % 2 == 0 else draw << 16 | own)
+        c0, c1, c2, c3 = philox_backwards(words, seed)
+        offset, i = c1 << 32 | c0, 8 * (c3 << 32 | c2) + half
+        if 2**12 < i < 2**63 - 2**12:  # an index is an int64, and needs room for neighbours
+            assert (contract.draw(seed, offset, i), contract.tie(seed, offset, i)) == (draw, tie)
+            return seed, offset, i

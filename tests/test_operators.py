@@ -1,0 +1,67 @@
+"""The operators as torch sees them: schemas, fake kernels, aliasing."""
+
+import pytest
+import torch
+
+OPERATORS = torch.ops.fused_dropout
+INPUTS = {
+    "contiguous": lambda: torch.randn(4, 6),
+    "transposed": lambda: torch.randn(4, 6).t(),
+    "channels_last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    "sliced": lambda: torch.randn(6, 40)[:, 3:20],
+    "sliced transposed": lambda: torch.randn(6, 40)[:, 3:20].t(),
+    "strided": lambda: torch.randn(40)[::3],
+    "expanded": lambda: torch.randn(3, 1, 5).expand(3, 4, 5),
+    "empty": lambda: torch.randn(3, 0, 5),
+    "0-dim": lambda: torch.randn(()),
+    "half": lambda: torch.randn(5, 7).half(),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("operator", ["apply", "keep_mask", "apply_"])
+def test_opcheck(operator, name, key):
+    x = INPUTS[name]()
+    if operator == "apply_" and name == "expanded":
+        pytest.skip("not for in-place: several elements share one place")
+    torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key), {"start": 5})
+
+
+def test_opcheck_draw_key():
+    torch.library.opcheck(OPERATORS.draw_key.default, (torch.device("cpu"),), test_utils=["test_schema", "test_faketensor"])
+
+
+@pytest.mark.torch_copies
+@pytest.mark.parametrize("name", INPUTS)
+def test_strides_of_the_result(name, device, key):
+    x = INPUTS[name]().to(device)
+    for result in (OPERATORS.apply(x, 0.3, key), OPERATORS.keep_mask(x, 0.3, key)):
+        assert result.stride() == torch.empty_like(x).stride()
+        assert result.device == x.device
+
+
+def test_tags():
+    """A compiler must keep eager's strides for apply, and replay the random state around draw_key only."""
+    assert torch.Tag.needs_exact_strides in OPERATORS.apply.default.tags
+    assert torch.Tag.nondeterministic_seeded not in OPERATORS.apply.default.tags
+    assert torch.Tag.nondeterministic_seeded in OPERATORS.draw_key.default.tags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3), 1.5, torch.zeros(2, dtype=torch.uint64)), "between 0 and 1"),
+        ((torch.ones(3), float("nan"), torch.zeros(2, dtype=torch.uint64)), "between 0 and 1"),
+        ((torch.ones(3), 0.5, torch.zeros(2, dtype=torch.uint64), -1), "start"),
+        ((torch.ones(3), 0.5, torch.zeros(3, dtype=torch.uint64)), "uint64"),
+        ((torch.ones(3), 0.5, torch.zeros(2, dtype=torch.int64)), "uint64"),
+        ((torch.ones(3, dtype=torch.int64), 0.5, torch.zeros(2, dtype=torch.uint64)), "float32"),
+    ],
+)
+def test_operator_refuses(arguments, message, info):
+    """Called directly, past the checks of fd.dropout, a kernel still never reads what is not there."""
+    if info.devices["cpu"] == "reference":
+        pytest.skip("the reference is checked by its callers")
+    for operator in (OPERATORS.apply, OPERATORS.apply_):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
