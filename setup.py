@@ -16,70 +16,64 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-HERE = Path(__file__).parent
-
-
-def setting(name, *allowed):
-    value = os.environ.get(name, allowed[0])
-    if value not in allowed:
-        raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
-    return value
-
-
-def find_nvcc():
-    """The toolkit's folder, asked of nvcc itself: on PATH it may be a wrapper script. Or the one of PyPI's packages."""
-    packaged = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
-    for nvcc in filter(None, [os.environ.get("CUDA_HOME", "") + "/bin/nvcc", shutil.which("nvcc"), *map(str, packaged)]):
-        if os.access(nvcc, os.X_OK):
-            said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-            if top := re.search(r"^#\$ TOP=(.+)$", said, re.M):
-                return os.path.realpath(top[1])
-    return None
-
-
-BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
-CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
-left_out, extensions, commands, info = [], [], {}, {}
-
+SITE = sysconfig.get_paths()["purelib"]
 # Under build isolation the environment that will run is still this interpreter's own: build for the torch in it.
-sys.path.append(sysconfig.get_paths()["purelib"])
+sys.path.append(SITE)
 try:
     import torch
 except ImportError:
     torch = None
+
+
+def setting(name, *allowed):
+    if (value := os.environ.get(name, allowed[0])) not in allowed:
+        raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
+    return value
+
+
+def find_toolkit():
+    """The CUDA toolkit's folder, asked of nvcc itself: on PATH it may be a wrapper. PyPI's packages come last."""
+    home = os.environ.get("CUDA_HOME", "") + "/bin/nvcc"
+    for nvcc in filter(None, [home, shutil.which("nvcc"), *sorted(Path(SITE).glob("nvidia/cu*/bin/nvcc"))]):
+        if os.access(nvcc, os.X_OK):
+            said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+            if top := re.search(r"^#\$ TOP=(.+)$", said, re.M):
+                return os.path.realpath(top[1])
+
+
+BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
+CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
-toolkit = find_nvcc() if torch and torch.version.cuda and BUILD in ("auto", "cuda") else None
-if toolkit:
-    os.environ["CUDA_HOME"] = toolkit
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+missing = "no torch was found" if not torch else "no C++ compiler was found" if not compiler else ""
+with_cuda = torch and torch.version.cuda
+toolkit = find_toolkit() if with_cuda and BUILD in ("auto", "cuda") else None
+no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc was found" if with_cuda else "this torch is built without it"
+if BUILD in ("cuda", "cpu") and (missing or (BUILD == "cuda" and no_cuda)):
+    raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD}, but this cannot be built: {missing or no_cuda}")
+missing = missing or ("FUSED_DROPOUT_BUILD=none" if BUILD == "none" else "")
+info = {"left_out": f"everything: {missing}" if missing else no_cuda and f"CUDA: {no_cuda}"}
+extensions, commands = [], {}
 
-if BUILD == "none":
-    left_out.append("everything: FUSED_DROPOUT_BUILD=none")
-elif not torch or not compiler:
-    left_out.append("everything: " + ("no C++ compiler was found" if torch else "no torch was found"))
-else:
+
+class BuildPy(build_py):
+    def run(self):
+        super().run()
+        write_info("." if self.editable_mode else self.build_lib)
+
+
+def write_info(folder):
+    """Beside the modules, for fused_dropout/native.py: what was built for what, and what was not."""
+    said = {name: value for name, value in info.items() if value}
+    Path(folder, "fused_dropout", "_build.json").write_text(json.dumps(said) + "\n")
+
+
+if not missing:
+    if toolkit:
+        os.environ["CUDA_HOME"] = toolkit  # cpp_extension reads it when it is imported
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        info |= {"cuda": torch.version.cuda, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    info["torch"] = torch.__version__
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
-    if not toolkit and BUILD != "cpu":
-        left_out.append("CUDA: " + ("no nvcc was found" if torch.version.cuda else "this torch is built without it"))
-    flags = ["-O3", "-fvisibility=hidden"]
-    cuda = ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] if toolkit else []
-    # 2.11 is the oldest torch whose stable ABI the kernels are kept to.
-    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *cuda]
-    kernels = (CUDAExtension if toolkit else CppExtension)(
-        "fused_dropout._C",
-        ["csrc/library.cpp", "csrc/dropout_cpu.cpp"] + ["csrc/dropout_cuda.cu"] * bool(toolkit),
-        extra_compile_args={"cxx": [*flags, *stable], "nvcc": ["-O3", *stable]},
-        py_limited_api=True,
-    )
-    eager = (CUDAExtension if toolkit else CppExtension)(
-        "fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": [*flags, *cuda]}
-    )
-    for extension in (kernels, eager) if toolkit and CUDART == "static" else ():
-        extension.libraries = [x for x in extension.libraries if x != "cudart"] + ["cudart_static", "rt", "dl", "pthread"]
-    extensions = [kernels, eager]
-    info = {"torch": torch.__version__, "cuda": torch.version.cuda if toolkit else None}
-    info["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit else None
 
     class Build(BuildExtension):
         def run(self):
@@ -88,30 +82,23 @@ else:
             except Exception as error:
                 if BUILD != "auto":
                     raise
-                print(f"fused_dropout: compiling failed, the pure-PyTorch fallback is installed: {error}", file=sys.stderr)
                 info.clear()
                 info["left_out"] = f"everything: compiling failed ({error})"
-                write_info(self.inplace, self.build_lib)
+                print(f"fused_dropout: the pure-PyTorch fallback is installed: {info['left_out']}", file=sys.stderr)
+                write_info("." if self.inplace else self.build_lib)
 
-    commands["build_ext"] = Build
-if BUILD in ("cuda", "cpu") and (not extensions or (BUILD == "cuda" and not toolkit)):
-    raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD}, but this cannot be built: {'; '.join(left_out)}")
-info["left_out"] = "; ".join(left_out) or None
+    Extension, commands["build_ext"] = CUDAExtension if toolkit else CppExtension, Build
+    flags = ["-O3", "-fvisibility=hidden", *["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)]
+    stable = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest whose stable ABI the kernels are kept to
+    sources = ["csrc/library.cpp", "csrc/dropout_cpu.cpp"] + ["csrc/dropout_cuda.cu"] * bool(toolkit)
+    arguments = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
+    extensions.append(Extension("fused_dropout._C", sources, extra_compile_args=arguments, py_limited_api=True))
+    extensions.append(Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags}))
+    for extension in extensions if toolkit and CUDART == "static" else []:
+        extension.libraries.remove("cudart")
+        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
-
-def write_info(inplace, build_lib):
-    """Beside the modules, for fused_dropout/native.py: what was built for what, and what was not."""
-    said = {name: value for name, value in info.items() if value}
-    (HERE if inplace else Path(build_lib)).joinpath("fused_dropout", "_build.json").write_text(json.dumps(said) + "\n")
-
-
-class BuildPy(build_py):
-    def run(self):
-        super().run()
-        write_info(self.editable_mode, self.build_lib)
-
-
-found = f"torch {torch.__version__ if torch else None}, C++ compiler {compiler}, CUDA toolkit {toolkit}"
-built = "; ".join(e.name + (" (CPU and CUDA)" if toolkit else " (CPU)") for e in extensions) or "nothing (pure PyTorch)"
-print(f"fused_dropout: found {found}\n  compiles {built}\n  leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
+print(f"fused_dropout: found torch {torch and torch.__version__}, compiler {compiler}, CUDA {toolkit}", file=sys.stderr)
+print(f"fused_dropout: compiles {', '.join(e.name for e in extensions) or 'nothing'}", file=sys.stderr)
+print(f"fused_dropout: leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
 setup(ext_modules=extensions, cmdclass={**commands, "build_py": BuildPy}, setup_requires=[] if torch else ["torch"])

@@ -90,8 +90,12 @@ Tensor draw_cpu_key() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CPU, m) { register_operators<run_cpu>(m); }
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_dropout, m) { m.def("draw_cpu_key() -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CPU, m) {
+  register_operators<run_cpu>(m);
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_dropout, m) {
+  m.def("draw_cpu_key() -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CompositeExplicitAutograd, m) {
   m.impl("draw_cpu_key", TORCH_BOX(&draw_cpu_key));
 }

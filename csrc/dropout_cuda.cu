@@ -97,16 +97,16 @@ void launch(const Job& job, Op op) {
   const int device = job.device;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const uint64_t* words = job.key.const_data_ptr<uint64_t>();
-  const KeySource source = job.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr}
-                                            : KeySource{{}, reinterpret_cast<const Key*>(words)};
+  const KeySource source =
+      job.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
   const Rows& rows = job.rows;
   // A row begins anywhere in a block; with a pitch of whole blocks all begin alike.
   const int64_t head = rows.count > 1 && rows.pitch % kBlock ? kBlock - 1 : static_cast<int64_t>(job.start % kBlock);
   const int64_t blocks_per_row = (head + rows.length + kBlock - 1) / kBlock;
   const int64_t grid = std::min(kMaxGrid, (rows.count * blocks_per_row + kThreads - 1) / kThreads);
-  dropout_kernel<Op><<<grid, kThreads, 0, current_stream(device)>>>(
-      static_cast<const T*>(job.x), static_cast<T*>(job.y), rows, blocks_per_row, job.start, source, threshold(job.p),
-      op);
+  dropout_kernel<Op><<<grid, kThreads, 0, current_stream(device)>>>(static_cast<const T*>(job.x),
+                                                                    static_cast<T*>(job.y), rows, blocks_per_row,
+                                                                    job.start, source, threshold(job.p), op);
   check_launch("dropout_kernel", job.numel(), device);
 }
 

@@ -1,6 +1,6 @@
-// The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a small
-// call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of torch;
-// without it, fused_dropout/autograd.py and rng.py do the same in Python, bit for bit.
+// The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a
+// small call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of
+// torch; without it, fused_dropout/autograd.py and rng.py do the same in Python, bit for bit.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -42,27 +42,30 @@ bool serves(c10::DeviceType device) {
   return device == at::kCPU;
 }
 
-// A tensor that the kernels can take as it is, outside every transform, mode and tracer: all else is Python's to decide.
+// A tensor that the kernels can take as it is, outside every transform, mode and tracer: all else is Python's to
+// decide.
 bool is_plain(const Tensor& x) {
   using c10::DispatchKey;
   static const auto kPlainTensor =
-      c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView,
-                           DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA}) |
+      c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
+                           DispatchKey::AutogradCUDA}) |
       c10::autocast_dispatch_keyset;
   static const auto kPlainThread =
       c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) | c10::autocast_dispatch_keyset;
   const auto dtype = x.scalar_type();
   // A difference of key sets keeps the backends, so empty() would not do.
-  const auto nothing_in = [](c10::DispatchKeySet keys) { return keys.highestFunctionalityKey() == DispatchKey::Undefined; };
+  const auto nothing_in = [](c10::DispatchKeySet keys) {
+    return keys.highestFunctionalityKey() == DispatchKey::Undefined;
+  };
   return x.defined() && serves(x.device().type()) && nothing_in(x.key_set() - kPlainTensor) &&
-      nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
-      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
-      !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
+         nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
+         (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
+         !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// Seed and Philox offset / 4 of the generator, which moves on by one counter step. During a graph capture both are known
-// only when the graph is replayed, so a kernel writes the key there.
+// Seed and Philox offset / 4 of the generator, which moves on by one counter step. During a graph capture both are
+// known only when the graph is replayed, so a kernel writes the key there.
 Tensor draw_cuda_key(at::Device device, const std::optional<at::Generator>& generator) {
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
@@ -106,7 +109,8 @@ Tensor draw_key(at::Device device, const std::optional<at::Generator>& generator
 }
 
 // The gradient with its elements in the order in which forward's were numbered: memory order for a dense input
-// (strides given unless that is row-major), row-major for the rest, which the operator itself takes a tensor with holes for.
+// (strides given unless that is row-major), row-major for the rest, which the operator itself takes a tensor with holes
+// for.
 Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64_t>>& strides) {
   if (!strides) return gradient.is_non_overlapping_and_dense() ? gradient.contiguous() : gradient;
   if (gradient.strides() == *strides) return gradient;

@@ -33,7 +33,9 @@ inline Threshold threshold(double p) {
 }
 
 // What the kept elements are multiplied by, in the precision of the product: float, or double for double.
-inline double scale(double p) { return 1.0 / (1.0 - p); }
+inline double scale(double p) {
+  return 1.0 / (1.0 - p);
+}
 
 FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
   const Words counter = {{static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32),

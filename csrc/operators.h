@@ -81,7 +81,9 @@ inline std::optional<Rows> strided_rows(const Tensor& x) {
   return Rows{count, length, stride, stride, length};
 }
 
-inline Rows one_row(int64_t numel) { return {1, numel, numel, numel, numel}; }
+inline Rows one_row(int64_t numel) {
+  return {1, numel, numel, numel, numel};
+}
 
 // Checks shape, dtype and device of the key, and the ranges of p and start; none of it reads the GPU's memory.
 // Pointers and rows are for the caller to fill in; what stands here is for a dense tensor.
@@ -119,13 +121,13 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
     AtenTensorHandle y = nullptr;
     int32_t device_type = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(),
-                                                    dtype_code(dtype), device_type,
-                                                    x.get_device_index(), &y));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(dtype),
+                                                    device_type, x.get_device_index(), &y));
     return Tensor(y);
   }
-  std::array<StableIValue, 6> stack{from(x),           from(std::optional(dtype)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  std::array<StableIValue, 6> stack{
+      from(x),           from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -52,7 +52,7 @@ def dropout(
         ValueError: ``p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both.
         TypeError: ``p`` is not a number; the key is not a tensor; a key or generator for a tensor that the fused path
             does not cover.
-        RuntimeError: the generator is of another device; in place on a leaf that requires grad or on overlapping memory.
+        RuntimeError: the generator is of another device; in place on a leaf that requires grad, or on shared memory.
 
     Example::
 
@@ -196,14 +196,13 @@ def keep_mask(
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if index(start) < 0:
         raise ValueError(f"start has to be 0 or more, but got {start}")
+    shape, like = x_or_shape, None
     if isinstance(x_or_shape, Tensor):
-        x = x_or_shape.detach()
-        if device is not None and x.device != torch.device(device):
-            x = torch.empty_like(x, dtype=torch.bool, device=device) if reference.is_dense(x) else x.shape
-    else:
-        x = x_or_shape
-    if not isinstance(x, Tensor):
+        shape, like = x_or_shape.shape, x_or_shape.detach()
+        if device is not None and like.device != torch.device(device):
+            like = torch.empty_like(like, dtype=torch.bool, device=device) if reference.is_dense(like) else None
+    if like is None:
         # One element stands for all: only shape, layout and device are looked at.
-        x = torch.empty((), dtype=torch.bool, device=device or "cpu").expand(tuple(x))
-    _check_key(key, x)
-    return operators.keep_mask(x, float(p), key, index(start))
+        like = torch.empty((), dtype=torch.bool, device=device or "cpu").expand(tuple(shape))
+    _check_key(key, like)
+    return operators.keep_mask(like, float(p), key, index(start))

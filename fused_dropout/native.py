@@ -36,7 +36,7 @@ class BackendInfo:
         served = ", ".join(f"{device}: {path}" for device, path in self.devices.items())
         built = ", ".join(f"{name} {value}" for name, value in self.built.items()) or "nothing"
         lines = [
-            f"fused_dropout {self.version} with torch {self.torch} (CUDA {self.cuda or 'none'}), backend {self.backend}",
+            f"fused_dropout {self.version}, torch {self.torch}, CUDA {self.cuda or 'none'}, backend {self.backend}",
             f"served by     {served}; eager binding: {'yes' if self.eager else 'no'}",
             f"compiled for  {built}",
         ]
@@ -68,10 +68,9 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return None, "not built" + (f": {left_out}" if (left_out := _built().get("left_out")) else "")
     except ImportError as error:
-        return None, (
-            f"does not load ({error}); it was built for torch {_built().get('torch', '?')}, CUDA {_built().get('cuda')}, "
-            f"and this is torch {torch.__version__}, CUDA {torch.version.cuda}"
-        )
+        built = f"it was built for torch {_built().get('torch', '?')}, CUDA {_built().get('cuda')}"
+        here = f"this is torch {torch.__version__}, CUDA {torch.version.cuda}"
+        return None, f"does not load ({error}); {built}, and {here}"
 
 
 def _load_all() -> tuple[ModuleType | None, ModuleType | None, list[str]]:
@@ -85,7 +84,8 @@ def _load_all() -> tuple[ModuleType | None, ModuleType | None, list[str]]:
         return None, None, [f"kernels {reason}; the pure-PyTorch reference serves instead"]
     built_for = str(_built().get("torch", ""))
     if _minor(built_for) != _minor(torch.__version__):
-        return kernels, None, [f"eager binding built for torch {built_for}, not {torch.__version__}: reinstall to rebuild it"]
+        note = f"eager binding built for torch {built_for}, not {torch.__version__}: reinstall to rebuild it"
+        return kernels, None, [note]
     eager, reason = _load("_eager")
     return kernels, eager, [] if eager else [f"eager binding {reason}"]
 

@@ -4,6 +4,9 @@ The native library, where it is loaded, puts its kernels before the reference fo
 All are pure functions of an explicit key, but for ``draw_key``, which takes one from a default generator.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ for _schema, _tags in _SCHEMAS.items():
     _library.define(_schema, tags=_tags)
 
 
-def _implement(name: str, reference_kernel: object, fake: object) -> None:
+def _implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.impl(name, reference_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
 
@@ -38,19 +41,32 @@ def _keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     return reference.keep_mask(x, p, key, start).clone()
 
 
+def _fake_draw_key(device: torch.device) -> Tensor:
+    # Without this AOTAutograd takes two drawings for a common subexpression, and two dropouts of a compiled block get
+    # one mask. Up to torch 2.13 at least it goes by this list of its own, not by the operator's tag.
+    from torch._functorch.compile_utils import rand_ops
+
+    if torch.ops.fused_dropout.draw_key not in rand_ops:
+        rand_ops.append(torch.ops.fused_dropout.draw_key)
+    return torch.empty(2, dtype=torch.uint64, device=device)
+
+
 _implement("apply", reference.apply, lambda x, p, key, start=0: torch.empty_like(x))
 _implement("apply_", _apply_in_place, lambda x, p, key, start=0: None)
 _implement("keep_mask", _keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
-_implement("draw_key", lambda device: rng.draw_key(device).to(device), lambda device: torch.empty(2, dtype=torch.uint64, device=device))
+_implement("draw_key", lambda device: rng.draw_key(device).to(device), _fake_draw_key)
 
 
-def _apply_batched(info, in_dims, x: Tensor, p: float, key: Tensor, start: int = 0) -> tuple[Tensor, int]:  # noqa: ANN001
+def _apply_batched(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, p: float, key: Tensor, start: int = 0
+) -> tuple[Tensor, int]:
     """vmap: with one key all samples get one mask, that of a sample alone; with a key each, each gets its own."""
     x_dim, _, key_dim, *_ = in_dims
     samples = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if key_dim is None:
         return reference.drop(samples, keep_mask(samples[0], p, key, start), p), 0
-    return torch.stack([apply(sample, p, key_, start) for sample, key_ in zip(samples, key.unbind(key_dim), strict=True)]), 0
+    pairs = zip(samples, key.unbind(key_dim), strict=True)
+    return torch.stack([apply(sample, p, own_key, start) for sample, own_key in pairs]), 0
 
 
 torch.library.register_vmap("fused_dropout::apply", _apply_batched, lib=_library)

@@ -16,8 +16,8 @@ _SEED_AND_ZERO = torch.tensor([-1, 0], device=_CPU)
 def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor:
     """A fresh key, a uint64 tensor ``[seed, offset]``, from the generator or from the device's default one.
 
-    During the capture of a CUDA graph the key is drawn on the device, as two 63-bit numbers: a fresh one at each replay,
-    though not the one that an eager call would take (the eager binding does that).
+    Without the eager binding, the key of a call in a captured CUDA graph is two 63-bit numbers drawn on the device: a
+    fresh one at each replay, though not the one that an eager call would take.
     """
     on_cpu = device.type != "cuda"
     if on_cpu and generator is None and draw_cpu_key is not None:

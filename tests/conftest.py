@@ -3,7 +3,7 @@
     pytest --hide=_eager     no eager binding: the kernels behind the Python autograd Function
     pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
 
-On the fake GPU the tests marked gpu run too, but for those whose tensors torch itself would have to copy inside an operator.
+On the fake GPU the tests marked gpu run too, but for those in which torch itself copies inside an operator.
 """
 
 import sys

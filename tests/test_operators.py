@@ -28,7 +28,8 @@ def test_opcheck(operator, name, key):
 
 
 def test_opcheck_draw_key():
-    torch.library.opcheck(OPERATORS.draw_key.default, (torch.device("cpu"),), test_utils=["test_schema", "test_faketensor"])
+    checks = ["test_schema", "test_faketensor"]
+    torch.library.opcheck(OPERATORS.draw_key.default, (torch.device("cpu"),), test_utils=checks)
 
 
 @pytest.mark.torch_copies

@@ -1,0 +1,108 @@
+"""``python -m fused_dropout bench`` end to end in its quick setting: what it measures is there and makes sense."""
+
+import itertools
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fused_dropout import bench
+
+# On the fake GPU there is nothing to time.
+pytestmark = pytest.mark.torch_copies
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def result(request, tmp_path_factory):
+    """The JSON of one run: on one thread, so that other work on the machine cannot stall it at OpenMP's barriers."""
+    path, threads = tmp_path_factory.mktemp("bench") / "result.json", torch.get_num_threads()
+    try:
+        assert bench.main(["--quick", "--json", str(path), "--device", request.param, "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return json.loads(path.read_text()) | {"device": request.param}
+
+
+def test_environment(result, info):
+    environment = result["environment"]
+    assert environment["fused_dropout"] == info.version
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    assert environment["backend_info"]["devices"] == info.devices
+
+
+def test_speed(result):
+    cases = {(r["dtype"], r["numel"], r["case"]) for r in result["speed"] if r["case"] != "eval"}
+    assert cases == {(t, n, c) for t in bench.DTYPES for n in bench.SIZES[result["device"]] for c in bench.CASES}
+    assert len(result["speed"]) == len(cases) + 1
+    for r in result["speed"]:
+        assert r["device"] == result["device"]
+        assert r["p"] == bench.P
+        assert r["torch_ns"] > 0
+        assert r["fd_ns"] > 0
+        assert 0 < r["ratio_p10"] <= r["ratio"] <= r["ratio_p90"] < math.inf
+        assert r["samples"] >= 5
+
+
+def test_saved_bytes(result):
+    (saved,) = result["saved_bytes"]
+    assert saved["fd"] == 16
+    assert saved["torch"] >= saved["numel"]
+
+
+def test_drop_rate(result):
+    """The seed is fixed, so these are the same draws at each run."""
+    rates = {(r["module"], r["p"]): r for r in result["drop_rate"]}
+    assert rates.keys() == {(module, p) for module in bench.MODULES for p in (0.1, 0.5)}
+    for (_, p), r in rates.items():
+        assert r["low"] < r["rate"] < r["high"]
+        assert r["inside"] == (r["low"] <= p <= r["high"])
+        assert r["high"] - r["low"] == pytest.approx(2 * 2.5758 * math.sqrt(p * (1 - p) / r["draws"]), rel=0.01)
+    assert rates["fd.Dropout", 0.1]["inside"]
+    assert rates["fd.Dropout", 0.5]["inside"]
+
+
+@pytest.mark.skipif(not find_spec("sklearn"), reason="needs scikit-learn")
+def test_training(result):
+    assert [r["module"] for r in result["training"]] == list(bench.MODULES)
+    for r in result["training"]:
+        assert r["accuracy"] > 0.85
+        assert 0 < r["loss"] < 0.5
+        assert r["seconds"] > 0
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    """Ctrl-C keeps what was measured."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    speed = bench.Speed("cpu", "float32", 2**10, "forward", bench.P, 2.0, 1.0, 2.0, 1.9, 2.1, 5)
+    monkeypatch.setattr(bench, "measure_speed", lambda *_: [speed])
+    monkeypatch.setattr(bench, "measure_saved_bytes", interrupt)
+    path = tmp_path / "result.json"
+    assert bench.main(["--device", "cpu", "--json", str(path)]) == 130
+    assert json.loads(path.read_text())["speed"][0]["ratio"] == 2
+    assert "2.00x 1.90-2.10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--json", "no/such/folder/x.json"], ["--device", "cuda"]])
+def test_refusals(arguments, tmp_path, monkeypatch, capsys):
+    """At once, and not after two minutes."""
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert "there is no" in capsys.readouterr().err
+
+
+def test_width_of_the_table():
+    """100 columns, at the widest numbers that are to be expected."""
+    wide = [
+        bench.Speed("cpu", dtype, numel, case, bench.P, 99999e3 / numel, 99999e3 / numel, 10.0, 10.0, 10.0, 5)
+        for dtype, numel, case in itertools.product(bench.DTYPES, bench.SIZES["cpu"], bench.CASES)
+    ]
+    assert max(len(line) for line in bench._speed_lines(wide, "cpu")) <= 100

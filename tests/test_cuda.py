@@ -1,0 +1,134 @@
+"""What only a CUDA device has: its generator's key, graph capture and replay, streams, the CPU's masks bit for bit."""
+
+import pytest
+import torch
+from conftest import ON_FAKE_GPU
+
+import fused_dropout as fd
+
+pytestmark = pytest.mark.gpu
+
+N = 1000 if ON_FAKE_GPU else 1 << 20
+
+
+@pytest.fixture
+def generator():
+    torch.cuda.init()
+    generator = torch.cuda.default_generators[0]
+    generator.manual_seed(1234)
+    return generator
+
+
+def ones(**options):
+    return torch.ones(N).to("cuda").requires_grad_(options.get("requires_grad", False))
+
+
+def test_served_by_the_kernels(info):
+    assert info.devices["cuda"] == "native" or "cuda" not in info.built or not info.built["cuda"]
+
+
+def test_same_mask_as_the_cpu(dtype, key):
+    x = torch.randn(N).to(dtype)
+    on_gpu = fd.dropout(x.cuda(), 0.3, key=key).cpu()
+    assert torch.equal(on_gpu, fd.dropout(x, 0.3, key=key))
+    assert torch.equal(fd.dropout(x.cuda(), 0.3, key=key.cuda()).cpu(), on_gpu)
+
+
+def test_key_is_seed_and_offset_of_the_generator(generator):
+    """Each call moves the generator by 4, one counter step, whatever the size."""
+    generator.set_offset(40)
+    masks = [fd.dropout(torch.ones(n).cuda()).cpu() != 0 for n in (5, N)]
+    assert generator.get_offset() == 48
+    for i, mask in enumerate(masks):
+        assert torch.equal(mask, fd.keep_mask(mask, 0.5, torch.tensor([1234, 10 + i], dtype=torch.uint64)))
+
+
+def test_own_generator(generator):
+    before = generator.get_offset()
+    own = torch.Generator("cuda").manual_seed(2**63 + 5)
+    mask = fd.dropout(ones(), generator=own).cpu() != 0
+    assert torch.equal(mask, fd.keep_mask(mask, 0.5, torch.tensor([2**63 + 5, 0], dtype=torch.uint64)))
+    assert generator.get_offset() == before
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_graph_replays_draw_what_eager_calls_draw(generator, inplace, info):
+    """Replay k equals the k-th eager call, and the generator is left where the eager calls leave it."""
+    if not info.eager:
+        pytest.skip("the key is written from the captured state by the eager binding")
+    x = ones()
+
+    def calls(x):
+        return fd.dropout(x, 0.3, inplace=inplace), fd.dropout(x, 0.6)
+
+    eager = [[y.cpu() for y in calls(ones())] for _ in range(3)]
+    offset = generator.get_offset()
+    generator.manual_seed(1234)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = calls(x)
+    for expected in eager:
+        x.copy_(torch.ones(N).cuda())
+        graph.replay()
+        for y, e in zip(captured, expected, strict=True):
+            assert torch.equal(y.cpu(), e)
+    assert generator.get_offset() == offset
+
+
+def test_graph_of_forward_and_backward(generator):
+    x, gradient = ones(requires_grad=True), ones()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fd.dropout(x, 0.3)
+        (dx,) = torch.autograd.grad(y, x, gradient)
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen.append(y.detach().cpu())
+        assert torch.equal(dx.cpu(), seen[-1])
+    assert not torch.equal(*seen)
+
+
+def test_another_stream(key):
+    stream = torch.cuda.Stream()
+    x = ones()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = fd.dropout(x, 0.3, key=key)
+    stream.synchronize()
+    assert torch.equal(y.cpu(), fd.dropout(torch.ones(N), 0.3, key=key))
+
+
+@pytest.mark.parametrize("columns", [8, 13, 64])
+def test_rows(columns, dtype, key):
+    """Slices of columns go through the kernel's rows, at any alignment."""
+    x = torch.randn(9, 80).to(dtype)
+    for first in (0, 1, 5, 8):
+        expected = fd.dropout(x[:, first : first + columns], 0.3, key=key)
+        on_gpu = x.cuda()
+        assert torch.equal(fd.dropout(on_gpu[:, first : first + columns], 0.3, key=key).cpu(), expected)
+        fd.dropout(on_gpu[:, first : first + columns], 0.3, inplace=True, key=key)
+        assert torch.equal(on_gpu.cpu()[:, first : first + columns], expected)
+        x_outside = x.clone()
+        x_outside[:, first : first + columns] = expected
+        assert torch.equal(on_gpu.cpu(), x_outside)
+
+
+@pytest.mark.skipif(ON_FAKE_GPU, reason="too large for an interpreter")
+@pytest.mark.parametrize("numel", [1 << 28, (1 << 32) + 1000])
+def test_large(numel, key):
+    if torch.cuda.mem_get_info()[0] < 5 * numel:
+        pytest.skip("not enough memory")
+    x = torch.ones(numel, dtype=torch.float16, device="cuda")
+    y = fd.dropout(x, 0.5, key=key)
+    for start in range(0, numel, 1 << 26):
+        part = y[start : start + (1 << 26)] != 0
+        assert torch.equal(part.cpu(), fd.keep_mask(part.shape, 0.5, key, start=start))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_device_guard(key):
+    x = torch.ones(N, device="cuda:1")
+    assert torch.equal(fd.dropout(x, 0.5, key=key).cpu(), fd.dropout(x.cpu(), 0.5, key=key))
+    with pytest.raises(ValueError, match="cuda:0"):
+        fd.dropout(x, 0.5, key=key.to("cuda:0"))

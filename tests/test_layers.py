@@ -1,0 +1,136 @@
+"""All layers, no eager binding, no kernels, none of them: each serves, with the same masks from the same seeds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_dropout as fd
+from fused_dropout import native
+
+# What a user does: train a step, draw with a generator and a key, in place, several layouts; as a digest of all bits.
+SCRIPT = """
+import hashlib, json, sys, warnings
+hide = sys.argv[1].split(",") if sys.argv[1] else []
+sys.modules.update({f"fused_dropout.{name}": None for name in hide})
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fused_dropout as fd
+digest = hashlib.sha256()
+def see(x): digest.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
+torch.manual_seed(11)
+generator = torch.Generator().manual_seed(12)
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    for shape in ((1,), (7,), (64,), (33, 65), (2, 3, 4, 5)):
+        for x in (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).transpose(0, -1)):
+            x.requires_grad_()
+            y = fd.dropout(x, 0.3)
+            y.backward(torch.randn_like(y))
+            see(y), see(x.grad)
+            see(fd.dropout(x, 0.1, generator=generator))
+            see(fd.dropout(x.detach().clone(), 0.9, inplace=True))
+            see(fd.dropout(x * 1, 0.9, inplace=True))
+            see(fd.dropout(x, 0.9, key=torch.tensor([7, 1 << 40], dtype=torch.uint64)))
+see(torch.rand(4))
+info = fd.backend_info()
+print(json.dumps({"digest": digest.hexdigest(), "cpu": info.devices["cpu"], "eager": info.eager,
+                  "warnings": [str(w.message) for w in caught if "fused_dropout" in str(w.message)]}))
+"""
+
+
+def run(hide="", code=SCRIPT, **environment):
+    command = [sys.executable, "-c", code, hide]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=Path.home())
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    runs = {
+        "all": run(),
+        "no eager binding": run("_eager"),
+        "no kernels": run("_C"),
+        "neither": run("_C,_eager"),
+        "by environment": run(FUSED_DROPOUT_BACKEND="python"),
+    }
+    for name, done in runs.items():
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    return {name: json.loads(done.stdout) for name, done in runs.items()}
+
+
+def test_same_bits_in_all_layers(outcomes):
+    assert len({outcome["digest"] for outcome in outcomes.values()}) == 1
+
+
+def test_each_combination_is_what_it_says(outcomes, info):
+    if info.devices["cpu"] == "native":
+        assert outcomes["all"]["cpu"] == outcomes["no eager binding"]["cpu"] == "native"
+        assert outcomes["all"]["eager"] == info.eager
+    for name in ("no kernels", "neither", "by environment"):
+        assert outcomes[name]["cpu"] == "reference"
+    assert not any(outcome["eager"] for name, outcome in outcomes.items() if name != "all")
+
+
+def test_what_is_missing_is_said_once(outcomes):
+    """One warning with the reason; none where the user asked for the fallback."""
+    assert len(outcomes["no kernels"]["warnings"]) == 1
+    assert "reference" in outcomes["no kernels"]["warnings"][0]
+    assert outcomes["by environment"]["warnings"] == []
+
+
+@pytest.mark.parametrize("value", ["fast", ""])
+def test_unknown_backend_is_an_error(value):
+    done = run(code="import fused_dropout", FUSED_DROPOUT_BACKEND=value)
+    assert done.returncode != 0
+    assert f"FUSED_DROPOUT_BACKEND has to be one of auto, native, python, but is {value!r}" in done.stderr
+
+
+def test_native_demanded_but_missing_is_an_error():
+    hidden = "import sys; sys.modules['fused_dropout._C'] = None; import fused_dropout"
+    done = run(code=hidden, FUSED_DROPOUT_BACKEND="native")
+    assert "ImportError: FUSED_DROPOUT_BACKEND=native, but the compiled kernels are not built" in done.stderr
+
+
+def test_library_that_does_not_load(monkeypatch, tmp_path):
+    """A truncated library: the reason, what it was built for and what is here; then the fallback."""
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"\x7fELF")
+    code = f"""
+import sys, importlib.util, importlib.machinery
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "fused_dropout._C":
+            loader = importlib.machinery.ExtensionFileLoader(name, {str(broken)!r})
+            return importlib.util.spec_from_file_location(name, {str(broken)!r}, loader=loader)
+sys.meta_path.insert(0, Finder)
+import torch, fused_dropout as fd
+print(fd.backend_info().devices["cpu"], fd.dropout(torch.ones(3)).shape)
+"""
+    done = run(code=code)
+    assert done.stdout.startswith("reference torch.Size([3])"), done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1
+    for part in ("does not load", "it was built for torch", f"this is torch {torch.__version__}"):
+        assert part in done.stderr
+
+
+def test_eager_binding_of_another_torch_is_left_out(monkeypatch):
+    if native.kernels is None:
+        pytest.skip("no kernels")
+    monkeypatch.setattr(native, "_built", lambda: {"torch": "2.10.0"})
+    kernels, eager, notes = native._load_all()
+    assert kernels is not None
+    assert eager is None
+    assert "2.10.0" in notes[0]
+    assert torch.__version__ in notes[0]
+
+
+def test_info():
+    info = fd.backend_info()
+    assert set(info.devices.values()) <= {"native", "reference"}
+    assert fd.__version__ in str(info)
+    done = run(code="from fused_dropout.__main__ import main; main(['info'])")
+    assert done.stdout.strip() == str(info)
