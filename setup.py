@@ -33,40 +33,39 @@ def setting(name, *allowed):
 
 def find_toolkit():
     """The CUDA toolkit's folder, asked of nvcc itself: on PATH it may be a wrapper. PyPI's packages come last."""
-    home = os.environ.get("CUDA_HOME", "") + "/bin/nvcc"
-    for nvcc in filter(None, [home, shutil.which("nvcc"), *sorted(Path(SITE).glob("nvidia/cu*/bin/nvcc"))]):
-        if os.access(nvcc, os.X_OK):
-            said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-            if top := re.search(r"^#\$ TOP=(.+)$", said, re.M):
-                return os.path.realpath(top[1])
+    packaged = map(str, sorted(Path(SITE).glob("nvidia/cu*/bin")))
+    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), *packaged]
+    if nvcc := shutil.which("nvcc", path=os.pathsep.join(folders)):
+        said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        return os.path.realpath(re.search(r"^#\$ TOP=(.+)$", said, re.M)[1])
 
 
 BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
 CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
 missing = "no torch was found" if not torch else "no C++ compiler was found" if not compiler else ""
-with_cuda = torch and torch.version.cuda
-toolkit = find_toolkit() if with_cuda and BUILD in ("auto", "cuda") else None
-no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc was found" if with_cuda else "this torch is built without it"
+missing = "FUSED_DROPOUT_BUILD=none" if BUILD == "none" else missing
+toolkit = find_toolkit() if torch and torch.version.cuda and BUILD in ("auto", "cuda") else None
+no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc, or a torch without CUDA"
 if BUILD in ("cuda", "cpu") and (missing or (BUILD == "cuda" and no_cuda)):
     raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD}, but this cannot be built: {missing or no_cuda}")
-missing = missing or ("FUSED_DROPOUT_BUILD=none" if BUILD == "none" else "")
 info = {"left_out": f"everything: {missing}" if missing else no_cuda and f"CUDA: {no_cuda}"}
-extensions, commands = [], {}
+extensions = []
+
+
+def write_info(command, info):
+    """Beside the modules, for fused_dropout/native.py: what was built for what, and what was not."""
+    folder = Path("." if command.editable_mode else command.build_lib, "fused_dropout")
+    folder.joinpath("_build.json").write_text(json.dumps({name: said for name, said in info.items() if said}) + "\n")
 
 
 class BuildPy(build_py):
     def run(self):
         super().run()
-        write_info("." if self.editable_mode else self.build_lib)
+        write_info(self, info)
 
 
-def write_info(folder):
-    """Beside the modules, for fused_dropout/native.py: what was built for what, and what was not."""
-    said = {name: value for name, value in info.items() if value}
-    Path(folder, "fused_dropout", "_build.json").write_text(json.dumps(said) + "\n")
-
-
+commands = {"build_py": BuildPy}
 if not missing:
     if toolkit:
         os.environ["CUDA_HOME"] = toolkit  # cpp_extension reads it when it is imported
@@ -82,23 +81,20 @@ if not missing:
             except Exception as error:
                 if BUILD != "auto":
                     raise
-                info.clear()
-                info["left_out"] = f"everything: compiling failed ({error})"
-                print(f"fused_dropout: the pure-PyTorch fallback is installed: {info['left_out']}", file=sys.stderr)
-                write_info("." if self.inplace else self.build_lib)
+                write_info(self, {"left_out": f"everything: compiling failed ({error})"})
 
-    Extension, commands["build_ext"] = CUDAExtension if toolkit else CppExtension, Build
+    commands["build_ext"] = Build
+    Extension = CUDAExtension if toolkit else CppExtension
     flags = ["-O3", "-fvisibility=hidden", *["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)]
     stable = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest whose stable ABI the kernels are kept to
     sources = ["csrc/library.cpp", "csrc/dropout_cpu.cpp"] + ["csrc/dropout_cuda.cu"] * bool(toolkit)
-    arguments = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
-    extensions.append(Extension("fused_dropout._C", sources, extra_compile_args=arguments, py_limited_api=True))
-    extensions.append(Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags}))
+    options = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
+    kernels = Extension("fused_dropout._C", sources, extra_compile_args=options, py_limited_api=True)
+    extensions = [kernels, Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags})]
     for extension in extensions if toolkit and CUDART == "static" else []:
-        extension.libraries.remove("cudart")
-        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        extension.libraries[extension.libraries.index("cudart")] = "cudart_static"
 
 print(f"fused_dropout: found torch {torch and torch.__version__}, compiler {compiler}, CUDA {toolkit}", file=sys.stderr)
 print(f"fused_dropout: compiles {', '.join(e.name for e in extensions) or 'nothing'}", file=sys.stderr)
 print(f"fused_dropout: leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
-setup(ext_modules=extensions, cmdclass={**commands, "build_py": BuildPy}, setup_requires=[] if torch else ["torch"])
+setup(ext_modules=extensions, cmdclass=commands, setup_requires=[] if torch else ["torch"])
