@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 
-.PHONY: help bench test test-cuda test-abi test-fakegpu lint format clean
+.PHONY: help bench test test-cuda test-abi test-fakegpu lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -46,7 +46,11 @@ test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpre
 	cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py --strict -m pytest -q -m gpu \
 		-p no:cacheprovider test_cuda.py -k "not graph"
 
-lint: build/linters ## ruff, clang-format, mypy
+readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
+	$(PY) benchmarks/readme_numbers.py
+
+lint: build/linters ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
+	$(PY) benchmarks/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp

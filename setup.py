@@ -1,8 +1,7 @@
 """Decides what to compile by what is there, builds it, and says so in three lines.
 
 FUSED_DROPOUT_BUILD=auto|cuda|cpu|none (auto), FUSED_DROPOUT_CUDART=static|shared (static), TORCH_CUDA_ARCH_LIST.
-With "auto" the fallback is installed when something is missing or does not compile; "cuda" and "cpu" then fail.
-"""
+With "auto" the fallback is installed when something is missing or does not compile; "cuda" and "cpu" then fail."""
 
 import json
 import os
@@ -17,8 +16,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 SITE = sysconfig.get_paths()["purelib"]
-# Under build isolation the environment that will run is still this interpreter's own: build for the torch in it.
-sys.path.append(SITE)
+sys.path.append(SITE)  # under build isolation too: the torch to build for is the one that will run
 try:
     import torch
 except ImportError:
@@ -92,9 +90,10 @@ if not missing:
     kernels = Extension("fused_dropout._C", sources, extra_compile_args=options, py_limited_api=True)
     extensions = [kernels, Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags})]
     for extension in extensions if toolkit and CUDART == "static" else []:
-        extension.libraries[extension.libraries.index("cudart")] = "cudart_static"
+        extension.libraries.remove("cudart")
+        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 print(f"fused_dropout: found torch {torch and torch.__version__}, compiler {compiler}, CUDA {toolkit}", file=sys.stderr)
-print(f"fused_dropout: compiles {', '.join(e.name for e in extensions) or 'nothing'}", file=sys.stderr)
-print(f"fused_dropout: leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
+built = [extension.name for extension in extensions] or "nothing"
+print(f"fused_dropout: compiles {built}\nfused_dropout: leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
 setup(ext_modules=extensions, cmdclass=commands, setup_requires=[] if torch else ["torch"])

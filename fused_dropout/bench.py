@@ -206,10 +206,11 @@ def measure_training(device: str, runs: int) -> list[Training]:
     return records
 
 
-def plan(device: str, quick: bool, speed_seconds: float) -> Iterator[Step]:
+def plan(device: str, quick: bool, share: float) -> Iterator[Step]:
     kinds = [*product(DTYPES, SIZES[device], CASES), ("float32", SIZES[device][1], "eval")]
+    seconds = share * (_QUICK_SPEED_SECONDS if quick else _SPEED_SECONDS) / len(kinds)
     for dtype, numel, case in kinds:
-        run = partial(measure_speed, device, dtype, numel, case, speed_seconds / len(kinds))
+        run = partial(measure_speed, device, dtype, numel, case, seconds)
         yield Step("speed", f"{device} {dtype} {_power(numel)} {case}", run)
     yield Step("saved_bytes", f"{device} saved bytes", partial(measure_saved_bytes, device))
     draws = 2**21 if quick or backend_info().devices[device] == "reference" else 2**24
@@ -238,10 +239,11 @@ def _power(numel: int) -> str:
 
 def _round(value: float) -> str:
     """Three significant digits, and no fewer before the point."""
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}" if value < 99999.5 else f"{value / 1000:.0f}k"
 
 
-def _speed_cell(r: Speed | None) -> str:  # 29 columns
+def _speed_cell(r: Speed | None) -> str:
     if r is None:
         return f"{'-':>6}{'-':>6}{'-':>7}{'':10}"
     torch_us, fd_us = (_round(ns * r.numel / 1e3) for ns in (r.torch_ns, r.fd_ns))
@@ -313,8 +315,8 @@ def describe_environment() -> dict[str, object]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     there = list(backend_info().devices)
-    parser = argparse.ArgumentParser(prog="python -m fused_dropout bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", default="fused_dropout_bench.json", help="for the results")
+    parser = argparse.ArgumentParser("python -m fused_dropout bench", description="nn.Dropout and fd.Dropout compared")
+    parser.add_argument("--json", type=Path, default="fused_dropout_bench.json", help="default: %(default)s")
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="default: all that are there")
     parser.add_argument("--quick", action="store_true", help="a few seconds, and noisy: to see that it works")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
@@ -330,11 +332,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes: everything, or at Ctrl-C what there is so far. Returns the exit code."""
     options = _parse(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    speed_seconds = (_QUICK_SPEED_SECONDS if options.quick else _SPEED_SECONDS) / len(options.devices)
-    steps = [step for device in options.devices for step in plan(device, options.quick, speed_seconds)]
-    environment, report = describe_environment(), {"speed": [], "saved_bytes": [], "drop_rate": [], "training": []}
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    steps = [step for device in options.devices for step in plan(device, options.quick, 1 / len(options.devices))]
+    environment = describe_environment()
+    report: dict[str, list] = {"speed": [], "saved_bytes": [], "drop_rate": [], "training": []}
     code, ending = 0, "Written to"
     try:
         execute(steps, report)
