@@ -15,8 +15,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SITE = sysconfig.get_paths()["purelib"]
-sys.path.append(SITE)  # under build isolation too: the torch to build for is the one that will run
+SITE = Path(sysconfig.get_paths()["purelib"])
+sys.path.append(str(SITE))  # under build isolation too: the torch to build for is the one that will run
 try:
     import torch
 except ImportError:
@@ -31,9 +31,8 @@ def setting(name, *allowed):
 
 def find_toolkit():
     """The CUDA toolkit's folder, asked of nvcc itself: on PATH it may be a wrapper. PyPI's packages come last."""
-    packaged = map(str, sorted(Path(SITE).glob("nvidia/cu*/bin")))
-    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), *packaged]
-    if nvcc := shutil.which("nvcc", path=os.pathsep.join(folders)):
+    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), *SITE.glob("nvidia/cu*/bin")]
+    if nvcc := shutil.which("nvcc", path=os.pathsep.join(map(str, folders))):
         said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
         return os.path.realpath(re.search(r"^#\$ TOP=(.+)$", said, re.M)[1])
 
@@ -43,8 +42,9 @@ CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
 missing = "no torch was found" if not torch else "no C++ compiler was found" if not compiler else ""
 missing = "FUSED_DROPOUT_BUILD=none" if BUILD == "none" else missing
-toolkit = find_toolkit() if torch and torch.version.cuda and BUILD in ("auto", "cuda") else None
-no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc, or a torch without CUDA"
+cuda = torch.version.cuda if torch else None
+toolkit = find_toolkit() if cuda and BUILD in ("auto", "cuda") else None
+no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc was found" if cuda else "this torch is built without it"
 if BUILD in ("cuda", "cpu") and (missing or (BUILD == "cuda" and no_cuda)):
     raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD}, but this cannot be built: {missing or no_cuda}")
 info = {"left_out": f"everything: {missing}" if missing else no_cuda and f"CUDA: {no_cuda}"}
@@ -68,7 +68,7 @@ if not missing:
     if toolkit:
         os.environ["CUDA_HOME"] = toolkit  # cpp_extension reads it when it is imported
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-        info |= {"cuda": torch.version.cuda, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
+        info |= {"cuda": cuda, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     info["torch"] = torch.__version__
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

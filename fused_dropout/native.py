@@ -34,11 +34,12 @@ class BackendInfo:
 
     def __str__(self) -> str:
         served = ", ".join(f"{device}: {path}" for device, path in self.devices.items())
-        built = ", ".join(f"{name} {value}" for name, value in self.built.items()) or "nothing"
+        built = ", ".join(f"{name} {value}" for name, value in self.built.items() if name != "left_out") or "nothing"
+        left_out = f"; left out {self.built['left_out']}" if "left_out" in self.built else ""
         lines = [
             f"fused_dropout {self.version}, torch {self.torch}, CUDA {self.cuda or 'none'}, backend {self.backend}",
             f"served by     {served}; eager binding: {'yes' if self.eager else 'no'}",
-            f"compiled for  {built}",
+            f"compiled for  {built}{left_out}",
         ]
         return "\n".join(lines + [f"note          {note}" for note in self.notes])
 
