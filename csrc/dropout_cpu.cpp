@@ -1,24 +1,35 @@
-// The operators on the CPU: blocks of eight draws, spread over torch's threads.
+// The operators on the CPU: the kernels for the best instruction set that the machine has, spread over torch's threads.
+#include "cpu_kernels.h"
 #include "operators.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+#include <cstdlib>
+#include <string_view>
 
 namespace fused_dropout {
+
+const CpuKernels& choose_kernels() {
+  const char* setting = std::getenv("FUSED_DROPOUT_CPU_ISA");  // native.py has checked it
+  const std::string_view wanted = setting ? setting : "auto";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (wanted == "auto" || wanted == "avx512")) return kAvx512Kernels;
+  if (avx2 && wanted != "portable") return kAvx2Kernels;
+#endif
+  return kPortableKernels;
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = choose_kernels();
+  return chosen;
+}
+
 namespace {
 
 // Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrain = 1 << 14;
-
-// Calls visit(i, kept) for the n elements that begin with this index.
-template <typename Visit>
-void for_each_kept(Key key, Threshold t, uint64_t index, int64_t n, const Visit& visit) {
-  for (int64_t i = 0; i < n;) {
-    const Words words = block_words(key, (index + i) / kBlock);
-    int slot = (index + i) % kBlock;
-    for (; slot < kBlock && i < n; ++slot, ++i) visit(i, keep(words, slot, t));
-  }
-}
+constexpr int64_t kGrain = 1 << 16;
 
 // Cuts the rows into stretches of consecutive elements, several threads' worth, and calls
 // stretch(position in x, position in y, index, length) for each.
@@ -37,34 +48,25 @@ void for_each_stretch(const Job& job, const Stretch& stretch) {
   torch::stable::parallel_for(0, job.numel(), kGrain, cut);
 }
 
-template <typename T, typename Compute = float>
-void drop(const Job& job, Key key) {
-  const Threshold t = threshold(job.p);
-  const Compute s = static_cast<Compute>(scale(job.p));
+template <typename T>
+void drop(const Job& job, const Draw& draw, void (*kernel)(const T*, T*, uint64_t, int64_t, const Draw&)) {
   for_each_stretch(job, [&](int64_t from, int64_t to, uint64_t index, int64_t n) {
-    const T* x = static_cast<const T*>(job.x) + from;
-    T* y = static_cast<T*>(job.y) + to;
-    for_each_kept(key, t, index, n, [=](int64_t i, bool kept) { y[i] = drop_or_scale(kept, x[i], s); });
-  });
-}
-
-void write_mask(const Job& job, Key key) {
-  const Threshold t = threshold(job.p);
-  for_each_stretch(job, [&](int64_t, int64_t to, uint64_t index, int64_t n) {
-    bool* y = static_cast<bool*>(job.y) + to;
-    for_each_kept(key, t, index, n, [=](int64_t i, bool kept) { y[i] = kept; });
+    kernel(static_cast<const T*>(job.x) + from, static_cast<T*>(job.y) + to, index, n, draw);
   });
 }
 
 void run_cpu(const Job& job) {
   const uint64_t* words = job.key.const_data_ptr<uint64_t>();
-  const Key key{words[0], words[1]};
+  const Draw draw{{words[0], words[1]}, threshold(job.p), scale(job.p)};
   switch (job.dtype) {
-    case ScalarType::Float: return drop<float>(job, key);
-    case ScalarType::Double: return drop<double, double>(job, key);
-    case ScalarType::Half: return drop<torch::headeronly::Half>(job, key);
-    case ScalarType::BFloat16: return drop<torch::headeronly::BFloat16>(job, key);
-    default: return write_mask(job, key);
+    case ScalarType::Float: return drop(job, draw, cpu_kernels().float32);
+    case ScalarType::Double: return drop(job, draw, cpu_kernels().float64);
+    case ScalarType::Half: return drop(job, draw, cpu_kernels().float16);
+    case ScalarType::BFloat16: return drop(job, draw, cpu_kernels().bfloat16);
+    default:
+      return for_each_stretch(job, [&](int64_t, int64_t to, uint64_t index, int64_t n) {
+        cpu_kernels().mask(static_cast<bool*>(job.y) + to, index, n, draw);
+      });
   }
 }
 

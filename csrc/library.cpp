@@ -1,8 +1,12 @@
 // The module `fused_dropout._C`: importing it loads this library, whose static initialisers register the kernels for
-// the operators that fused_dropout/operators.py defines. It has nothing to offer Python itself.
+// the operators that fused_dropout/operators.py defines. All that it has to offer Python itself is what it chose.
 #include <Python.h>
 
+#include "cpu_kernels.h"
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddStringConstant(module, "cpu_isa", fused_dropout::cpu_kernels().isa);
+  return module;
 }

@@ -22,7 +22,7 @@ struct Threshold {
   uint32_t hi, lo;
 };
 
-inline Threshold threshold(double p) {
+static inline Threshold threshold(double p) {
   constexpr double kTwo48 = 281474976710656.0;
   double kept = std::floor((1.0 - p) * kTwo48 + 0.5);
   // Strictly between 0 and 1 neither outcome becomes impossible; at 0 all are kept and at 1 none.
@@ -33,14 +33,18 @@ inline Threshold threshold(double p) {
 }
 
 // What the kept elements are multiplied by, in the precision of the product: float, or double for double.
-inline double scale(double p) {
+static inline double scale(double p) {
   return 1.0 / (1.0 - p);
+}
+
+FUSED_DROPOUT_HOST_DEVICE PhiloxKey philox_key(Key key) {
+  return {{static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32)}};
 }
 
 FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
   const Words counter = {{static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32),
                           static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32)}};
-  return philox(counter, {{static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32)}});
+  return philox(counter, philox_key(key));
 }
 
 // Does the element in this slot (its index modulo 8) of the block survive? A draw below the threshold's high part does,

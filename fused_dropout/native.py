@@ -10,7 +10,10 @@ from types import ModuleType
 
 import torch
 
-_BACKENDS = ("auto", "native", "python")
+_SETTINGS = {
+    "FUSED_DROPOUT_BACKEND": ("auto", "native", "python"),
+    "FUSED_DROPOUT_CPU_ISA": ("auto", "avx512", "avx2", "portable"),
+}
 _BUILD_FILE = Path(__file__).with_name("_build.json")
 
 
@@ -18,9 +21,9 @@ _BUILD_FILE = Path(__file__).with_name("_build.json")
 class BackendInfo:
     """Which path serves each device, and why not a better one.
 
-    devices: "native" or "reference" for each device type. eager: whether the C++ binding takes the calls outside of
-    transforms. notes: a line for each thing that is missing. built: what the compiled part was built for (torch, CUDA,
-    architectures), empty if nothing was.
+    devices: "native" or "reference" for each device type. cpu_isa: the instruction set of the CPU kernels, if they are
+    there. eager: whether the C++ binding takes the calls outside of transforms. notes: a line for each thing that is
+    missing. built: what the compiled part was built for (torch, CUDA, architectures), empty if nothing was.
     """
 
     version: str
@@ -29,6 +32,7 @@ class BackendInfo:
     backend: str
     devices: dict[str, str]
     eager: bool
+    cpu_isa: str | None = None
     notes: tuple[str, ...] = ()
     built: dict[str, object] = field(default_factory=dict)
 
@@ -38,16 +42,16 @@ class BackendInfo:
         left_out = f"; left out {self.built['left_out']}" if "left_out" in self.built else ""
         lines = [
             f"fused_dropout {self.version}, torch {self.torch}, CUDA {self.cuda or 'none'}, backend {self.backend}",
-            f"served by     {served}; eager binding: {'yes' if self.eager else 'no'}",
+            f"served by     {served}; CPU kernels: {self.cpu_isa}; eager binding: {'yes' if self.eager else 'no'}",
             f"compiled for  {built}{left_out}",
         ]
         return "\n".join(lines + [f"note          {note}" for note in self.notes])
 
 
-def _setting() -> str:
-    value = os.environ.get("FUSED_DROPOUT_BACKEND", "auto")
-    if value not in _BACKENDS:
-        raise ValueError(f"FUSED_DROPOUT_BACKEND has to be one of {', '.join(_BACKENDS)}, but is {value!r}")
+def _setting(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in _SETTINGS[name]:
+        raise ValueError(f"{name} has to be one of {', '.join(_SETTINGS[name])}, but is {value!r}")
     return value
 
 
@@ -76,11 +80,12 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 def _load_all() -> tuple[ModuleType | None, ModuleType | None, list[str]]:
     """The kernels, the eager binding and what is to be said about them."""
-    if (backend := _setting()) == "python":
+    _setting("FUSED_DROPOUT_CPU_ISA")  # the library reads it when it is loaded
+    if _backend == "python":
         return None, None, ["FUSED_DROPOUT_BACKEND=python"]
     kernels, reason = _load("_C")
     if kernels is None:
-        if backend == "native":
+        if _backend == "native":
             raise ImportError(f"FUSED_DROPOUT_BACKEND=native, but the compiled kernels are {reason}")
         return None, None, [f"kernels {reason}; the pure-PyTorch reference serves instead"]
     built_for = str(_built().get("torch", ""))
@@ -91,8 +96,9 @@ def _load_all() -> tuple[ModuleType | None, ModuleType | None, list[str]]:
     return kernels, eager, [] if eager else [f"eager binding {reason}"]
 
 
+_backend = _setting("FUSED_DROPOUT_BACKEND")
 kernels, eager, _notes = _load_all()
-if _notes and _setting() == "auto":
+if _notes and _backend == "auto":
     warnings.warn(f"fused_dropout: {'; '.join(_notes)}", RuntimeWarning, stacklevel=2)
 
 
@@ -116,9 +122,10 @@ def backend_info() -> BackendInfo:
         version=__version__,
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        backend=_setting(),
+        backend=_backend,
         devices={device: "native" if _serves(device) else "reference" for device in devices},
         eager=eager is not None,
+        cpu_isa=kernels.cpu_isa if kernels else None,
         notes=tuple(notes),
         built=_built(),
     )

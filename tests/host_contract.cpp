@@ -6,7 +6,7 @@ using namespace fused_dropout;
 extern "C" {
 
 void philox_words(const uint32_t* counter, const uint32_t* key, uint32_t* words) {
-  const Words w = philox({{counter[0], counter[1], counter[2], counter[3]}}, {{key[0], key[1]}});
+  const Words w = philox(Words{{counter[0], counter[1], counter[2], counter[3]}}, PhiloxKey{{key[0], key[1]}});
   for (int i = 0; i < 4; ++i) words[i] = w.w[i];
 }
 

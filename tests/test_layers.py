@@ -26,7 +26,7 @@ def see(x): digest.update(x.detach().contiguous().view(torch.uint8).numpy().toby
 torch.manual_seed(11)
 generator = torch.Generator().manual_seed(12)
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    for shape in ((1,), (7,), (64,), (33, 65), (2, 3, 4, 5)):
+    for shape in ((1,), (7,), (64,), (33, 65), (2, 3, 4, 5), (300, 301)):
         for x in (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype).transpose(0, -1)):
             x.requires_grad_()
             y = fd.dropout(x, 0.3)
@@ -38,7 +38,7 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             see(fd.dropout(x, 0.9, key=torch.tensor([7, 1 << 40], dtype=torch.uint64)))
 see(torch.rand(4))
 info = fd.backend_info()
-print(json.dumps({"digest": digest.hexdigest(), "cpu": info.devices["cpu"], "eager": info.eager,
+print(json.dumps({"digest": digest.hexdigest(), "cpu": info.devices["cpu"], "eager": info.eager, "isa": info.cpu_isa,
                   "warnings": [str(w.message) for w in caught if "fused_dropout" in str(w.message)]}))
 """
 
@@ -56,6 +56,9 @@ def outcomes():
         "no kernels": run("_C"),
         "neither": run("_C,_eager"),
         "by environment": run(FUSED_DROPOUT_BACKEND="python"),
+        "avx2": run(FUSED_DROPOUT_CPU_ISA="avx2"),
+        "portable": run(FUSED_DROPOUT_CPU_ISA="portable"),
+        "one thread": run(OMP_NUM_THREADS="1"),
     }
     for name, done in runs.items():
         assert done.returncode == 0, f"{name}: {done.stderr}"
@@ -72,7 +75,11 @@ def test_each_combination_is_what_it_says(outcomes, info):
         assert outcomes["all"]["eager"] == info.eager
     for name in ("no kernels", "neither", "by environment"):
         assert outcomes[name]["cpu"] == "reference"
-    assert not any(outcome["eager"] for name, outcome in outcomes.items() if name != "all")
+        assert not outcomes[name]["eager"]
+    assert not outcomes["no eager binding"]["eager"]
+    if info.devices["cpu"] == "native":
+        assert outcomes["portable"]["isa"] == "portable"
+        assert outcomes["avx2"]["isa"] in ("avx2", "portable")
 
 
 def test_what_is_missing_is_said_once(outcomes):
@@ -83,10 +90,14 @@ def test_what_is_missing_is_said_once(outcomes):
 
 
 @pytest.mark.parametrize("value", ["fast", ""])
-def test_unknown_backend_is_an_error(value):
-    done = run(code="import fused_dropout", FUSED_DROPOUT_BACKEND=value)
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("FUSED_DROPOUT_BACKEND", "auto, native, python"), ("FUSED_DROPOUT_CPU_ISA", "auto, avx512, avx2, portable")],
+)
+def test_unknown_setting_is_an_error(name, allowed, value):
+    done = run(code="import fused_dropout", **{name: value})
     assert done.returncode != 0
-    assert f"FUSED_DROPOUT_BACKEND has to be one of auto, native, python, but is {value!r}" in done.stderr
+    assert f"{name} has to be one of {allowed}, but is {value!r}" in done.stderr
 
 
 def test_native_demanded_but_missing_is_an_error():

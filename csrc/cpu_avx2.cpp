@@ -1,0 +1,32 @@
+// The CPU kernels for AVX2: this file alone is compiled for it, below the headers that others share.
+#if defined(__x86_64__)
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+#include "vector_avx2.h"
+#include "vector_kernels.h"
+
+namespace fused_dropout {
+
+extern const CpuKernels kAvx2Kernels = make_kernels("avx2");
+
+}  // namespace fused_dropout
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
