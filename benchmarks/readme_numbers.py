@@ -14,14 +14,19 @@ OPEN, CLOSE = "<!-- numbers: written by `make readme-numbers` from benchmarks/re
 def table(result):
     """One machine: how many times faster than nn.Dropout, median and 10th to 90th percentile, by dtype, size, case."""
     environment = result["environment"]
-    device = (environment.get("gpus") or [environment["cpu"]])[0]
-    title = f"**{device}**, torch {environment['torch']}, {environment['threads']} threads, {environment['date'][:10]}"
-    cases = list(dict.fromkeys(record["case"] for record in result["speed"]))
-    lines = [f"{title}: how many times the speed of `nn.Dropout` (p = 0.1; median, 10th to 90th percentile)", ""]
+    device = (environment["gpus"] or [environment["cpu"]])[0]
+    isa = environment["backend_info"]["cpu_isa"]
+    title = (
+        f"{device} ({isa}), torch {environment['torch']}, {environment['threads']} threads, {environment['date'][:10]}"
+    )
+    cases = ["forward", "forward + backward", "in place"]
+    lines = [f"{title}. How many times the speed of `nn.Dropout`, p = 0.1: median (10th to 90th percentile).", ""]
     lines += ["| device | dtype | elements | " + " | ".join(cases) + " |", "|---|---|---|" + "---|" * len(cases)]
     rows = {}
     for record in result["speed"]:
-        cell = f"{record['ratio']:.2f} ({record['ratio_p10']:.2f} to {record['ratio_p90']:.2f})"
+        if record["case"] not in cases:
+            continue
+        cell = f"{record['ratio']:.1f} ({record['ratio_p10']:.1f} to {record['ratio_p90']:.1f})"
         rows.setdefault((record["device"], record["dtype"], record["numel"]), {})[record["case"]] = cell
     for (where, dtype, numel), cells in rows.items():
         values = " | ".join(cells.get(case, "") for case in cases)
