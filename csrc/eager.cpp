@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -117,8 +118,16 @@ Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64
   return at::empty_strided(gradient.sizes(), *strides, gradient.options()).copy_(gradient);
 }
 
+// The same by operations that know forward-mode AD: for a gradient that carries a tangent.
+Tensor select_scaled(const Tensor& x, double p, const Tensor& key) {
+  static const auto op =
+      find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::keep_mask");
+  return at::where(op.call(x, p, key, 0), x.mul(1.0 / (1.0 - p)), 0);
+}
+
 // Straight to the kernel where nothing else is looking; a gradient batched by vmap still needs its own rule.
 Tensor run_operator(const Tensor& x, double p, const Tensor& key, bool inplace) {
+  if (torch::autograd::isFwGradDefined(x)) return select_scaled(x, p, key);
   std::optional<at::AutoDispatchBelowADInplaceOrView> below;
   if (is_plain(x)) below.emplace();
   if (!inplace) return apply(x, p, key);
@@ -145,7 +154,7 @@ struct Dropout : torch::autograd::Function<Dropout> {
     const Tensor gradient = in_order_of(gradients[0], strides);
     const double p = ctx->saved_data["p"].toDouble();
     const Tensor key = ctx->get_saved_variables()[0];
-    const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad();
+    const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad() && is_plain(gradient);
     return {recorded ? Dropout::apply(gradient, p, key, false) : run_operator(gradient, p, key, false), Tensor(),
             Tensor(), Tensor()};
   }

@@ -232,6 +232,16 @@ class TestTransforms:
         assert torch.equal(y, fd.dropout(x, P, key=key))
         assert torch.equal(dy, torch.where(y != 0, tangent * torch.tensor(1 / (1 - P)).float(), 0))
 
+    def test_gradient_with_a_tangent(self, key):
+        """Forward mode over backward: the tangent of the gradient goes through the same mask."""
+        x, tangent = torch.rand(20, requires_grad=True), torch.rand(20)
+        y = fd.dropout(x, P, key=key)
+        with torch.autograd.forward_ad.dual_level():
+            gradient = torch.autograd.forward_ad.make_dual(torch.rand(20), tangent)
+            (dx,) = torch.autograd.grad(y, x, gradient)
+            dx_tangent = torch.autograd.forward_ad.unpack_dual(dx).tangent
+        assert torch.equal(dx_tangent, torch.where(y != 0, tangent * torch.tensor(1 / (1 - P)).float(), 0))
+
     def test_batched_gradients(self, key):
         x = torch.rand(8, requires_grad=True)
         y = fd.dropout(x, P, key=key)
