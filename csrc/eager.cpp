@@ -2,7 +2,6 @@
 // small call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of
 // torch; without it, fused_dropout/autograd.py and rng.py do the same in Python, bit for bit.
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>

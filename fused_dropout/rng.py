@@ -66,4 +66,4 @@ def _take_key_under_functorch(device: torch.device, generator: Generator | None)
     if RandomnessType.Different not in modes:
         return draw_key(device, generator)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
-    return torch.cat((seed, torch.zeros_like(seed))).view(torch.uint64)
+    return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
