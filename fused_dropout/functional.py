@@ -59,7 +59,7 @@ def dropout(
         >>> x = torch.ones(4)
         >>> key = torch.tensor([1, 0], dtype=torch.uint64)
         >>> fd.dropout(x, 0.5, key=key)
-        tensor([0., 2., 2., 2.])
+        tensor([2., 0., 2., 0.])
     """
     if has_torch_function_unary(input):
         return _overridden(input, p, training, inplace, generator, key)
@@ -190,7 +190,7 @@ def keep_mask(
     Example::
 
         >>> fd.keep_mask((4,), 0.5, torch.tensor([1, 0], dtype=torch.uint64))
-        tensor([False,  True,  True,  True])
+        tensor([ True, False,  True, False])
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")

@@ -1,6 +1,8 @@
 """Whatever nn.Dropout and F.dropout do for a user, this does: seeding, eval mode, modules, scripting, odd inputs."""
 
 import copy
+import doctest
+import importlib
 import inspect
 import pickle
 
@@ -315,3 +317,11 @@ class TestOtherPaths:
         with ThreadPoolExecutor(8) as pool:
             masks = list(pool.map(lambda _: tuple(fd.dropout(ones(64)).tolist()), range(200)))
         assert len(set(masks)) == 200
+
+
+@pytest.mark.parametrize("name", ["functional", "modules"])
+def test_examples_of_the_docstrings(name):
+    module = importlib.import_module(f"fused_dropout.{name}")
+    outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch})
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
