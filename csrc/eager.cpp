@@ -12,6 +12,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #ifdef FUSED_DROPOUT_CUDA
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #endif
@@ -159,6 +164,21 @@ struct Dropout : torch::autograd::Function<Dropout> {
   }
 };
 
+// Whether elements may share memory: each dimension has to step over all that the smaller ones reach.
+bool may_overlap(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span) return true;
+    span += stride * (size - 1);
+  }
+  return false;
+}
+
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
 std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
                               const std::optional<Tensor>& key) {
@@ -167,9 +187,7 @@ std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
   if (inplace) {
     torch::autograd::check_inplace(x, recorded);
-    if (!x.is_non_overlapping_and_dense() || (x.is_inference() && !c10::InferenceMode::is_enabled())) {
-      return std::nullopt;
-    }
+    if (may_overlap(x) || (x.is_inference() && !c10::InferenceMode::is_enabled())) return std::nullopt;
   }
   const Tensor used = key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator);
   if (recorded) return Dropout::apply(x, p, used, inplace);
