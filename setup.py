@@ -84,7 +84,7 @@ if not missing:
 
     commands["build_ext"] = Build
     Extension = CUDAExtension if toolkit else CppExtension
-    flags = ["-O3", "-fvisibility=hidden", *["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)]
+    flags = ["-O3", "-g0", "-fvisibility=hidden"] + ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)
     stable = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest whose stable ABI the kernels are kept to
     sources = ["csrc/library.cpp", *glob("csrc/*cpu*.cpp"), *["csrc/dropout_cuda.cu"] * bool(toolkit)]
     options = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}

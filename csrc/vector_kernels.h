@@ -53,15 +53,52 @@ __attribute__((noinline)) void settle_ties(const Draw& draw, uint64_t block, Kep
 }
 
 template <typename T, typename Compute>
+inline void finish_group(const T* x, T* y, uint64_t block, const PhiloxWords<Lanes>& words, const Group& group,
+                         Compute scale) {
+  Draws draws[2];
+  draws_of(words, draws);
+  Kept front = below(draws[0], group.limit), back = below(draws[1], group.limit);
+  if (__builtin_expect(any_equal(draws[0], draws[1], group.limit), 0)) {
+    Kept kept[2];  // apart from the above, whose address nobody takes: they stay in registers
+    settle_ties(group.draw, block, kept);
+    front = kept[0];
+    back = kept[1];
+  }
+  write(x, y, front, scale);
+  write(x + kGroup / 2, y + kGroup / 2, back, scale);
+}
+
+template <typename T, typename Compute>
 inline void drop_group(const T* x, T* y, uint64_t block, const Group& group, Compute scale) {
   const Lanes blocks = blocks_from(block);
   const PhiloxWords<Lanes> counter = {{group.offset[0], group.offset[1], blocks, high(blocks)}};
-  Draws draws[2];
-  draws_of(philox(counter, group.keys), draws);
-  Kept kept[2] = {below(draws[0], group.limit), below(draws[1], group.limit)};
-  if (__builtin_expect(any_equal(draws[0], draws[1], group.limit), 0)) settle_ties(group.draw, block, kept);
-  write(x, y, kept[0], scale);
-  write(x + kGroup / 2, y + kGroup / 2, kept[1], scale);
+  finish_group(x, y, block, philox(counter, group.keys), group, scale);
+}
+
+// Two groups at once: a round waits for its products, and the other group's fill the time.
+struct Twin {
+  Lanes a, b;
+};
+
+inline Twin multiply(const Twin& t, uint32_t multiplier) {
+  return {multiply(t.a, multiplier), multiply(t.b, multiplier)};
+}
+inline Twin high(const Twin& product) {
+  return {high(product.a), high(product.b)};
+}
+inline Twin low(const Twin& product) {
+  return product;
+}
+inline Twin xor3(const Twin& x, const Twin& y, const Lanes& key) {
+  return {xor3(x.a, y.a, key), xor3(x.b, y.b, key)};
+}
+
+template <typename T, typename Compute>
+inline void drop_two_groups(const T* x, T* y, uint64_t block, const Group& group, Compute scale) {
+  const Lanes &low = group.offset[0], &up = group.offset[1], a = blocks_from(block), b = blocks_from(block + kLanes);
+  const auto [w] = philox(PhiloxWords<Twin>{{{low, low}, {up, up}, {a, b}, {high(a), high(b)}}}, group.keys);
+  finish_group(x, y, block, {{w[0].a, w[1].a, w[2].a, w[3].a}}, group, scale);
+  finish_group(x + kGroup, y + kGroup, block + kLanes, {{w[0].b, w[1].b, w[2].b, w[3].b}}, group, scale);
 }
 
 // Whole groups straight from memory; what is left at a ragged head or tail by way of a buffer.
@@ -72,7 +109,10 @@ void drop(const T* x, T* y, uint64_t index, int64_t n, const Draw& draw) {
   while (n > 0) {
     const int skip = static_cast<int>(index % kBlock);
     int64_t count = kGroup - skip;
-    if (skip == 0 && n >= kGroup) {
+    if (skip == 0 && n >= 2 * kGroup) {
+      count = 2 * kGroup;
+      drop_two_groups(x, y, index / kBlock, group, scale);
+    } else if (skip == 0 && n >= kGroup) {
       drop_group(x, y, index / kBlock, group, scale);
     } else {
       count = n < count ? n : count;
