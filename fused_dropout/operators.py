@@ -64,7 +64,7 @@ def _apply_batched(
     x_dim, _, key_dim, *_ = in_dims
     samples = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
     if key_dim is None:
-        return reference.drop(samples, keep_mask(samples[0], p, key, start), p), 0
+        return torch.where(keep_mask(samples[0], p, key, start), samples * reference.scale(p), 0.0), 0
     pairs = zip(samples, key.unbind(key_dim), strict=True)
     return torch.stack([apply(sample, p, own_key, start) for sample, own_key in pairs]), 0
 

@@ -101,18 +101,18 @@ def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     return torch.empty_like(x, dtype=torch.bool).copy_(flat.view(x.shape))
 
 
-def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """Dropout of x with a given mask."""
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scale = 1.0 / (1.0 - p) if p < 1 else 0.0
-    return torch.where(mask, (x.to(precision) * scale).to(x.dtype), 0.0)
+def scale(p: float) -> float:
+    """What a kept element is multiplied by."""
+    return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
 def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     """Dropout of x with the mask that ``keep_mask`` gives, in the layout of ``torch.empty_like(x)``."""
-    return torch.empty_like(x).copy_(drop(x, keep_mask(x, p, key, start), p))
+    # mul by a Python number is what the contract asks for: it takes the product in float32, or float64 for float64.
+    product = torch.mul(x, scale(p), out=torch.empty_like(x))
+    return product.masked_fill_(~keep_mask(x, p, key, start), 0.0)
 
 
 def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
     """``apply`` in place."""
-    x.copy_(drop(x, keep_mask(x, p, key, start), p))
+    x.mul_(scale(p)).masked_fill_(~keep_mask(x, p, key, start), 0.0)
