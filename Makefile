@@ -18,13 +18,16 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 
-.PHONY: help bench test test-cuda test-abi test-fakegpu lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fused_dropout_bench.json, two minutes
 	$(PY) -m fused_dropout bench
+
+bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
+	$(PY) benchmarks/cpu_targets.py
 
 test: $(INSTALLED) ## the whole suite; then the core without the eager binding, and without any compiled part
 	$(PY) -m pytest -q
@@ -45,6 +48,24 @@ test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpre
 	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
 	cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py --strict -m pytest -q -m gpu \
 		-p no:cacheprovider test_cuda.py -k "not graph"
+
+test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulated CPUs without AVX2 and without AVX-512, two minutes
+	@command -v qemu-x86_64 >/dev/null || { echo "there is no qemu-x86_64: apt-get install qemu-user"; exit 1; }
+	for machine in Nehalem:portable Haswell:avx2; do \
+		cpu=$${machine%:*} isa=$${machine#*:}; echo "$$cpu has to choose $$isa"; \
+		test "$$(qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --dispatch)" = $$isa && \
+		qemu-x86_64 -cpu $$cpu build/cpu-kernels-test && \
+		qemu-x86_64 -cpu $$cpu $(PY) -W ignore -c "$$ON_THIS_CPU" $$isa || exit 1; \
+	done 2> >(grep -v "TCG doesn't support" >&2)
+	@# Kernels of more than the CPU has, run by force, are stopped: it would have been noticed.
+	for machine in Nehalem:avx2 Haswell:avx512; do \
+		qemu-x86_64 -cpu $${machine%:*} build/cpu-kernels-test --force $${machine#*:} 2>/dev/null \
+			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
+	done
+
+sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute
+	build/cpu-kernels-asan
+	build/cpu-kernels-tsan --threads
 
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
 	$(PY) benchmarks/readme_numbers.py
@@ -75,6 +96,30 @@ $(INSTALLED): $(PY) $(SOURCES)
 	@cd build 2>/dev/null || mkdir build
 	@$(PY) -m fused_dropout info
 	@touch $@
+
+# The CPU kernels without torch, under a program that compares them with a scalar loop.
+KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/cpu_portable.cpp csrc/cpu_avx2.cpp csrc/cpu_avx512.cpp
+build/cpu-kernels-test: SANITIZE = -O3
+build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread
+
+build/cpu-kernels-test build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h)
+	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
+		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
+
+# The library itself on an emulated CPU: what it chooses there, and that it runs.
+define ON_THIS_CPU
+import sys, torch, fused_dropout as fd
+from fused_dropout import reference
+assert fd.backend_info().cpu_isa == sys.argv[1], fd.backend_info()
+key = torch.tensor([1, 2], dtype=torch.uint64)
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    x = torch.randn(200003).to(dtype)
+    assert torch.equal(fd.dropout(x, 0.3, key=key), reference.apply(x, 0.3, key)), dtype
+assert torch.equal(fd.keep_mask(x, 0.3, key), reference.keep_mask(x, 0.3, key))
+print("ok fused_dropout with", fd.backend_info().cpu_isa)
+endef
+export ON_THIS_CPU
 
 build/linters: $(INSTALLED) Makefile
 	$(PY) -m pip install -q $(LINTERS)

@@ -1,0 +1,248 @@
+"""``make bench-cpu``: what the CPU kernels have to reach, and what they do on this machine, within five minutes.
+
+All contenders of a row take turns (ABAB...) in one process, so that whatever slows the machine slows all. A figure is
+the median of the ratios of neighbours. ``--row NAME`` measures one row and prints JSON: rows that need another
+environment are run that way, in a process of their own.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIDE_EAGER = "CPU_TARGETS_HIDE_EAGER"
+if os.environ.get(HIDE_EAGER):
+    sys.modules["fused_dropout._eager"] = None
+
+import fused_dropout as fd  # noqa: E402
+from fused_dropout.bench import P, describe_environment  # noqa: E402
+
+SAMPLE_NS = 2e6
+MIN_ROUNDS = 9
+
+
+@dataclass
+class Contender:
+    call: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None  # before each sample, not timed
+    units: int = 1  # of work in a call
+    calls: int = 1  # in a sample
+
+    def sample(self) -> float:
+        """Nanoseconds."""
+        self.prepare()
+        start = time.perf_counter_ns()
+        for _ in range(self.calls):
+            self.call()
+        return time.perf_counter_ns() - start
+
+    def warm_up(self) -> None:
+        self.sample()
+        while self.sample() < SAMPLE_NS:
+            self.calls *= 2
+
+
+def _values(log2: int, dtype: str = "float32") -> Tensor:
+    return torch.randn(2**log2).to(getattr(torch, dtype))
+
+
+def forward(log2: int, dtype: str = "float32", grad: bool = False) -> list[Contender]:
+    x = _values(log2, dtype).requires_grad_(grad)
+    return [Contender(partial(dropout, x, P)) for dropout in (fd.dropout, F.dropout)]
+
+
+def forward_backward(log2: int) -> list[Contender]:
+    x, gradient = _values(log2).requires_grad_(), _values(log2)
+
+    def run(dropout: Callable[[Tensor, float], Tensor]) -> None:
+        dropout(x, P).backward(gradient)
+        x.grad = None
+
+    return [Contender(partial(run, dropout)) for dropout in (fd.dropout, F.dropout)]
+
+
+def forward_or_product(log2: int) -> list[Contender]:
+    x = _values(log2)
+    return [Contender(partial(fd.dropout, x, P)), Contender(partial(torch.mul, x, 1.1))]
+
+
+# In place the values grow: each sample begins with ones. The samples of small tensors are longer than any value lives.
+def _in_place(x: Tensor, call: Callable[[], object]) -> Contender:
+    return Contender(call, partial(x.fill_, 1.0), units=x.numel())
+
+
+def in_place_or_product(log2: int) -> list[Contender]:
+    x = _values(log2)
+    return [_in_place(x, partial(fd.dropout, x, P, True, True)), _in_place(x, partial(x.mul_, 1.1))]
+
+
+def in_place_sizes(low: int, high: int) -> list[Contender]:
+    largest = _values(high)
+    tensors = [largest[: 2**log2] for log2 in range(low, high + 1)]
+    return [_in_place(x, partial(fd.dropout, x, P, True, True)) for x in tensors]
+
+
+def threads(log2: int, *counts: int) -> list[Contender]:
+    call = partial(fd.dropout, _values(log2), P)
+
+    def prepare(count: int) -> None:
+        torch.set_num_threads(count)
+        call()  # wakes them
+
+    return [Contender(call, partial(prepare, count)) for count in counts]
+
+
+def training_step(*sizes: int) -> list[Contender]:
+    images, labels = torch.randn(128, sizes[0]), torch.randint(sizes[-1], (128,))
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    linears = [nn.Linear(*ends) for ends in pairwise(sizes)]
+    contenders = []
+    for dropout in (fd.Dropout, nn.Dropout):
+        hidden = [layer for linear in linears[:-1] for layer in (linear, nn.ReLU(), dropout(0.5))]
+        model = deepcopy(nn.Sequential(*hidden, linears[-1]))
+        contenders.append(Contender(partial(step, model, torch.optim.Adam(model.parameters(), lr=1e-3))))
+    return contenders
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    what: str
+    against: str
+    direction: str  # ">=": the other's time / ours; "<=": ours / the other's
+    bounds: tuple[float, ...]  # for each case; the last one for all that follow
+    cases: Sequence[Callable[[], list[Contender]]]  # ours comes first; more than two: the worst against the best
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 6  # a case
+
+
+def at(make: Callable[..., list[Contender]], *log2s: int, **options: object) -> list[Callable[[], list[Contender]]]:
+    return [partial(make, log2, **options) for log2 in log2s]
+
+
+HALVES = at(forward, 20, 24, dtype="bfloat16") + at(forward, 20, 24, dtype="float16")
+SMALL = at(forward, 6) + at(forward_backward, 6)
+SMALL_NO_EAGER = at(forward, 6) + at(forward, 6, grad=True) + at(forward_backward, 6)
+SIZES = [partial(in_place_sizes, 12, 26)]
+STEP = [partial(training_step, 784, 512, 256, 128, 10)]
+AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
+PYTHON, NO_EAGER = {"FUSED_DROPOUT_BACKEND": "python"}, {HIDE_EAGER: "1"}
+ROWS = (
+    Row("float32", "float32 forward: 2^16, 2^20, 2^22", "F.dropout", ">=", (20,), at(forward, 16, 20, 22)),
+    Row("half", "bfloat16, float16 forward: 2^20, 2^24 each", "F.dropout", ">=", (16,), HALVES),
+    Row("float64", "float64 forward: 2^20", "F.dropout", ">=", (10,), at(forward, 20, dtype="float64")),
+    Row("autograd", "float32 forward + backward: 2^20", "F.dropout", ">=", (10,), at(forward_backward, 20)),
+    Row("cache", "float32 forward in cache: 2^14, 2^16", "x * 1.1", "<=", (3.5,), at(forward_or_product, 14, 16)),
+    Row("in-place", "float32 in place: 2^24", "x.mul_(1.1)", "<=", (1.25,), at(in_place_or_product, 24)),
+    Row("out-of-place", "float32 out of place: 2^24", "x * 1.1", "<=", (1.25,), at(forward_or_product, 24)),
+    Row("avx2", "AVX2 forced, float32 forward: 2^20", "F.dropout", ">=", (12,), at(forward, 20), AVX2),
+    Row("portable", "portable forced, float32 forward: 2^20", "F.dropout", ">=", (2,), at(forward, 20), PORTABLE),
+    Row("fallback", "pure PyTorch, float32 forward: 2^20", "F.dropout", "<=", (1.5,), at(forward, 20), PYTHON),
+    Row("threads", "two threads, float32 forward: 2^22", "one thread", ">=", (1.7,), [partial(threads, 22, 2, 1)]),
+    Row("sizes", "ns an element in place, 2^12 to 2^26: worst", "its own best", "<=", (1.6,), SIZES, seconds=25),
+    Row("small", "64 floats: forward, forward + backward", "F.dropout", "<=", (0.7, 0.9), SMALL),
+    Row("no-eager", "the same and with grad, no eager binding", "F.dropout", "<=", (1.5,), SMALL_NO_EAGER, NO_EAGER),
+    Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
+)
+
+
+def interleave(contenders: Sequence[Contender], seconds: float) -> list[list[float]]:
+    """Nanoseconds for a unit of work: for each contender, one number a round."""
+    deadline = time.perf_counter() + seconds
+    for contender in contenders:
+        contender.warm_up()
+    rounds: list[list[float]] = []
+    while len(rounds) < MIN_ROUNDS or time.perf_counter() < deadline:
+        rounds.append([contender.sample() / (contender.calls * contender.units) for contender in contenders])
+    return [list(times) for times in zip(*rounds, strict=True)]
+
+
+def measure_case(case: partial, row: Row) -> dict:
+    torch.set_num_threads(1)
+    times = interleave(case(), row.seconds)
+    medians = [median(of_one) for of_one in times]
+    ours, other = times[:2]
+    if len(times) > 2:  # the worst and the best
+        ours, other = (times[medians.index(choose(medians))] for choose in (max, min))
+    pairs = zip(ours, other, strict=True)
+    ratios = [theirs / mine if row.direction == ">=" else mine / theirs for mine, theirs in pairs]
+    p10, *_, p90 = quantiles(ratios, n=10, method="inclusive")
+    options = [f"{name}={value}" for name, value in case.keywords.items()]
+    label = " ".join(map(str, (case.func.__name__, *case.args, *options)))
+    return {"case": label, "ratio": median(ratios), "p10": p10, "p90": p90, "rounds": len(ratios), "ns": medians}
+
+
+def measure(row: Row) -> list[dict]:
+    """A record for each case; none if this machine cannot run the row."""
+    if any(os.environ.get(name) != value for name, value in row.environment.items()):
+        environment = os.environ | row.environment | {"PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, __file__, "--row", row.name]
+        return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    isa = row.environment.get("FUSED_DROPOUT_CPU_ISA", fd.backend_info().cpu_isa)
+    if isa != fd.backend_info().cpu_isa or (row.name == "threads" and os.cpu_count() == 1):
+        return []
+    return [measure_case(case, row) for case in row.cases]
+
+
+def describe(row: Row, records: Sequence[dict]) -> tuple[str, ...]:
+    """The table's line."""
+    sign = 1 if row.direction == ">=" else -1
+    within = [
+        sign * record["ratio"] >= sign * row.bounds[min(i, len(row.bounds) - 1)] for i, record in enumerate(records)
+    ]
+    unit = "times faster" if row.direction == ">=" else "times its time"
+    reach = f"{row.direction} {' / '.join(map(str, row.bounds))} {unit}"
+    figures = ", ".join(f"{record['ratio']:#.3g}" for record in records)
+    if row.name == "training" and records:
+        figures += f" ({1 - records[0]['ratio']:+.1%} gained)"
+    verdict = ("reached" if all(within) else "missed") if records else "not here"
+    return row.what, row.against, reach, figures, verdict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default="fused_dropout_bench_cpu.json", help="default: %(default)s")
+    parser.add_argument("--row", choices=[row.name for row in ROWS], help="measure one row, and print JSON")
+    options = parser.parse_args()
+    torch.empty(30 * 2**18)  # freed: glibc then keeps up to 30 MiB for the next call, as in any process after a while
+    if options.row:
+        print(json.dumps(measure(next(row for row in ROWS if row.name == options.row))))
+        return
+    torch.set_num_threads(1)
+    environment, start, report = describe_environment(), time.perf_counter(), {}
+    for row in ROWS:
+        print(f"{time.perf_counter() - start:4.0f} s  {row.what}", file=sys.stderr, flush=True)
+        report[row.name] = measure(row)
+    title = f"{environment['cpu']}, {environment['backend_info']['cpu_isa']}, torch {environment['torch']}"
+    print(f"{title}, load {environment['load']} before and {os.getloadavg()[0]:.2f} after; p = {P}\n")
+    lines = [describe(row, report[row.name]) for row in ROWS]
+    lines = [("work", "against", "reach", "here", ""), *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    keys = ("name", "what", "against", "reach", "here", "verdict", "cases")
+    rows = [dict(zip(keys, (n, *line, report[n]), strict=True)) for n, line in zip(report, lines[1:], strict=True)]
+    options.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    print(f"\nWritten to {options.json}")
+
+
+if __name__ == "__main__":
+    main()
