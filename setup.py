@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from glob import glob
 from pathlib import Path
 
 from setuptools import setup
@@ -86,7 +85,7 @@ if not missing:
     Extension = CUDAExtension if toolkit else CppExtension
     flags = ["-O3", "-g0", "-fvisibility=hidden"] + ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)
     stable = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest whose stable ABI the kernels are kept to
-    sources = ["csrc/library.cpp", *glob("csrc/*cpu*.cpp"), *["csrc/dropout_cuda.cu"] * bool(toolkit)]
+    sources = ["csrc/library.cpp", *map(str, Path("csrc").glob("*cpu*.cpp")), *["csrc/dropout_cuda.cu"] * bool(toolkit)]
     options = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
     kernels = Extension("fused_dropout._C", sources, extra_compile_args=options, py_limited_api=True)
     extensions = [kernels, Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags})]

@@ -15,6 +15,7 @@
 #endif
 
 // GCC's own header makes the undefined values that it then warns of.
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "vector_avx512.h"
 #include "vector_kernels.h"
