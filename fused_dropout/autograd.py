@@ -21,8 +21,6 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     That is memory order for a dense input (whose strides are given unless they are row-major), row-major for the rest.
     """
     if strides is None:
-        if gradient.is_contiguous():
-            return gradient
         # Rows with holes between them are numbered row-major by the operator itself, in one pass.
         return gradient.contiguous() if is_dense(gradient) or 0 in gradient.stride() else gradient
     if gradient.stride() == strides:
@@ -48,7 +46,8 @@ class Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (key,) = ctx.saved_tensors
-        gradient = _in_order_of(gradient, ctx.strides)
+        if ctx.strides is not None or not gradient.is_contiguous():
+            gradient = _in_order_of(gradient, ctx.strides)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return apply(gradient, ctx.p, key, is_transformed()), None, None
         return operators.apply(gradient, ctx.p, key), None, None

@@ -16,6 +16,7 @@ from . import autograd, native, operators, reference, rng
 _torch_dropout = F.dropout
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_dropout = native.eager.dropout if native.eager else None
+_STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 
@@ -91,8 +92,12 @@ def _dropout(
     if inplace:
         _check_no_overlap(input)
     if key is None:
-        draw = rng.draw_key_transformed if transformed else rng.draw_key
-        key = rng.no_key() if p == 1 else draw(input.device, generator)
+        if p == 1:
+            key = rng.no_key()
+        elif transformed:
+            key = rng.draw_key_transformed(input.device, generator)
+        else:
+            key = rng.draw_key(input.device, generator)
     if not inplace:
         return autograd.apply(input, p, key, transformed)
     if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
@@ -109,7 +114,7 @@ def _is_fusable(x: object) -> bool:
         (type(x) is Tensor or type(x) is Parameter)
         and x.dtype in _DTYPES
         and (x.is_cpu or x.is_cuda)
-        and x.layout is torch.strided
+        and x.layout is _STRIDED
         and not x.is_nested
     )
 

@@ -19,14 +19,13 @@ def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor
     Without the eager binding, the key of a call in a captured CUDA graph is two 63-bit numbers drawn on the device: a
     fresh one at each replay, though not the one that an eager call would take.
     """
-    on_cpu = device.type != "cuda"
-    if on_cpu and generator is None and draw_cpu_key is not None:
+    if generator is None and device == _CPU and draw_cpu_key is not None:
         return draw_cpu_key()
     if eager is not None and eager.serves(device.type):
         return eager.draw_key(device, generator)
     if generator is not None and generator.device.type != device.type:
         raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{generator.device.type}'")
-    if on_cpu:
+    if device.type != "cuda":
         seed = torch.empty(1, dtype=torch.int64, device=_CPU).random_(generator=generator)
         return (seed & _SEED_AND_ZERO).view(torch.uint64)
     if torch.cuda.is_current_stream_capturing():
