@@ -133,7 +133,7 @@ def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -
 def _check_no_overlap(x: Tensor) -> None:
     """Refuses to write to memory that several elements share, as torch does where it can tell cheaply."""
     span = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+    for stride, size in reference.dims_by_stride(x):
         if stride < span:
             break
         span += stride * (size - 1)

@@ -74,4 +74,3 @@ torch.library.register_vmap("fused_dropout::apply", _apply_batched, lib=_library
 apply = torch.ops.fused_dropout.apply.default
 apply_ = torch.ops.fused_dropout.apply_.default
 keep_mask = torch.ops.fused_dropout.keep_mask.default
-draw_key = torch.ops.fused_dropout.draw_key.default

@@ -78,12 +78,17 @@ def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.devic
     return flat.flatten()[skip : skip + numel]
 
 
+def dims_by_stride(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions of more than one element, those that matter for an address, ascending."""
+    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether x fills one stretch of memory without overlap, in whatever order of its dimensions."""
     if x.is_contiguous():
         return True
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+    for stride, size in dims_by_stride(x):
         if stride != expected:
             return False
         expected *= size

@@ -50,11 +50,11 @@ def draw_key_transformed(device: torch.device, generator: Generator | None) -> T
         if generator is None:
             return torch.ops.fused_dropout.draw_key(device)
     elif torch._C._are_functorch_transforms_active():
-        return _take_key_under_functorch(device, generator)
+        return _draw_key_under_functorch(device, generator)
     return draw_key(device, generator)
 
 
-def _take_key_under_functorch(device: torch.device, generator: Generator | None) -> Tensor:
+def _draw_key_under_functorch(device: torch.device, generator: Generator | None) -> Tensor:
     """Follows vmap's ``randomness``: "error" raises, "same" takes one key, "different" one for each sample."""
     from torch._C._functorch import CVmapInterpreterPtr, RandomnessType, TransformType, get_interpreter_stack
 
