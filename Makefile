@@ -49,8 +49,9 @@ test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpre
 	cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py --strict -m pytest -q -m gpu \
 		-p no:cacheprovider test_cuda.py -k "not graph"
 
-test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulated CPUs without AVX2 and without AVX-512, two minutes
-	@command -v qemu-x86_64 >/dev/null || { echo "there is no qemu-x86_64: apt-get install qemu-user"; exit 1; }
+test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulated CPUs: without AVX2, without AVX-512, and aarch64; two minutes
+	@for tool in qemu-x86_64 qemu-aarch64 aarch64-linux-gnu-g++; do command -v $$tool >/dev/null || \
+		{ echo "there is no $$tool: apt-get install qemu-user g++-aarch64-linux-gnu"; exit 1; }; done
 	for machine in Nehalem:portable Haswell:avx2; do \
 		cpu=$${machine%:*} isa=$${machine#*:}; echo "$$cpu has to choose $$isa"; \
 		test "$$(qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --dispatch)" = $$isa && \
@@ -62,6 +63,7 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 		qemu-x86_64 -cpu $${machine%:*} build/cpu-kernels-test --force $${machine#*:} 2>/dev/null \
 			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
 	done
+	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute
 	build/cpu-kernels-asan
@@ -100,10 +102,11 @@ $(INSTALLED): $(PY) $(SOURCES)
 # The CPU kernels without torch, under a program that compares them with a scalar loop.
 KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/cpu_portable.cpp csrc/cpu_avx2.cpp csrc/cpu_avx512.cpp
 build/cpu-kernels-test: SANITIZE = -O3
+build/cpu-kernels-aarch64: SANITIZE = -O3 -static
 build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread
 
-build/cpu-kernels-test build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h)
+build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h)
 	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
 		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
 

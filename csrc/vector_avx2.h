@@ -104,21 +104,22 @@ inline void write(const Half* x, Half* y, Kept kept, float scale) {
   }
 }
 
-// The product of eight elements, rounded to nearest, ties to even; a NaN stays one. 32-bit lanes.
-inline __m256i scaled_bfloat16(const BFloat16* from, float scale) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m256 x = scaled(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)), scale);
+// To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
+// half is 0 and the sum carries nothing into its exponent.
+inline __m256i rounded(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan), 16);
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
 }
 
+// The even elements and the odd ones, each where the upper half of a float is.
 inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
-  const __m256i low = scaled_bfloat16(x, scale), high = scaled_bfloat16(x + 8, scale);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_and_si256(packed, kept));
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+  const __m256i low = _mm256_srli_epi32(rounded(scaled(even, scale)), 16), high = rounded(scaled(odd, scale));
+  const __m256i both = _mm256_blend_epi16(low, high, 0xAA);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_and_si256(both, kept));
 }
 
 inline void write(const bool*, bool* y, Kept kept, float) {

@@ -88,22 +88,23 @@ inline void write(const Half* x, Half* y, Kept kept, float scale) {
   }
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
-inline __m256i to_bfloat16(__m512 x) {
+// To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
+// half is 0 and the sum carries nothing into its exponent.
+inline __m512i rounded(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000)), 16));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
 }
 
+// The even elements and the odd ones, each where the upper half of a float is.
 inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
-  for (int i = 0; i < 32; i += 16) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
-    const __m512 product = scaled(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)), kept >> i, scale);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), to_bfloat16(product));
-  }
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000)), pairs = _mm512_loadu_si512(x);
+  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+  const __m512i low = _mm512_srli_epi32(rounded(_mm512_mul_ps(even, _mm512_set1_ps(scale))), 16);
+  const __m512i high = rounded(_mm512_mul_ps(odd, _mm512_set1_ps(scale)));
+  const __m512i both = _mm512_ternarylogic_epi32(low, high, upper, 0xF8);  // low | (high & upper)
+  _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(kept, both));
 }
 
 inline void write(const bool*, bool* y, Kept kept, float) {

@@ -22,10 +22,10 @@ inline const Lanes& round_key(const RoundKeys& keys, int round, int i) {
   return keys.k[round][i];
 }
 
-// What is the same for all groups of a call.
-struct Group {
+// What is the same for all groups of a call, as long as the upper half of the block's number is.
+struct Common {
   // Where all are kept the limit is one more than 16 bits hold: then the highest draw is a tie, and won.
-  explicit Group(const Draw& draw)
+  Common(const Draw& draw, uint64_t upper)
       : draw(draw), limit(limit_of(draw.threshold.hi < 0xFFFF ? draw.threshold.hi : 0xFFFF)) {
     const PhiloxKey key = philox_key(draw.key);
     for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -33,12 +33,13 @@ struct Group {
     }
     offset[0] = all_lanes(static_cast<uint32_t>(draw.key.offset));
     offset[1] = all_lanes(static_cast<uint32_t>(draw.key.offset >> 32));
+    block_upper = all_lanes(static_cast<uint32_t>(upper));
   }
 
   const Draw& draw;
   Limit limit;
   RoundKeys keys;
-  Lanes offset[2];
+  Lanes offset[2], block_upper;
 };
 
 // Equal draws leave it to the tie: so rare, a group in a thousand, that mask.h may do all of it once more.
@@ -53,14 +54,14 @@ __attribute__((noinline)) void settle_ties(const Draw& draw, uint64_t block, Kep
 }
 
 template <typename T, typename Compute>
-inline void finish_group(const T* x, T* y, uint64_t block, const PhiloxWords<Lanes>& words, const Group& group,
-                         Compute scale) {
+inline void finish(const T* x, T* y, uint64_t block, const PhiloxWords<Lanes>& words, const Common& common,
+                   Compute scale) {
   Draws draws[2];
   draws_of(words, draws);
-  Kept front = below(draws[0], group.limit), back = below(draws[1], group.limit);
-  if (__builtin_expect(any_equal(draws[0], draws[1], group.limit), 0)) {
+  Kept front = below(draws[0], common.limit), back = below(draws[1], common.limit);
+  if (__builtin_expect(any_equal(draws[0], draws[1], common.limit), 0)) {
     Kept kept[2];  // apart from the above, whose address nobody takes: they stay in registers
-    settle_ties(group.draw, block, kept);
+    settle_ties(common.draw, block, kept);
     front = kept[0];
     back = kept[1];
   }
@@ -68,61 +69,99 @@ inline void finish_group(const T* x, T* y, uint64_t block, const PhiloxWords<Lan
   write(x + kGroup / 2, y + kGroup / 2, back, scale);
 }
 
-template <typename T, typename Compute>
-inline void drop_group(const T* x, T* y, uint64_t block, const Group& group, Compute scale) {
-  const Lanes blocks = blocks_from(block);
-  const PhiloxWords<Lanes> counter = {{group.offset[0], group.offset[1], blocks, high(blocks)}};
-  finish_group(x, y, block, philox(counter, group.keys), group, scale);
-}
-
-// Two groups at once: a round waits for its products, and the other group's fill the time.
+// Two at once: a round waits for its products, and the other's fill the time. Twins of twins, four groups, run fastest
+// with each layer; an array in their place would be kept in memory.
+template <typename Word>
 struct Twin {
-  Lanes a, b;
+  Word a, b;
 };
 
-inline Twin multiply(const Twin& t, uint32_t multiplier) {
+template <typename Word>
+inline Twin<Word> multiply(const Twin<Word>& t, uint32_t multiplier) {
   return {multiply(t.a, multiplier), multiply(t.b, multiplier)};
 }
-inline Twin high(const Twin& product) {
+template <typename Word>
+inline Twin<Word> high(const Twin<Word>& product) {
   return {high(product.a), high(product.b)};
 }
-inline Twin low(const Twin& product) {
+template <typename Word>
+inline Twin<Word> low(const Twin<Word>& product) {
   return product;
 }
-inline Twin xor3(const Twin& x, const Twin& y, const Lanes& key) {
+template <typename Word>
+inline Twin<Word> xor3(const Twin<Word>& x, const Twin<Word>& y, const Lanes& key) {
   return {xor3(x.a, y.a, key), xor3(x.b, y.b, key)};
 }
 
-template <typename T, typename Compute>
-inline void drop_two_groups(const T* x, T* y, uint64_t block, const Group& group, Compute scale) {
-  const Lanes &low = group.offset[0], &up = group.offset[1], a = blocks_from(block), b = blocks_from(block + kLanes);
-  const auto [w] = philox(PhiloxWords<Twin>{{{low, low}, {up, up}, {a, b}, {high(a), high(b)}}}, group.keys);
-  finish_group(x, y, block, {{w[0].a, w[1].a, w[2].a, w[3].a}}, group, scale);
-  finish_group(x + kGroup, y + kGroup, block + kLanes, {{w[0].b, w[1].b, w[2].b, w[3].b}}, group, scale);
+using AtOnce = Twin<Twin<Lanes>>;
+
+// How many groups a word is of, the same word for all, and the numbers of their blocks.
+template <typename Word>
+struct Of {
+  static constexpr int kGroups = 1;
+  static Word same(const Lanes& word) { return word; }
+  static Word blocks(uint64_t first) { return blocks_from(first); }
+};
+template <typename Word>
+struct Of<Twin<Word>> {
+  static constexpr int kGroups = 2 * Of<Word>::kGroups;
+  static Twin<Word> same(const Lanes& word) { return {Of<Word>::same(word), Of<Word>::same(word)}; }
+  static Twin<Word> blocks(uint64_t first) {
+    return {Of<Word>::blocks(first), Of<Word>::blocks(first + Of<Word>::kGroups * kLanes)};
+  }
+};
+
+template <typename Word, typename T, typename Compute>
+inline void finish(const T* x, T* y, uint64_t block, const PhiloxWords<Twin<Word>>& words, const Common& common,
+                   Compute scale) {
+  const auto& w = words.w;
+  constexpr int kHalf = Of<Word>::kGroups;
+  finish(x, y, block, PhiloxWords<Word>{{w[0].a, w[1].a, w[2].a, w[3].a}}, common, scale);
+  finish(x + kHalf * kGroup, y + kHalf * kGroup, block + kHalf * kLanes,
+         PhiloxWords<Word>{{w[0].b, w[1].b, w[2].b, w[3].b}}, common, scale);
 }
 
-// Whole groups straight from memory; what is left at a ragged head or tail by way of a buffer.
+template <typename Word, typename T, typename Compute>
+inline void drop_groups(const T* x, T* y, uint64_t block, const Common& common, Compute scale) {
+  const PhiloxWords<Word> counter = {{Of<Word>::same(common.offset[0]), Of<Word>::same(common.offset[1]),
+                                      Of<Word>::blocks(block), Of<Word>::same(common.block_upper)}};
+  finish(x, y, block, philox(counter, common.keys), common, scale);
+}
+
+// A group of which only n elements, from the skip-th on, are wanted: by way of a buffer.
+template <typename T, typename Compute>
+inline void drop_part(const T* x, T* y, uint64_t block, int64_t skip, int64_t n, const Common& common, Compute scale) {
+  T buffer[kGroup] = {};
+  std::memcpy(buffer + skip, x, n * sizeof(T));
+  drop_groups<Lanes>(buffer, buffer, block, common, scale);
+  std::memcpy(y, buffer + skip, n * sizeof(T));
+}
+
+// A ragged head, whole groups straight from memory, as many at once as there are, and a ragged tail.
 template <typename T, typename Compute>
 void drop(const T* x, T* y, uint64_t index, int64_t n, const Draw& draw) {
-  const Group group(draw);
-  const Compute scale = static_cast<Compute>(draw.scale);
-  while (n > 0) {
-    const int skip = static_cast<int>(index % kBlock);
-    int64_t count = kGroup - skip;
-    if (skip == 0 && n >= 2 * kGroup) {
-      count = 2 * kGroup;
-      drop_two_groups(x, y, index / kBlock, group, scale);
-    } else if (skip == 0 && n >= kGroup) {
-      drop_group(x, y, index / kBlock, group, scale);
-    } else {
-      count = n < count ? n : count;
-      T buffer[kGroup] = {};
-      std::memcpy(buffer + skip, x, count * sizeof(T));
-      drop_group(buffer, buffer, index / kBlock, group, scale);
-      std::memcpy(y, buffer + skip, count * sizeof(T));
-    }
-    x += count, y += count, index += count, n -= count;
+  // Up to here the upper half of the block's number is the same, and so is what Philox makes of it alone.
+  constexpr uint64_t kReach = (uint64_t{1} << 32) * kBlock;
+  const int64_t reach = static_cast<int64_t>(kReach - index % kReach);
+  if (n > reach) {
+    drop<T, Compute>(x + reach, y + reach, index + reach, n - reach, draw);
+    n = reach;
   }
+  constexpr int kGroups = Of<AtOnce>::kGroups;
+  const Common common(draw, index / kReach);
+  const Compute scale = static_cast<Compute>(draw.scale);
+  uint64_t block = index / kBlock;
+  int64_t i = 0;
+  if (const int64_t skip = index % kBlock) {
+    i = n < kGroup - skip ? n : kGroup - skip;
+    drop_part(x, y, block, skip, i, common, scale);
+    block += kLanes;
+  }
+  for (; n - i >= kGroups * kGroup; i += kGroups * kGroup, block += kGroups * kLanes) {
+    drop_groups<AtOnce>(x + i, y + i, block, common, scale);
+  }
+  for (; n - i >= kGroup; i += kGroup, block += kLanes) drop_groups<Lanes>(x + i, y + i, block, common, scale);
+  if (i < n) drop_part(x + i, y + i, block, 0, n - i, common, scale);
 }
 
 void write_mask(bool* y, uint64_t index, int64_t n, const Draw& draw) {
