@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <string_view>
 
+#include <sys/mman.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -55,8 +57,21 @@ void for_each_stretch(const Job& job, const Stretch& stretch) {
   torch::stable::parallel_for(0, job.numel(), kGrain, cut);
 }
 
+// A large new output has no pages yet: each is made when it is first written, and with huge ones that costs a fourth.
+// Only pages that lie inside it whole are asked for, so that no memory is used that would not be anyway.
+void ask_for_huge_pages(void* y, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (bytes < static_cast<int64_t>(2 * kPage)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(y) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where it is refused, all goes on as before
+#endif
+}
+
 template <typename T>
 void drop(const Job& job, const Draw& draw, void (*kernel)(const T*, T*, uint64_t, int64_t, const Draw&)) {
+  if (job.x != job.y) ask_for_huge_pages(job.y, job.numel() * static_cast<int64_t>(sizeof(T)));
   for_each_stretch(job, [&](int64_t from, int64_t to, uint64_t index, int64_t n) {
     kernel(static_cast<const T*>(job.x) + from, static_cast<T*>(job.y) + to, index, n, draw);
   });
@@ -71,6 +86,7 @@ void run_cpu(const Job& job) {
     case ScalarType::Half: return drop(job, draw, cpu_kernels().float16);
     case ScalarType::BFloat16: return drop(job, draw, cpu_kernels().bfloat16);
     default:
+      ask_for_huge_pages(job.y, job.numel());
       return for_each_stretch(job, [&](int64_t, int64_t to, uint64_t index, int64_t n) {
         cpu_kernels().mask(static_cast<bool*>(job.y) + to, index, n, draw);
       });

@@ -31,7 +31,7 @@ CHUNK = 1 << 15
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """High and low word of the product. The multiplier less 2**32 is used, since the whole product overflows int64."""
     product = word * (multiplier - (1 << 32))
-    return (product >> 32) + word, product & LOW_32
+    return (product >> 32).add_(word), product.bitwise_and_(LOW_32)
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     for _ in range(ROUNDS):
         high0, low0 = _multiply(c0, MULTIPLIERS[0])
         high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        c0, c1, c2, c3 = (high1 ^ c1).bitwise_xor_(k0), low1, (high0 ^ c3).bitwise_xor_(k1), low0
         k0, k1 = (k0 + WEYL[0]) & LOW_32, (k1 + WEYL[1]) & LOW_32
     return c0, c1, c2, c3
 
@@ -53,29 +53,28 @@ def threshold(p: float) -> int:
     return min(max(floor((1.0 - p) * 2**48 + 0.5), 1), (1 << 48) - 1)
 
 
-def keep_blocks(first: int, count: int, p: float, key: Tensor) -> Tensor:
-    """The mask of whole blocks, on the key's device: a bool tensor of shape (count, 8)."""
+def keep_blocks(first: int, p: float, key: Tensor, kept: Tensor) -> None:
+    """Writes the mask of whole blocks, the first of that number, to a bool tensor of shape (blocks, 8)."""
     seed, offset = key.view(torch.int64).unbind()
-    block = torch.arange(first, first + count, device=key.device)
+    block = torch.arange(first, first + len(kept), device=key.device)
     counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
-    words = torch.stack(philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32)), dim=-1)
-    w0, w1, w2, w3 = words.unbind(-1)
-    tie = (w0 ^ w1 ^ w2 ^ w3)[:, None] ^ words
-    # Equal to comparing draw * 2**32 + tie with K: the tie decides only where the draw is K's high part.
-    high, low = divmod(threshold(p), 1 << 32)
-    limit = (tie < low) + high
-    return torch.stack(((words & 0xFFFF) < limit, (words >> 16) < limit), dim=-1).view(count, BLOCK)
+    words = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
+    all_words = words[0] ^ words[1] ^ words[2] ^ words[3]
+    for i, word in enumerate(words):
+        tie = all_words ^ word
+        for half, draw in enumerate((word & 0xFFFF, word >> 16)):
+            torch.lt(draw.bitwise_left_shift_(32).bitwise_or_(tie), threshold(p), out=kept[:, 2 * i + half])
 
 
 def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.device) -> Tensor:
     """The mask of the elements start to start + numel - 1: a bool tensor of shape (numel,)."""
     key = key.to(device)
     first, skip = divmod(start, BLOCK)
-    count = -(-(skip + numel) // BLOCK)
+    kept = torch.empty(-(-(skip + numel) // BLOCK), BLOCK, dtype=torch.bool, device=device)
     # A cache's worth at a time: there are some forty bytes of words and products to each element.
-    kept = [keep_blocks(first + i, min(CHUNK, count - i), p, key) for i in range(0, count, CHUNK)]
-    flat = torch.cat(kept) if kept else torch.empty(0, dtype=torch.bool, device=device)
-    return flat.flatten()[skip : skip + numel]
+    for i in range(0, len(kept), CHUNK):
+        keep_blocks(first + i, p, key, kept[i : i + CHUNK])
+    return kept.flatten()[skip : skip + numel]
 
 
 def dims_by_stride(x: Tensor) -> list[tuple[int, int]]:
@@ -111,13 +110,18 @@ def scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
+def drop(x: Tensor, kept: Tensor) -> Tensor:
+    """Makes the elements of x that are not kept +0, in place: selects by their bits, whatever they stand for."""
+    x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(kept)
+    return x
+
+
 def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     """Dropout of x with the mask that ``keep_mask`` gives, in the layout of ``torch.empty_like(x)``."""
     # mul by a Python number is what the contract asks for: it takes the product in float32, or float64 for float64.
-    product = torch.mul(x, scale(p), out=torch.empty_like(x))
-    return product.masked_fill_(~keep_mask(x, p, key, start), 0.0)
+    return drop(torch.mul(x, scale(p), out=torch.empty_like(x)), keep_mask(x, p, key, start))
 
 
 def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
     """``apply`` in place."""
-    x.mul_(scale(p)).masked_fill_(~keep_mask(x, p, key, start), 0.0)
+    drop(x.mul_(scale(p)), keep_mask(x, p, key, start))
