@@ -1,6 +1,6 @@
-"""Writes the README's table of measurements from benchmarks/results/*.json; --check only says whether it is up to date.
+"""Writes the README's tables of measurements from benchmarks/results/*.json; --check says whether they are up to date.
 
-A result is what ``python -m fused_dropout bench --json benchmarks/results/<device>-<torch>.json`` writes.
+A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench`` (saved bytes).
 """
 
 import json
@@ -11,38 +11,37 @@ ROOT = Path(__file__).parent.parent
 OPEN, CLOSE = "<!-- numbers: written by `make readme-numbers` from benchmarks/results -->\n", "<!-- /numbers -->"
 
 
-def table(result):
-    """One machine: how many times faster than nn.Dropout, median and 10th to 90th percentile, by dtype, size, case."""
+def cpu_table(result):
+    """One machine: what was measured, against what, and how many times faster or slower."""
     environment = result["environment"]
-    device = (environment["gpus"] or [environment["cpu"]])[0]
     isa = environment["backend_info"]["cpu_isa"]
-    title = (
-        f"{device} ({isa}), torch {environment['torch']}, {environment['threads']} threads, {environment['date'][:10]}"
-    )
-    cases = ["forward", "forward + backward", "in place"]
-    lines = [f"{title}. How many times the speed of `nn.Dropout`, p = 0.1: median (10th to 90th percentile).", ""]
-    lines += ["| device | dtype | elements | " + " | ".join(cases) + " |", "|---|---|---|" + "---|" * len(cases)]
-    rows = {}
-    for record in result["speed"]:
-        if record["case"] not in cases:
-            continue
-        cell = f"{record['ratio']:.1f} ({record['ratio_p10']:.1f} to {record['ratio_p90']:.1f})"
-        rows.setdefault((record["device"], record["dtype"], record["numel"]), {})[record["case"]] = cell
-    for (where, dtype, numel), cells in rows.items():
-        values = " | ".join(cells.get(case, "") for case in cases)
-        lines.append(f"| {where} | {dtype} | {numel:,} | {values} |")
-    saved = result["saved_bytes"][0]
-    lines += ["", f"Saved for backward of 2^20 floats: {saved['torch']:,} bytes by `nn.Dropout`, {saved['fd']} here."]
+    title = f"{environment['cpu']} ({isa}), one core, torch {environment['torch']}, {environment['date'][:10]}, p = 0.1"
+    lines = [f"{title}. Medians of interleaved ratios:", "", "| work | against | measured |", "|---|---|---|"]
+    for row in result["rows"]:
+        figures = [case["ratio"] for case in row["cases"]]
+        unit = "times faster" if row["reach"].startswith(">=") else "times its time"
+        measured = ", ".join(f"{figure:#.3g}" for figure in figures)
+        lines.append(f"| {row['what']} | `{row['against']}` | {measured} {unit} |")
     return "\n".join(lines)
 
 
+def saved(result):
+    of = result["saved_bytes"][0]
+    return f"Saved for backward of 2^20 floats: {of['torch']:,} bytes by `nn.Dropout`, {of['fd']} here."
+
+
+def tables():
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+    return [cpu_table(result) for result in results if "rows" in result] + [
+        saved(result) for result in results if "saved_bytes" in result
+    ]
+
+
 def main():
-    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    tables = [table(json.loads(path.read_text())) for path in results]
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(OPEN)
-    new = before + OPEN + "\n" + "\n\n".join(tables) + "\n\n" + CLOSE + rest.split(CLOSE)[1]
+    new = before + OPEN + "\n" + "\n\n".join(tables()) + "\n\n" + CLOSE + rest.split(CLOSE)[1]
     if "--check" in sys.argv:
         sys.exit("README.md is not what benchmarks/results says: run `make readme-numbers`" if new != text else 0)
     readme.write_text(new)
