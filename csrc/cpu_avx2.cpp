@@ -1,6 +1,7 @@
 // The CPU kernels for AVX2: this file alone is compiled for it, below the headers that others share.
 #if defined(__x86_64__)
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -7,7 +7,7 @@ namespace fused_dropout {
 
 struct Draw {
   Key key;
-  Threshold threshold;
+  uint64_t threshold;
   double scale;
 };
 

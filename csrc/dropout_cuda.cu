@@ -1,4 +1,5 @@
-// The operators on a CUDA device: one thread a block of eight draws, grid-stride over the blocks of all rows.
+// The operators on a CUDA device: a thread draws a block, eight elements, and goes on to the next with a stride of the
+// grid.
 #include "operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,17 +9,14 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <atomic>
+#include <type_traits>
+
 namespace fused_dropout {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxGrid = 1 << 16;
-
-// Eight elements, moved 16 bytes at a time (8 for a mask, whose element is a byte).
-template <typename T>
-struct alignas(sizeof(T) == 1 ? 8 : 16) Packet {
-  T v[kBlock];
-};
 
 // By value where the host knows it, else read from the device's memory: no call waits for the GPU.
 struct KeySource {
@@ -40,41 +38,131 @@ struct WriteMask {
   __device__ bool operator()(bool kept, bool) const { return kept; }
 };
 
-template <typename Op>
+// Hides how a value came about: it then stays in a register, where the compiler would compute it anew in each pass.
+__device__ __forceinline__ void keep_in_register(uint32_t& value) {
+  asm volatile("" : "+r"(value));
+}
+__device__ __forceinline__ void keep_in_register(uint64_t& value) {
+  asm volatile("" : "+l"(value));
+}
+template <typename T>
+__device__ __forceinline__ void keep_in_register(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+}
+
+struct RoundKeys {
+  uint32_t k[kPhiloxRounds][2];
+};
+
+__device__ __forceinline__ RoundKeys round_keys(Key key) {
+  RoundKeys keys;
+#pragma unroll
+  for (int i = 0; i < 2 * kPhiloxRounds; ++i) {
+    keys.k[i / 2][i % 2] = round_key(philox_key(key), i / 2, i % 2);
+    keep_in_register(keys.k[i / 2][i % 2]);
+  }
+  return keys;
+}
+
+__device__ __forceinline__ uint32_t round_key(const RoundKeys& keys, int round, int i) {
+  return keys.k[round][i];
+}
+
+template <typename Block>
+__device__ __forceinline__ Words words_of(const Key& key, const RoundKeys& keys, Block block) {
+  return philox(block_counter(key, block), keys);
+}
+
+// A block moves in vectors of 16 bytes (a mask's has no more than 8).
+template <typename T>
+using Vector = std::conditional_t<sizeof(T) == 1, uint2, uint4>;
+
+// n blocks, as far apart in memory: all are loaded before the first is drawn.
+template <int n, typename Op, typename T>
+__device__ __forceinline__ void apply_to_blocks(const T* x, T* y, uint64_t apart, const Words (&words)[n],
+                                                uint64_t threshold, const Op& op) {
+  constexpr int kVectors = kBlock * sizeof(T) / sizeof(Vector<T>);
+  Vector<T> vectors[n][kVectors];
+  if constexpr (Op::kReads) {
+#pragma unroll
+    for (int i = 0; i < n * kVectors; ++i) {
+      vectors[i / kVectors][i % kVectors] = reinterpret_cast<const Vector<T>*>(x + i / kVectors * apart)[i % kVectors];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    T v[kBlock] = {};
+    if constexpr (Op::kReads) memcpy(v, vectors[i], sizeof(v));
+#pragma unroll
+    for (int slot = 0; slot < kBlock; ++slot) v[slot] = op(keep(words[i], slot, threshold), v[slot]);
+    memcpy(vectors[i], v, sizeof(v));
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vector<T>*>(y + i * apart)[j] = vectors[i][j];
+  }
+}
+
+// Only the block's slots from begin to end, one by one.
+template <typename Op, typename T>
+__device__ __forceinline__ void apply_to_slots(const T* x, T* y, int64_t begin, int64_t end, const Words& words,
+                                               uint64_t threshold, const Op& op) {
+#pragma unroll
+  for (int slot = 0; slot < kBlock; ++slot) {
+    if (slot < begin || slot >= end) continue;
+    T value{};
+    if constexpr (Op::kReads) value = x[slot];
+    y[slot] = op(keep(words, slot, threshold), value);
+  }
+}
+
+// Threads along x walk over the blocks of a row, threads along y over the rows. Block, the type of a block's number,
+// has 64 bits for the largest tensors only.
+template <typename Op, typename Block>
 __global__ void __launch_bounds__(kThreads)
-    dropout_kernel(const typename Op::Element* x, typename Op::Element* y, Rows rows, int64_t blocks_per_row,
-                   uint64_t start, KeySource source, Threshold t, Op op) {
+    dropout_kernel(const typename Op::Element* x, typename Op::Element* y, Rows rows, uint64_t start, KeySource source,
+                   uint64_t threshold, Op op) {
   using T = typename Op::Element;
   const Key key = source.on_device ? *source.on_device : source.value;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; b < rows.count * blocks_per_row;
-       b += stride) {
-    const int64_t row = b / blocks_per_row;
+  const RoundKeys keys = round_keys(key);
+  const Block lane = blockIdx.x * static_cast<Block>(blockDim.x) + threadIdx.x;
+  Block stride = gridDim.x * static_cast<Block>(blockDim.x);
+  keep_in_register(stride);
+  for (int64_t row = blockIdx.y * blockDim.y + threadIdx.y; row < rows.count; row += gridDim.y * blockDim.y) {
+    // Counted from the beginning of its first block, the row goes from head to end.
     const uint64_t row_start = start + row * rows.pitch;
-    const uint64_t block = row_start / kBlock + b % blocks_per_row;
-    // The columns of the block's first and one past its last element: outside the row at a ragged head or tail.
-    const int64_t first = static_cast<int64_t>(block * kBlock - row_start);
-    const int64_t begin = first < 0 ? 0 : first;
-    const int64_t end = first + kBlock < rows.length ? first + kBlock : rows.length;
-    if (begin >= end) continue;
-    const T* from = x + row * rows.x_stride + first;
-    T* to = y + row * rows.y_stride + first;
-    const Words words = block_words(key, block);
-    const uintptr_t address = reinterpret_cast<uintptr_t>(to) | (Op::kReads ? reinterpret_cast<uintptr_t>(from) : 0);
-    if (end - begin == kBlock && address % alignof(Packet<T>) == 0) {
-      Packet<T> packet;
-      if constexpr (Op::kReads) packet = *reinterpret_cast<const Packet<T>*>(from);
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) packet.v[i] = op(keep(words, i, t), packet.v[i]);
-      *reinterpret_cast<Packet<T>*>(to) = packet;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if (first + i < begin || first + i >= end) continue;
-        T value{};
-        if constexpr (Op::kReads) value = from[i];
-        to[i] = op(keep(words, i, t), value);
-      }
+    const int64_t head = row_start % kBlock, end = head + rows.length;
+    const Block first_block = static_cast<Block>(row_start / kBlock);
+    const T* from = nullptr;
+    T* to = y + row * rows.y_stride - head;
+    keep_in_register(to);
+    if constexpr (Op::kReads) {
+      from = x + row * rows.x_stride - head;
+      keep_in_register(from);
+    }
+
+    // The blocks that are in it as a whole, if the pointers allow vectors.
+    const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Vector<T>) == 0;
+    const Block blocks = static_cast<Block>((end + kBlock - 1) / kBlock);
+    const Block whole_begin = head ? 1 : 0, whole_end = aligned ? static_cast<Block>(end / kBlock) : 0;
+    Block block = whole_begin + lane;
+    for (; stride < whole_end && block < whole_end - stride; block += 2 * stride) {
+      const uint64_t at = static_cast<uint64_t>(block) * kBlock;
+      const Words words[] = {words_of(key, keys, first_block + block),
+                             words_of(key, keys, first_block + block + stride)};
+      apply_to_blocks(from + at, to + at, static_cast<uint64_t>(stride) * kBlock, words, threshold, op);
+    }
+    if (block < whole_end) {
+      const uint64_t at = static_cast<uint64_t>(block) * kBlock;
+      const Words words[] = {words_of(key, keys, first_block + block)};
+      apply_to_blocks(from + at, to + at, 0, words, threshold, op);
+    }
+
+    // What is left at both ends, or all of it.
+    const Block whole = whole_end > whole_begin ? whole_end - whole_begin : 0;
+    for (Block i = lane; i < blocks - whole; i += stride) {
+      const Block block = i < whole_begin ? i : i + whole;
+      const int64_t at = static_cast<int64_t>(block) * kBlock;
+      apply_to_slots(from + at, to + at, head - at, end - at, words_of(key, keys, first_block + block), threshold, op);
     }
   }
 }
@@ -91,23 +179,49 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// As many thread blocks as the device runs at once: more would only take turns.
+template <typename Op, typename Block>
+int resident_blocks(int device) {
+  static std::array<std::atomic<int>, 128> known{};
+  std::atomic<int>& blocks = known[static_cast<size_t>(device) % known.size()];
+  if (blocks == 0) {
+    int processors = 0, of_each = 0;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, dropout_kernel<Op, Block>, kThreads, 0);
+    blocks = std::max(1, processors * of_each);
+  }
+  return blocks;
+}
+
+template <typename Op, typename Block>
+void launch_with(const Job& job, int64_t blocks_per_row, KeySource source, Op op) {
+  using T = typename Op::Element;
+  const Rows& rows = job.rows;
+  unsigned columns = 2;
+  while (columns < kThreads && columns < blocks_per_row) columns *= 2;
+  const unsigned lines = kThreads / columns;
+  const int64_t resident = resident_blocks<Op, Block>(job.device);
+  const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
+  const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
+  dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(job.device)>>>(
+      static_cast<const T*>(job.x), static_cast<T*>(job.y), rows, job.start, source, threshold(job.p), op);
+}
+
 template <typename Op>
 void launch(const Job& job, Op op) {
-  using T = typename Op::Element;
-  const int device = job.device;
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(job.device);
   const uint64_t* words = job.key.const_data_ptr<uint64_t>();
   const KeySource source =
       job.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
   const Rows& rows = job.rows;
-  // A row begins anywhere in a block; with a pitch of whole blocks all begin alike.
-  const int64_t head = rows.count > 1 && rows.pitch % kBlock ? kBlock - 1 : static_cast<int64_t>(job.start % kBlock);
-  const int64_t blocks_per_row = (head + rows.length + kBlock - 1) / kBlock;
-  const int64_t grid = std::min(kMaxGrid, (rows.count * blocks_per_row + kThreads - 1) / kThreads);
-  dropout_kernel<Op><<<grid, kThreads, 0, current_stream(device)>>>(static_cast<const T*>(job.x),
-                                                                    static_cast<T*>(job.y), rows, blocks_per_row,
-                                                                    job.start, source, threshold(job.p), op);
-  check_launch("dropout_kernel", job.numel(), device);
+  const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
+  const uint64_t last = (job.start + (rows.count - 1) * rows.pitch + rows.length) / kBlock;
+  if (last < uint64_t{1} << 31) {
+    launch_with<Op, uint32_t>(job, blocks_per_row, source, op);
+  } else {
+    launch_with<Op, uint64_t>(job, blocks_per_row, source, op);
+  }
+  check_launch("dropout_kernel", job.numel(), job.device);
 }
 
 template <typename T, typename Compute = float>

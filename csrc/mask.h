@@ -17,19 +17,14 @@ struct Key {
   uint64_t seed, offset;
 };
 
-// Of each 2^48 equally likely (draw, tie), the first hi * 2^32 + lo are kept; hi is at most 65536.
-struct Threshold {
-  uint32_t hi, lo;
-};
-
-static inline Threshold threshold(double p) {
+// Of each 2^48 equally likely (draw, tie), so many are kept: those whose draw * 2^32 + tie is below.
+static inline uint64_t threshold(double p) {
   constexpr double kTwo48 = 281474976710656.0;
   double kept = std::floor((1.0 - p) * kTwo48 + 0.5);
   // Strictly between 0 and 1 neither outcome becomes impossible; at 0 all are kept and at 1 none.
   if (p > 0.0 && kept > kTwo48 - 1) kept = kTwo48 - 1;
   if (p < 1.0 && kept < 1) kept = 1;
-  const uint64_t k = static_cast<uint64_t>(kept);
-  return {static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(k)};
+  return static_cast<uint64_t>(kept);
 }
 
 // What the kept elements are multiplied by, in the precision of the product: float, or double for double.
@@ -41,25 +36,30 @@ FUSED_DROPOUT_HOST_DEVICE PhiloxKey philox_key(Key key) {
   return {{static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32)}};
 }
 
-FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
-  const Words counter = {{static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32),
-                          static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32)}};
-  return philox(counter, philox_key(key));
+// Philox's counter for a block of the call.
+FUSED_DROPOUT_HOST_DEVICE Words block_counter(Key key, uint64_t block) {
+  return {{static_cast<uint32_t>(key.offset), static_cast<uint32_t>(key.offset >> 32), static_cast<uint32_t>(block),
+           static_cast<uint32_t>(block >> 32)}};
 }
 
-// Does the element in this slot (its index modulo 8) of the block survive? A draw below the threshold's high part does,
-// one above does not, and one equal to it leaves it to the tie: the block's three other words, XORed.
-FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, Threshold t) {
+FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
+  return philox(block_counter(key, block), philox_key(key));
+}
+
+// Does the element in this slot (its index modulo 8) of the block survive? Its draw nearly always decides; if that
+// equals the threshold's high part it is left to the tie: the block's three other words, XORed.
+FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, uint64_t threshold) {
   const uint32_t word = words.w[slot / 2];
   const uint32_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;
   const uint32_t tie = words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3] ^ word;
-  return draw < t.hi + (tie < t.lo);
+  return (static_cast<uint64_t>(draw) << 32 | tie) < threshold;
 }
 
 // Selects rather than multiplies by zero: a dropped NaN or infinity becomes +0 too.
 template <typename Compute, typename T>
 FUSED_DROPOUT_HOST_DEVICE T drop_or_scale(bool kept, T x, Compute scale) {
-  return kept ? static_cast<T>(static_cast<Compute>(x) * scale) : static_cast<T>(0.0f);
+  const Compute product = static_cast<Compute>(x) * scale;
+  return static_cast<T>(kept ? product : Compute{0});
 }
 
 }  // namespace fused_dropout

@@ -7,6 +7,7 @@
 
 #include "cpu_kernels.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace fused_dropout {
@@ -26,7 +27,7 @@ inline const Lanes& round_key(const RoundKeys& keys, int round, int i) {
 struct Common {
   // Where all are kept the limit is one more than 16 bits hold: then the highest draw is a tie, and won.
   Common(const Draw& draw, uint64_t upper)
-      : draw(draw), limit(limit_of(draw.threshold.hi < 0xFFFF ? draw.threshold.hi : 0xFFFF)) {
+      : draw(draw), limit(limit_of(std::min<uint64_t>(draw.threshold >> 32, 0xFFFF))) {
     const PhiloxKey key = philox_key(draw.key);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int i = 0; i < 2; ++i) keys.k[round][i] = all_lanes(round_key(key, round, i));

@@ -50,11 +50,10 @@ struct Case {
 
 void describe(const char* what) {
   const Case& c = current;
-  std::printf("FAILED %s\n  kernels %s, %s, %s: index %" PRIu64 ", n %" PRId64
-              ", threshold %u * 2^32 + %u, scale %.17g, key %" PRIu64 " %" PRIu64
-              "\n  x %% 64 = %d, y %% 64 = %d, %s\n",
-              what, c.isa, c.dtype, c.part, c.index, c.n, c.draw.threshold.hi, c.draw.threshold.lo, c.draw.scale,
-              c.draw.key.seed, c.draw.key.offset, static_cast<int>(reinterpret_cast<uintptr_t>(c.x) % 64),
+  std::printf("FAILED %s\n  kernels %s, %s, %s: index %" PRIu64 ", n %" PRId64 ", threshold %" PRIu64
+              ", scale %.17g, key %" PRIu64 " %" PRIu64 "\n  x %% 64 = %d, y %% 64 = %d, %s\n",
+              what, c.isa, c.dtype, c.part, c.index, c.n, c.draw.threshold, c.draw.scale, c.draw.key.seed,
+              c.draw.key.offset, static_cast<int>(reinterpret_cast<uintptr_t>(c.x) % 64),
               static_cast<int>(reinterpret_cast<uintptr_t>(c.y) % 64), c.x == c.y ? "in place" : "out of place");
   std::fflush(stdout);
 }
@@ -223,7 +222,7 @@ Draw draw_of(double p, Key key = kKeys[0]) {
 
 // For a threshold of one's own making; the scale is as good as any other.
 Draw draw_of_k(uint64_t k, Key key = kKeys[0]) {
-  return {key, {static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(k)}, 1.25};
+  return {key, k, 1.25};
 }
 
 template <typename T>
@@ -419,7 +418,7 @@ class Tester {
   void every_value() {
     if (kMask) return;
     for (const double s : {1.0, 1 / 0.9, 1 / 0.6, 1.5, 1 / 0.3, 1 / (1 - 0.999)}) {
-      prepare("every value", 0, 1 << 16, {kKeys[0], {65536, 0}, s});
+      prepare("every value", 0, 1 << 16, {kKeys[0], two_to(48), s});
       if (sizeof(T) == 2) {
         const Words none = {};
         for (uint32_t i = 0; i < 1 << 16; ++i) {

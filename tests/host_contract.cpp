@@ -11,13 +11,11 @@ void philox_words(const uint32_t* counter, const uint32_t* key, uint32_t* words)
 }
 
 uint64_t threshold_of(double p) {
-  const Threshold t = threshold(p);
-  return (static_cast<uint64_t>(t.hi) << 32) + t.lo;
+  return threshold(p);
 }
 
 bool keep_words(const uint32_t* words, int slot, uint64_t k) {
-  return keep({{words[0], words[1], words[2], words[3]}}, slot,
-              {static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(k)});
+  return keep({{words[0], words[1], words[2], words[3]}}, slot, k);
 }
 
 bool keep_index(uint64_t seed, uint64_t offset, uint64_t index, double p) {
