@@ -3,6 +3,7 @@
 FUSED_DROPOUT_BUILD=auto|cuda|cpu|none (auto), FUSED_DROPOUT_CUDART=static|shared (static), TORCH_CUDA_ARCH_LIST.
 With "auto" the fallback is installed when something is missing or does not compile; "cuda" and "cpu" then fail."""
 
+import importlib.util
 import json
 import os
 import re
@@ -17,10 +18,7 @@ from setuptools.command.build_py import build_py
 
 SITE = Path(sysconfig.get_paths()["purelib"])
 sys.path.append(str(SITE))  # under build isolation too: the torch to build for is the one that will run
-try:
-    import torch
-except ImportError:
-    torch = None
+torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 
 
 def setting(name, *allowed):
@@ -67,7 +65,10 @@ commands = {"build_py": BuildPy}
 if not missing:
     if toolkit:
         os.environ["CUDA_HOME"] = toolkit  # cpp_extension reads it when it is imported
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        said = subprocess.run([f"{toolkit}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+        common = ";".join(a for a in ("8.0", "9.0", "10.0") if "compute_" + a.replace(".", "") in said.split())
+        native = "editable_wheel" in sys.argv and torch.cuda.is_available()  # for this machine's own use only
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "native" if native else common + "+PTX")
         info |= {"cuda": cuda, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     info["torch"] = torch.__version__
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -89,9 +90,8 @@ if not missing:
     options = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
     kernels = Extension("fused_dropout._C", sources, extra_compile_args=options, py_limited_api=True)
     extensions = [kernels, Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags})]
-    for extension in extensions if toolkit and CUDART == "static" else []:
-        extension.libraries.remove("cudart")
-        extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    for libraries in [extension.libraries for extension in extensions if toolkit and CUDART == "static"]:
+        libraries[libraries.index("cudart") : libraries.index("cudart") + 1] = ["cudart_static", "rt", "dl", "pthread"]
 
 print(f"fused_dropout: found torch {torch and torch.__version__}, compiler {compiler}, CUDA {toolkit}", file=sys.stderr)
 built = [extension.name for extension in extensions] or "nothing"
