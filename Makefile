@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 
-.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sass sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -64,6 +64,9 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
 	done
 	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
+
+sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
+	cd benchmarks && ../$(CUDA_PY) sass.py
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute
 	build/cpu-kernels-asan

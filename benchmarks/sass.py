@@ -1,0 +1,218 @@
+"""``make sass``: what the CUDA kernels of the installed library are compiled to, against limits, and a model of it.
+
+The steady state of a kernel is its innermost loop with 16-byte stores (8-byte ones of a mask). Counted there, from the
+machine code: instructions an element by class. The roofline below them is a model, made of these counts and of data
+sheets; nothing in it was measured on a GPU.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+LIMITS = {"c10::Half": 14, "c10::BFloat16": 14, "float": 13}  # instructions an element, with 32-bit block numbers
+SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
+CLASSES = {
+    "wide multiply": r"U?IMAD\.WIDE",
+    "logic, shift": r"U?P?LOP3|U?SHF|U?PRMT",
+    "compare, select": r"U?ISETP|F?SEL",
+    "float, convert": r"FMUL|HADD2|DMUL|F2FP?",
+    "memory": r"LDG|STG",
+    "the rest": r"",
+}
+DIVISION = ("MUFU", "I2F", "F2I")  # what a division or a modulo is made of, in line or called
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    arch: str
+    bandwidth: float  # bytes a second
+    processors: int
+    clock: float  # Hz, boost
+
+    def seconds(self, instructions: float, wide_multiplies: float, size: int) -> dict[str, float]:
+        """An element's share of the device's time, for each thing that may bind: the largest does."""
+        cycles = 1 / (self.processors * self.clock)
+        return {
+            "memory": 2 * size / self.bandwidth,
+            "issue": instructions / 128 * cycles,  # four schedulers of a warp each
+            "wide multiply": wide_multiplies / 32 * cycles,  # a quarter of them; not documented, assumed
+        }
+
+
+GPUS = (
+    Gpu("A100 80GB", "sm_80", 2.039e12, 108, 1.41e9),
+    Gpu("H100 SXM", "sm_90", 3.35e12, 132, 1.98e9),
+    Gpu("H200", "sm_90", 4.8e12, 132, 1.98e9),
+)
+
+
+@dataclass
+class Kernel:
+    arch: str
+    dtype: str
+    block_bits: int
+    registers: int
+    stack: int
+    local: int  # loads and stores of local memory: spills
+    divisions: int  # anywhere
+    loop: list[str]  # the opcodes of the steady state
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.match(pattern, opcode)) for opcode in self.loop)
+
+    @property
+    def elements(self) -> int:
+        """That a pass of the loop stores."""
+        return (
+            sum(int(re.search(r"\.(128|64)$", o)[1]) // 8 for o in self.loop if o.startswith("STG"))
+            // SIZES[self.dtype]
+        )
+
+    @property
+    def per_element(self) -> float:
+        return len(self.loop) / self.elements
+
+    def by_class(self) -> dict[str, float]:
+        of = Counter(next(name for name, pattern in CLASSES.items() if re.match(pattern, o)) for o in self.loop)
+        return {name: of[name] / self.elements for name in CLASSES}
+
+    def faults(self) -> list[str]:
+        width = r"\.64$" if self.dtype == "mask" else r"\.128$"
+        narrow = [o for o in self.loop if o.startswith(("LDG", "STG")) and not re.search(width, o)]
+        limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 else 99
+        return [
+            *([f"{self.stack} bytes of stack"] if self.stack else []),
+            *([f"{self.local} accesses of local memory"] if self.local else []),
+            *([f"{narrow} in the loop"] if narrow else []),
+            *(["a division"] if self.divisions else []),
+            *(
+                [f"{self.per_element:.2f} instructions an element, more than {limit}"]
+                if self.per_element > limit
+                else []
+            ),
+        ]
+
+
+def find_tool() -> str:
+    """cuobjdump: of a CUDA toolkit, or the one that Triton brings."""
+    triton = find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else Path()
+    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
+    return tool or sys.exit("cuobjdump is missing: it comes with the CUDA toolkit and with Triton")
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def steady_state(lines: list[tuple[int, str, str]], width: int) -> list[str]:
+    """The opcodes of the innermost loop with stores of so many bits; lines are (address, opcode, operands)."""
+    position = {address: i for i, (address, *_) in enumerate(lines)}
+    loops = []
+    for end, (address, opcode, operands) in enumerate(lines):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) < address:
+            opcodes = [line[1] for line in lines[position[int(target[1], 16)] : end + 1]]
+            if any(re.match(rf"STG\S*\.{width}$", opcode) for opcode in opcodes):
+                loops.append(opcodes)
+    return min(loops, key=len)
+
+
+def parse(library: Path) -> list[Kernel]:
+    tool = find_tool()
+    usage: dict[tuple[str, str], dict[str, int]] = {}
+    arch = name = ""
+    for line in output(tool, "--dump-resource-usage", str(library)).splitlines():
+        arch = found[1] if (found := re.search(r"arch = (sm_\w+)", line)) else arch
+        name = found[1] if (found := re.match(r"\s*Function (\S+?):?\s*$", line)) else name
+        if "REG:" in line:
+            usage[arch, name] = {what: int(n) for what, n in re.findall(r"(\w+):(\d+)", line)}
+    kernels = []
+    for image in re.split(r"(?=code for sm_|arch = sm_)", output(tool, "--dump-sass", str(library)))[1:]:
+        arch = re.search(r"sm_\w+", image)[0]
+        for code in image.split("Function : ")[1:]:
+            name = code.split()[0]
+            full = output("c++filt", name)
+            kind = re.search(r"dropout_kernel<.*?(?:DropOrScale<([\w:]+), \w+>|WriteMask), unsigned (int|long)", full)
+            if not kind:
+                continue
+            instruction = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.*?);")
+            lines = [(int(a, 16), opcode, operands) for a, opcode, operands in instruction.findall(code)]
+            used = usage[arch, name]
+            local, divisions = (
+                sum(opcode.startswith(names) for _, opcode, _ in lines) for names in (("LDL", "STL"), DIVISION)
+            )
+            bits = 32 if kind[2] == "int" else 64
+            kernels.append(
+                Kernel(
+                    arch,
+                    kind[1] or "mask",
+                    bits,
+                    used["REG"],
+                    used["STACK"],
+                    local,
+                    divisions,
+                    steady_state(lines, 128 if kind[1] else 64),
+                )
+            )
+    return kernels
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def report(kernels: list[Kernel]) -> str:
+    rows = [
+        ["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "16-byte loads, stores"]
+    ]
+    for k in sorted(kernels, key=lambda k: (k.arch, k.block_bits, SIZES[k.dtype], k.dtype)):
+        classes = [f"{n:.2f}" for n in k.by_class().values()]
+        moves = f"{k.count(r'LDG')}, {k.count(r'STG')}" if k.dtype != "mask" else "8 bytes"
+        rows.append(
+            [k.arch, k.dtype, f"{k.block_bits} bits", str(k.registers), f"{k.per_element:.2f}", *classes, moves]
+        )
+    model = [["GPU", "dtype", "bound by", "ps an element", "next", "margin"]]
+    for gpu in GPUS:
+        for k in kernels:
+            if k.arch == gpu.arch and k.block_bits == 32 and k.dtype in LIMITS:
+                wide = k.by_class()["wide multiply"]
+                times = sorted(gpu.seconds(k.per_element, wide, SIZES[k.dtype]).items(), key=lambda item: -item[1])
+                (first, most), (second, less), _ = times
+                model.append([gpu.name, k.dtype, first, f"{most * 1e12:.2f}", second, f"{most / less:.1f} times"])
+    return (
+        "# The CUDA kernels' machine code\n\nWritten by `make sass`. The steady state, per element:\n\n"
+        f"{table(rows)}\n\n"
+        "## A model, nothing measured\n\n"
+        "What a large tensor's dropout is bound by, from the counts above and from data sheets (bandwidth, processors\n"
+        "and boost clock; 128 instructions a clock and processor; 32 wide multiplies, which is not documented): the\n"
+        "time of an element, and how far off the next bound is.\n\n"
+        f"{table(model)}\n"
+    )
+
+
+def main() -> None:
+    library = (
+        Path(sys.argv[1]) if len(sys.argv) > 1 else next(Path(find_spec("fused_dropout").origin).parent.glob("_C*.so"))
+    )
+    kernels = parse(library)
+    text = report(kernels)
+    print(text)
+    Path(__file__).parent.joinpath("results", "sass.md").write_text(text)
+    images = output(find_tool(), "--list-ptx", str(library))
+    faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
+    newest = max((k.arch for k in kernels), key=lambda arch: int(re.sub(r"\D", "", arch)))
+    if newest not in images:
+        faults.append(f"no PTX for {newest}, from which a later GPU's driver would compile")
+    sys.exit("\n".join(faults) or 0)
+
+
+if __name__ == "__main__":
+    main()
