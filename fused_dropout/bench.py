@@ -1,7 +1,8 @@
 """``python -m fused_dropout bench``: nn.Dropout and fd.Dropout side by side on this machine, within two minutes.
 
 The two take turns (ABAB...) on the same tensors in the same process, so that whatever slows the machine slows both. A
-speed-up is the median, over the pairs of neighbours, of torch's time / fused_dropout's.
+speed-up is the median, over the pairs of neighbours, of torch's time / fused_dropout's. ``--full`` takes ten minutes,
+more sizes, memory and whole models; ``--report DIR`` makes a page with plots of it.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -24,17 +26,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from .modules import Dropout
 from .native import backend_info
+from .tables import describe, power
+from .workloads import MEMORY_WORKLOADS, WORKLOADS, step, swap
 
 P = 0.1
 SIZES = {"cpu": (2**10, 2**16, 2**20), "cuda": (2**12, 2**20, 2**26)}
+FULL_SIZES = {"cpu": tuple(2**k for k in range(6, 27, 2)), "cuda": tuple(2**k for k in range(10, 31, 2))}
 DTYPES = ("float32", "bfloat16", "float16")
 CASES = ("forward", "forward + backward", "in place")
+IDLE_CASES = ("eval", "p = 0")  # in which nothing is dropped
 MODULES = {"nn.Dropout": nn.Dropout, "fd.Dropout": Dropout}
 
-_SPEED_SECONDS, _QUICK_SPEED_SECONDS = 65, 3  # for all the speeds together, whatever the number of devices
+_SPEED_SECONDS = {"quick": 3, "usual": 65, "full": 240}  # for all the speeds together, whatever the number of devices
+_MODEL_SECONDS = 25  # for each, in the full form
 _SAMPLE_NS = 1e6  # long enough for the clock and for what a single call happens to meet
 _MIN_PAIRS = 5
 _IN_PLACE_CALLS = 64  # kept values grow by 1 / (1 - P) a call: 64 calls make that 849, which float16 still holds
@@ -54,6 +62,29 @@ class Speed:
     ratio_p10: float
     ratio_p90: float
     samples: int
+    floor_ns: float | None = None  # a multiply's (CPU) or a copy's (CUDA), forward and in place
+
+
+@dataclass(frozen=True)
+class Memory:
+    device: str
+    workload: str
+    module: str
+    checkpointed: bool
+    saved: int  # bytes kept for backward, beside parameters, input and output
+    peak: int  # bytes above what there was before: of the allocator on CUDA, of the process on a CPU
+
+
+@dataclass(frozen=True)
+class Model:
+    device: str
+    workload: str
+    module: str  # "nn.Dropout", "fd.Dropout" or "p = 0"
+    compiled: bool
+    seconds: float  # a step, forward and backward: median
+    ratio: float  # of nn.Dropout's time, equally compiled, to this: median, 10th and 90th percentile
+    ratio_p10: float
+    ratio_p90: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,11 @@ class Training:
     accuracy: float  # on the test set, mean
     loss: float  # on the training set without dropout, mean
     seconds: float  # median
+    curve: list[float]  # the loss of each epoch's batches, with dropout, mean
+
+
+KINDS = {"speed": Speed, "saved_bytes": SavedBytes, "drop_rate": DropRate, "training": Training, "memory": Memory}
+KINDS["model"] = Model
 
 
 @dataclass(frozen=True)
@@ -117,48 +153,131 @@ def _forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
     x.grad = None
 
 
+def _floor(x: Tensor, in_place: bool) -> Callable[[], object]:
+    """What moves the same bytes and does next to nothing: a multiply, or on CUDA a copy."""
+    if x.is_cuda:
+        return partial((x if in_place else torch.empty_like(x)).copy_, torch.empty_like(x))
+    return partial(x.mul_, 1.0) if in_place else partial(torch.mul, x, 1.1)
+
+
+def _spread(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile."""
+    p10, *_, p90 = quantiles(ratios, n=10, method="inclusive")
+    return median(ratios), p10, p90
+
+
 def measure_speed(device: str, dtype: str, numel: int, case: str, seconds: float) -> list[Speed]:
     deadline = time.perf_counter() + seconds
     timer = _time_cuda if device == "cuda" else _time_cpu
     values = torch.randn(numel, device=device).to(getattr(torch, dtype))
     x = values.clone()
-    modules = [module(P, inplace=case == "in place").train(case != "eval") for module in MODULES.values()]
-    both = [partial(module, x) for module in modules]
+    p = 0.0 if case == "p = 0" else P
+    modules = [module(p, inplace=case == "in place").train(case != "eval") for module in MODULES.values()]
+    contenders: list[Callable[[], object]] = [partial(module, x) for module in modules]
     if case == "forward + backward":
-        both = [partial(_forward_backward, module, x.requires_grad_(), torch.ones_like(x)) for module in modules]
+        gradient = torch.ones_like(x)
+        contenders = [partial(_forward_backward, module, x.requires_grad_(), gradient) for module in modules]
+    if case in ("forward", "in place"):
+        contenders.append(_floor(x, case == "in place"))
 
     def time_one(call: Callable[[], object], calls: int) -> float:
         if case == "in place":
             x.copy_(values)
         return timer(call, calls)
 
-    def time_pair(calls: int) -> list[float]:
-        return [time_one(call, calls) for call in both]
+    def time_all(calls: int) -> list[float]:
+        return [time_one(call, calls) for call in contenders]
 
-    time_pair(3)  # warm-up, as is the search for the number of calls
+    time_all(3)  # warm-up, as is the search for the number of calls
     calls, limit = 1, _IN_PLACE_CALLS if case == "in place" else math.inf
-    while min(time_pair(calls)) < _SAMPLE_NS and calls < limit:
+    while min(time_all(calls)) < _SAMPLE_NS and calls < limit:
         calls *= 2
-    pairs = [time_pair(calls) for _ in range(_MIN_PAIRS)]
+    rounds = [time_all(calls) for _ in range(_MIN_PAIRS)]
     while time.perf_counter() < deadline:
-        pairs.append(time_pair(calls))
-    torch_ns, fd_ns = (median(times) / (calls * numel) for times in zip(*pairs, strict=True))
-    ratios = [torch_time / fd_time for torch_time, fd_time in pairs]
-    p10, *_, p90 = quantiles(ratios, n=10, method="inclusive")
-    return [Speed(device, dtype, numel, case, P, torch_ns, fd_ns, median(ratios), p10, p90, len(pairs))]
+        rounds.append(time_all(calls))
+    torch_ns, fd_ns, *floor = (median(times) / (calls * numel) for times in zip(*rounds, strict=True))
+    middle, p10, p90 = _spread([torch_time / fd_time for torch_time, fd_time, *_ in rounds])
+    floor_ns = floor[0] if floor else None
+    return [Speed(device, dtype, numel, case, p, torch_ns, fd_ns, middle, p10, p90, len(rounds), floor_ns)]
+
+
+def _saved_bytes(run: Callable[[], Tensor], there_anyway: Sequence[Tensor]) -> int:
+    """What autograd keeps from forward to backward, beside the tensors given and the output."""
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(saved.append, lambda packed: packed):  # there is no backward to unpack for
+        output = run()
+    storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in saved)}
+    excepted = {tensor.untyped_storage().data_ptr() for tensor in (*there_anyway, output)}
+    return sum(storages[address].nbytes() for address in storages.keys() - excepted)
 
 
 def measure_saved_bytes(device: str) -> list[SavedBytes]:
-    """What autograd keeps from forward to backward, beside the input and the output."""
-    x, nbytes = torch.randn(2**20, device=device, dtype=torch.float32, requires_grad=True), []
-    for module in MODULES.values():
-        saved: list[Tensor] = []
-        with saved_tensors_hooks(saved.append, lambda packed: packed):  # there is no backward to unpack for
-            y = module(P)(x)
-        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in saved)}
-        there_anyway = {tensor.untyped_storage().data_ptr() for tensor in (x, y)}
-        nbytes.append(sum(storages[address].nbytes() for address in storages.keys() - there_anyway))
+    x = torch.randn(2**20, device=device, dtype=torch.float32, requires_grad=True)
+    nbytes = [_saved_bytes(partial(module(P), x), [x]) for module in MODULES.values()]
     return [SavedBytes(device, "float32", x.numel(), *nbytes)]
+
+
+def _peak_bytes(device: str, run: Callable[[], object]) -> int:
+    """By how much memory rose at most: the allocator's on CUDA, the process's on a CPU (Linux only, else -1)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    except OSError:
+        return -1
+    before = _resident("VmRSS")
+    run()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    return int(_search("/proc/self/status", rf"{name}:\s+(\d+) kB") or 0) * 1024
+
+
+def measure_memory(device: str, workload: str) -> list[Memory]:
+    records = []
+    for (name, dropout), checkpointed in product(MODULES.items(), (False, True)):
+        model, x = MEMORY_WORKLOADS[workload]()
+        model, x = (model if dropout is nn.Dropout else swap(model)).to(device), x.to(device).requires_grad_()
+        run = partial(checkpoint, model, x, use_reentrant=False) if checkpointed else partial(model, x)
+        inputs = [x, *model.parameters()]
+
+        def forward_backward(run: Callable[[], Tensor] = run, inputs: list[Tensor] = inputs) -> None:
+            torch.autograd.grad(run().sum(), inputs)
+
+        forward_backward()  # allocates what stays
+        saved = _saved_bytes(run, inputs)
+        records.append(Memory(device, workload, name, checkpointed, saved, _peak_bytes(device, forward_backward)))
+    return records
+
+
+def measure_model(device: str, workload: str, seconds: float, compiled: bool) -> list[Model]:
+    timer = _time_cuda if device == "cuda" else _time_cpu
+    model, x = WORKLOADS[workload]()
+    model, x = model.to(device), x.to(device)
+    models = {"nn.Dropout": model, "fd.Dropout": swap(deepcopy(model)), "p = 0": deepcopy(model)}
+    for module in models["p = 0"].modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    calls = []
+    for module in models.values():
+        run = torch.compile(module) if compiled else module
+        calls.append(partial(step, run, list(module.parameters()), x))
+    for call in calls:
+        call(), call()
+    deadline = time.perf_counter() + seconds
+    rounds: list[list[float]] = []
+    while len(rounds) < _MIN_PAIRS or time.perf_counter() < deadline:
+        rounds.append([timer(call, 1) for call in calls])
+    records = []
+    for i, name in enumerate(models):
+        ratios = [times[0] / times[i] for times in rounds]
+        taken = median(times[i] for times in rounds) / 1e9
+        records.append(Model(device, workload, name, compiled, taken, *_spread(ratios)))
+    return records
 
 
 def measure_drop_rate(device: str, name: str, p: float, draws: int) -> list[DropRate]:
@@ -169,24 +288,27 @@ def measure_drop_rate(device: str, name: str, p: float, draws: int) -> list[Drop
     return [DropRate(device, name, p, draws, rate, rate - half, rate + half, abs(rate - p) <= half)]
 
 
-def _train(dropout: type[nn.Module], data: list[Tensor], seed: int, epochs: int) -> tuple[float, float, float]:
-    """Accuracy, loss and seconds. The seed gives the initial weights, the order of the batches and the dropout."""
+def _train(dropout: type[nn.Module], data: list[Tensor], seed: int, epochs: int) -> tuple[float, float, float, Tensor]:
+    """Accuracy, loss, seconds, loss by epoch. The seed gives initial weights, the batches' order and the dropout."""
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 128), nn.ReLU(), dropout(_HIDDEN_P), nn.Linear(128, 64), nn.ReLU(), dropout(_HIDDEN_P)]
     model = nn.Sequential(*layers, nn.Linear(64, 10)).to(images.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     shuffle = torch.Generator().manual_seed(seed)
+    curve = torch.zeros(epochs, device=images.device)
     start = time.perf_counter()
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for batch in torch.randperm(len(labels), generator=shuffle).to(images.device).split(_BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            loss.backward()
             optimizer.step()
+            curve[epoch] += loss.detach() * len(batch) / len(labels)
     with torch.no_grad():
-        loss = F.cross_entropy(model.eval()(images), labels).item()  # .item() waits for the GPU
+        final = F.cross_entropy(model.eval()(images), labels).item()  # .item() waits for the GPU
         accuracy = (model(test_images).argmax(1) == test_labels).float().mean().item()
-    return accuracy, loss, time.perf_counter() - start
+    return accuracy, final, time.perf_counter() - start, curve.cpu()
 
 
 def measure_training(device: str, runs: int) -> list[Training]:
@@ -201,93 +323,48 @@ def measure_training(device: str, runs: int) -> list[Training]:
     results = [[_train(dropout, data, seed, _EPOCHS) for dropout in MODULES.values()] for seed in range(runs)]
     records = []
     for name, of_module in zip(MODULES, zip(*results, strict=True), strict=True):
-        accuracy, loss, seconds = zip(*of_module, strict=True)
-        records.append(Training(device, name, runs, _EPOCHS, fmean(accuracy), fmean(loss), median(seconds)))
+        accuracy, loss, seconds, curves = zip(*of_module, strict=True)
+        curve = torch.stack(curves).mean(0).tolist()
+        records.append(Training(device, name, runs, _EPOCHS, fmean(accuracy), fmean(loss), median(seconds), curve))
     return records
 
 
-def plan(device: str, quick: bool, share: float) -> Iterator[Step]:
-    kinds = [*product(DTYPES, SIZES[device], CASES), ("float32", SIZES[device][1], "eval")]
-    seconds = share * (_QUICK_SPEED_SECONDS if quick else _SPEED_SECONDS) / len(kinds)
+def plan(device: str, form: str, share: float) -> Iterator[Step]:
+    """What to measure, in the form "quick", "usual" or "full"; share is this device's part of the time."""
+    sizes = (FULL_SIZES if form == "full" else SIZES)[device]
+    kinds = [*product(DTYPES, sizes, CASES), ("float32", SIZES[device][1], "eval")]
+    if form == "full":
+        kinds = list(product(DTYPES, sizes, CASES + IDLE_CASES))
+    seconds = share * _SPEED_SECONDS[form] / len(kinds)
     for dtype, numel, case in kinds:
         run = partial(measure_speed, device, dtype, numel, case, seconds)
-        yield Step("speed", f"{device} {dtype} {_power(numel)} {case}", run)
+        yield Step("speed", f"{device} {dtype} {power(numel)} {case}", run)
     yield Step("saved_bytes", f"{device} saved bytes", partial(measure_saved_bytes, device))
-    draws = 2**21 if quick or backend_info().devices[device] == "reference" else 2**24
+    draws = 2**21 if form == "quick" or backend_info().devices[device] == "reference" else 2**24
     for p, name in product((0.1, 0.5), MODULES):
         yield Step("drop_rate", f"{device} drop rate of {name}", partial(measure_drop_rate, device, name, p, draws))
     if find_spec("sklearn"):
-        yield Step("training", f"{device} training", partial(measure_training, device, 1 if quick else 3))
+        runs = {"quick": 1, "usual": 3, "full": 5}[form]
+        yield Step("training", f"{device} training", partial(measure_training, device, runs))
+    if form == "full":
+        for workload in MEMORY_WORKLOADS:
+            yield Step("memory", f"{device} memory of {workload}", partial(measure_memory, device, workload))
+        for workload, compiled in product(WORKLOADS, (False, True)):
+            model = partial(measure_model, device, workload, share * _MODEL_SECONDS / 2, compiled)
+            yield Step("model", f"{device} {'compiled ' * compiled}{workload}", model)
 
 
 def execute(steps: Sequence[Step], report: dict[str, list]) -> None:
     """Runs the steps under a progress bar: one line redrawn on a terminal, a line now and then elsewhere."""
     start, on_terminal = time.perf_counter(), sys.stderr.isatty()
-    for done, step in enumerate(steps):
+    for done, this in enumerate(steps):
         left = f", {(time.perf_counter() - start) / done * (len(steps) - done):.0f} s left" if done else ""
-        line = f"[{'#' * (20 * done // len(steps)):20}] {done}/{len(steps)}  {step.label}{left}"
+        line = f"[{'#' * (20 * done // len(steps)):20}] {done}/{len(steps)}  {this.label}{left}"
         if on_terminal:
             print(f"\r{line:79.79}", end="", file=sys.stderr, flush=True)
         elif done % 8 == 0:
             print(line, file=sys.stderr, flush=True)
-        report[step.kind] += step.run()
-
-
-def _power(numel: int) -> str:
-    return f"2^{numel.bit_length() - 1}"
-
-
-def _round(value: float) -> str:
-    """Three significant digits, and no fewer before the point."""
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f}" if value < 99999.5 else f"{value / 1000:.0f}k"
-
-
-def _speed_cell(r: Speed | None) -> str:
-    if r is None:
-        return f"{'-':>6}{'-':>6}{'-':>7}{'':10}"
-    torch_us, fd_us = (_round(ns * r.numel / 1e3) for ns in (r.torch_ns, r.fd_ns))
-    return f"{torch_us:>6}{fd_us:>6}{_round(r.ratio):>6}x {_round(r.ratio_p10) + '-' + _round(r.ratio_p90):<9}"
-
-
-def _speed_lines(records: Sequence[Speed], device: str) -> Iterator[str]:
-    yield f"Microseconds a call, p = {P}; speed-up = torch / fd: median, 10th-90th percentile\n"
-    yield " " * 13 + "".join(f" {' ' + case + ' ':-^27} " for case in CASES)
-    yield f"{'dtype':9}{'size':4}" + f"{'torch':>6}{'fd':>6}  {'speed-up':<15}" * len(CASES)
-    found = {(r.dtype, r.numel, r.case): r for r in records}
-    for dtype, numel in product(DTYPES, SIZES[device]):
-        yield f"{dtype:9}{_power(numel):4}" + "".join(_speed_cell(found.get((dtype, numel, case))) for case in CASES)
-    if r := next((r for r in records if r.case == "eval"), None):
-        us = f"torch {r.torch_ns * r.numel / 1e3:.2f}, fd {r.fd_ns * r.numel / 1e3:.2f}"
-        yield f"\nIn eval mode ({r.dtype}, {_power(r.numel)}): {us}, {r.ratio:.2f}x"
-
-
-def _other_lines(report: dict[str, list]) -> Iterator[str]:
-    for r in report["saved_bytes"]:
-        yield f"Saved for backward of {_power(r.numel)} {r.dtype}s: torch {r.torch:,} bytes, fd {r.fd:,} bytes"
-    for i, r in enumerate(report["drop_rate"]):
-        if i == 0:
-            yield f"\nDrop rate over {_power(r.draws)} draws (seed 0), 99 % interval"
-        verdict = "inside" if r.inside else "OUTSIDE (1 in 100 is, by chance)"
-        yield f"  p = {r.p}  {r.module}  {r.rate:.6f}  [{r.low:.6f}, {r.high:.6f}]  p is {verdict}"
-    for i, r in enumerate(report["training"]):
-        if i == 0:
-            yield f"\nTraining an MLP (64-128-64-10) on digits: dropout {_HIDDEN_P}, {r.epochs} epochs, runs: {r.runs}"
-        yield f"  {r.module}  test accuracy {r.accuracy:.2%}  train loss {r.loss:.4f}  {r.seconds:.2f} s"
-    if not find_spec("sklearn"):
-        yield "\nTraining: skipped, there is no scikit-learn: pip install 'fused-dropout[bench]'"
-
-
-def describe(report: dict[str, list], environment: dict[str, object], devices: Sequence[str]) -> Iterator[str]:
-    info = backend_info()
-    for device in devices:
-        here = {kind: [r for r in records if r.device == device] for kind, records in report.items()}
-        yield f"== {device}: {environment['cpu'] if device == 'cpu' else torch.cuda.get_device_name()}"
-        yield f"torch {environment['torch']}, {environment['threads']} threads, load {environment['load']} at the start"
-        yield from (line.rstrip(" ") for line in (*_speed_lines(here["speed"], device), *_other_lines(here), ""))
-    served = ", ".join(f"{device}: {info.devices[device]}" for device in devices)
-    yield from (f"note: {note}" for note in info.notes)
-    yield f"Served by {served}; eager binding: {'yes' if info.eager else 'no'}"
+        report[this.kind] += this.run()
 
 
 def _search(path: str, pattern: str) -> str | None:
@@ -317,15 +394,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     there = list(backend_info().devices)
     parser = argparse.ArgumentParser("python -m fused_dropout bench", description="nn.Dropout and fd.Dropout compared")
     parser.add_argument("--json", type=Path, default="fused_dropout_bench.json", help="default: %(default)s")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with plots there: report.html and .md")
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="default: all that are there")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, and noisy: to see that it works")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="a few seconds, and noisy: to see that it works")
+    form.add_argument("--full", action="store_true", help="ten minutes: all sizes, memory, whole models")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
     options = parser.parse_args(argv)
     if options.device not in ("all", *there):
         parser.error(f"there is no {options.device} device")
     if not options.json.parent.is_dir():  # said now, not after two minutes
         parser.error(f"there is no folder {options.json.parent}")
+    if options.report and not find_spec("matplotlib"):
+        parser.error("--report needs matplotlib: pip install 'fused-dropout[bench]'")
     options.devices = there if options.device == "all" else [options.device]
+    options.form = "quick" if options.quick else "full" if options.full else "usual"
     return options
 
 
@@ -333,9 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and writes: everything, or at Ctrl-C what there is so far. Returns the exit code."""
     options = _parse(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
-    steps = [step for device in options.devices for step in plan(device, options.quick, 1 / len(options.devices))]
+    steps = [step for device in options.devices for step in plan(device, options.form, 1 / len(options.devices))]
     environment = describe_environment()
-    report: dict[str, list] = {"speed": [], "saved_bytes": [], "drop_rate": [], "training": []}
+    report: dict[str, list] = {kind: [] for kind in KINDS}
     code, ending = 0, "Written to"
     try:
         execute(steps, report)
@@ -343,7 +426,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, ending = 130, "Interrupted; what was measured is in"
     if sys.stderr.isatty():
         print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
-    print("\n".join(describe(report, environment, options.devices)))
-    options.json.write_text(json.dumps({"environment": environment, **report}, default=asdict, indent=1) + "\n")
+    result = {"environment": environment, **{kind: [asdict(r) for r in records] for kind, records in report.items()}}
+    print("\n".join(describe(result)))
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(ending, options.json)
+    if options.report:
+        from .report import write_report
+
+        print("Report:", write_report(result, options.report))
     return code

@@ -1,0 +1,122 @@
+"""Models to measure dropout in: small enough for a CPU, with the shapes that people train.
+
+Each function gives a model and its input, dropout modules of torch's in place; ``swap`` puts ours there.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .modules import Dropout
+
+P = 0.1
+
+
+class Attention(nn.Module):
+    """Self-attention with the weights written out, as wherever dropout is applied to them by a module."""
+
+    def __init__(self, width: int, heads: int, p: float, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.drop_weights = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if self.causal:
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return self.out((self.drop_weights(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A transformer block, normalised before (GPT-2) or after (BERT) its two halves."""
+
+    def __init__(self, width: int, heads: int, p: float, causal: bool) -> None:
+        super().__init__()
+        self.norm_first = causal
+        self.attention, self.drop_attention = Attention(width, heads, p, causal), nn.Dropout(p)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(p))
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm_first:
+            x = x + self.drop_attention(self.attention(self.norm_attention(x)))
+            return x + self.mlp(self.norm_mlp(x))
+        x = self.norm_attention(x + self.drop_attention(self.attention(x)))
+        return self.norm_mlp(x + self.mlp(x))
+
+
+class Recurrent(nn.Module):
+    """Two LSTM layers with dropout between and after; the one inside ``nn.LSTM`` nobody can reach."""
+
+    def __init__(self, width: int, p: float) -> None:
+        super().__init__()
+        self.first, self.second = (nn.LSTM(width, width, batch_first=True) for _ in range(2))
+        self.drop_first, self.drop_second = nn.Dropout(p), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_second(self.second(self.drop_first(self.first(x)[0]))[0])
+
+
+def mlp(p: float = P) -> tuple[nn.Module, Tensor]:
+    """784-512-256-128-10, dropout after each hidden layer, batch 128."""
+    sizes = (784, 512, 256, 128)
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(p))]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], 10)), torch.randn(128, sizes[0])
+
+
+def gpt2_block(p: float = P) -> tuple[nn.Module, Tensor]:
+    """A block of GPT-2 small: width 768, 12 heads; one sequence of 1,024."""
+    return Block(768, 12, p, causal=True), torch.randn(1, 1024, 768)
+
+
+def bert_large_layer(p: float = P) -> tuple[nn.Module, Tensor]:
+    """A layer of BERT large: width 1,024, 16 heads; one sequence of 512."""
+    return Block(1024, 16, p, causal=False), torch.randn(1, 512, 1024)
+
+
+def encoder_layer(p: float = P) -> tuple[nn.Module, Tensor]:
+    """torch's own TransformerEncoderLayer: width 512, 8 heads; four sequences of 256."""
+    return nn.TransformerEncoderLayer(512, 8, dropout=p, batch_first=True), torch.randn(4, 256, 512)
+
+
+def lstm(p: float = P) -> tuple[nn.Module, Tensor]:
+    """Two LSTM layers of width 256; 32 sequences of 64."""
+    return Recurrent(256, p), torch.randn(32, 64, 256)
+
+
+WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
+    "MLP 784-512-256-128-10": mlp,
+    "GPT-2 small block": gpt2_block,
+    "BERT large layer": bert_large_layer,
+    "TransformerEncoderLayer": encoder_layer,
+    "2-layer LSTM": lstm,
+}
+
+
+MEMORY_WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
+    "one dropout, 2^22 floats": lambda p=P: (nn.Dropout(p), torch.randn(2**22)),
+    "24 dropouts in a row, 2^20 floats": lambda p=P: (
+        nn.Sequential(*(nn.Dropout(p) for _ in range(24))),
+        torch.randn(2**20),
+    ),
+    "TransformerEncoderLayer": encoder_layer,
+    "GPT-2 small block": gpt2_block,
+}
+
+
+def swap(model: nn.Module) -> nn.Module:
+    """The same model with every ``nn.Dropout`` ours."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
+    return model
+
+
+def step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward: the gradients of the mean square of the output."""
+    return torch.autograd.grad(model(x).square().mean(), parameters)
