@@ -53,7 +53,7 @@ def device(request):
 def measure(benchmark, device):
     """measure(fn, *arguments, elements=..., **what): times fn, and notes the nanoseconds an element."""
     benchmark._timer = EventClock() if device == "cuda" else time.perf_counter
-    benchmark._min_time, benchmark._max_time, benchmark._min_rounds, benchmark._warmup = 1e-5, 0.3, 5, True
+    benchmark._min_time, benchmark._max_time, benchmark._min_rounds, benchmark._warmup = 1e-5, 0.15, 5, True
 
     def run(fn, *arguments, elements=None, **what):
         benchmark.extra_info.update(what, device=device, threads=torch.get_num_threads())

@@ -14,7 +14,9 @@ def torch_eager(p):
 
 
 def torch_compiled(p):
-    torch._functorch.config.donated_buffer = False  # with it, no backward could be run a second time
+    from torch._functorch import config
+
+    config.donated_buffer = False  # with it, no backward could be run a second time
     return torch.compile(lambda x: F.dropout(x, p))
 
 
