@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import operators
+from . import native, operators, reference
 from .reference import is_dense
 
 
@@ -28,6 +28,13 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
+def _apply(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """The operator, or where it is compiled to be fused with its neighbours, its arithmetic."""
+    if torch.compiler.is_compiling() and (native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)):
+        return reference.apply_each(x, p, key)
+    return operators.apply(x, p, key)
+
+
 class Dropout(torch.autograd.Function):
     """Dropout of x with probability p and the mask of the key."""
 
@@ -35,7 +42,7 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, p: float, key: Tensor) -> Tensor:
-        return operators.apply(x, p, key)
+        return _apply(x, p, key)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
@@ -50,7 +57,7 @@ class Dropout(torch.autograd.Function):
             gradient = _in_order_of(gradient, ctx.strides)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return apply(gradient, ctx.p, key, is_transformed()), None, None
-        return operators.apply(gradient, ctx.p, key), None, None
+        return _apply(gradient, ctx.p, key), None, None
 
 
 class DropoutForwardAD(Dropout):

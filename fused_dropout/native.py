@@ -13,6 +13,7 @@ import torch
 _SETTINGS = {
     "FUSED_DROPOUT_BACKEND": ("auto", "native", "python"),
     "FUSED_DROPOUT_CPU_ISA": ("auto", "avx512", "avx2", "portable"),
+    "FUSED_DROPOUT_COMPILE": ("auto", "fuse", "kernel"),
 }
 _BUILD_FILE = Path(__file__).with_name("_build.json")
 
@@ -97,6 +98,8 @@ def _load_all() -> tuple[ModuleType | None, ModuleType | None, list[str]]:
 
 
 _backend = _setting("FUSED_DROPOUT_BACKEND")
+# What torch.compile is given: the mask's arithmetic, to fuse with the neighbours, or the kernel as it is.
+compile_as = _setting("FUSED_DROPOUT_COMPILE")
 kernels, eager, _notes = _load_all()
 if _notes and _backend == "auto":
     warnings.warn(f"fused_dropout: {'; '.join(_notes)}", RuntimeWarning, stacklevel=2)

@@ -19,8 +19,9 @@ _SCHEMAS = {
     f"apply(Tensor x, {_ARGUMENTS}) -> Tensor": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     f"apply_(Tensor(a!) x, {_ARGUMENTS}) -> ()": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
     f"keep_mask(Tensor x, {_ARGUMENTS}) -> Tensor": (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
-    # Partitioner and checkpointing replay random state only around operators with this tag.
-    "draw_key(Device device) -> Tensor": (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+    # Partitioner and checkpointing replay random state only around operators with this tag, and look for the device
+    # among the keyword arguments.
+    "draw_key(*, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 }
 for _schema, _tags in _SCHEMAS.items():
     _library.define(_schema, tags=_tags)
@@ -41,7 +42,7 @@ def _keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     return reference.keep_mask(x, p, key, start).clone()
 
 
-def _fake_draw_key(device: torch.device) -> Tensor:
+def _fake_draw_key(*, device: torch.device) -> Tensor:
     # Without this AOTAutograd takes two drawings for a common subexpression, and two dropouts of a compiled block get
     # one mask. Up to torch 2.13 at least it goes by this list of its own, not by the operator's tag.
     from torch._functorch.compile_utils import rand_ops
@@ -54,7 +55,7 @@ def _fake_draw_key(device: torch.device) -> Tensor:
 _implement("apply", reference.apply, lambda x, p, key, start=0: torch.empty_like(x))
 _implement("apply_", _apply_in_place, lambda x, p, key, start=0: None)
 _implement("keep_mask", _keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
-_implement("draw_key", lambda device: rng.draw_key(device).to(device), _fake_draw_key)
+_implement("draw_key", lambda *, device: rng.draw_key(device).to(device), _fake_draw_key)
 
 
 def _apply_batched(

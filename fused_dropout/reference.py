@@ -77,9 +77,43 @@ def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.devic
     return kept.flatten()[skip : skip + numel]
 
 
+def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
+    """The mask of the elements with these indices (int64), one by one: for a compiler, which fuses it with others."""
+    seed, offset = key.view(torch.int64).unbind()
+    block, slot = index >> 3, index & 7
+    counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
+    w0, w1, w2, w3 = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
+    word = torch.where(slot < 4, torch.where(slot < 2, w0, w1), torch.where(slot < 6, w2, w3))
+    draw = (word >> ((slot & 1) << 4)) & 0xFFFF
+    return (draw << 32 | (w0 ^ w1 ^ w2 ^ w3 ^ word)) < threshold(p)
+
+
+def apply_each(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """``apply`` as pointwise arithmetic alone."""
+    # In memory's order a dense tensor is contiguous, and an element's position is its place in memory.
+    order = order_by_stride(x)[::-1] if is_dense(x) else list(range(x.dim()))
+    in_order = x.permute(*order)
+    index = torch.arange(x.numel(), device=x.device).view(in_order.shape)
+    product = in_order * scale(p) if x.dtype == torch.float64 else (in_order.float() * scale(p)).to(x.dtype)
+    dropped = torch.where(keep_each(index, p, key.to(x.device)), product, 0.0)
+    return dropped.permute(*(order.index(d) for d in range(x.dim())))
+
+
+def order_by_stride(x: Tensor) -> list[int]:
+    """The dimensions of x by stride, ascending; those of one element come before others of the same stride."""
+    order: list[int] = []
+    for d in range(x.dim()):  # by insertion: a compiler cannot sort by sizes that it does not know yet
+        place = 0
+        for other in order:
+            before = x.stride(other) < x.stride(d) or (x.stride(other) == x.stride(d) and x.shape[other] <= x.shape[d])
+            place += 1 if before else 0
+        order.insert(place, d)
+    return order
+
+
 def dims_by_stride(x: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions of more than one element, those that matter for an address, ascending."""
-    return sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
+    return [(x.stride(d), x.shape[d]) for d in order_by_stride(x) if x.shape[d] != 1]
 
 
 def is_dense(x: Tensor) -> bool:

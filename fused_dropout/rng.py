@@ -48,7 +48,7 @@ def draw_key_transformed(device: torch.device, generator: Generator | None) -> T
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         # An operator, so that tracers record the drawing and not what was drawn.
         if generator is None:
-            return torch.ops.fused_dropout.draw_key(device)
+            return torch.ops.fused_dropout.draw_key(device=device)
     elif torch._C._are_functorch_transforms_active():
         return _draw_key_under_functorch(device, generator)
     return draw_key(device, generator)

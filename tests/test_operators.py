@@ -29,7 +29,7 @@ def test_opcheck(operator, name, key):
 
 def test_opcheck_draw_key():
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(OPERATORS.draw_key.default, (torch.device("cpu"),), test_utils=checks)
+    torch.library.opcheck(OPERATORS.draw_key.default, (), {"device": torch.device("cpu")}, test_utils=checks)
 
 
 @pytest.mark.torch_copies
