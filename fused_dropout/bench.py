@@ -6,6 +6,7 @@ more sizes, memory and whole models; ``--report DIR`` makes a page with plots of
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -228,6 +229,8 @@ def _peak_bytes(device: str, run: Callable[[], object]) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     except OSError:
         return -1
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what the allocator keeps for later would hide a rise
     before = _resident("VmRSS")
     run()
     return max(0, _resident("VmHWM") - before)

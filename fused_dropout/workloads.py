@@ -99,10 +99,10 @@ WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
 
 
 MEMORY_WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
-    "one dropout, 2^22 floats": lambda p=P: (nn.Dropout(p), torch.randn(2**22)),
-    "24 dropouts in a row, 2^20 floats": lambda p=P: (
+    "one dropout, 2^24 floats": lambda p=P: (nn.Dropout(p), torch.randn(2**24)),
+    "24 dropouts in a row, 2^23 floats": lambda p=P: (
         nn.Sequential(*(nn.Dropout(p) for _ in range(24))),
-        torch.randn(2**20),
+        torch.randn(2**23),
     ),
     "TransformerEncoderLayer": encoder_layer,
     "GPT-2 small block": gpt2_block,

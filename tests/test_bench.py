@@ -3,12 +3,15 @@
 import itertools
 import json
 import math
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from fused_dropout import bench
+from fused_dropout import bench, tables
+
+MODELS = list(itertools.product(["nn.Dropout", "fd.Dropout", "p = 0"], [False, True]))
 
 # On the fake GPU there is nothing to time.
 pytestmark = pytest.mark.torch_copies
@@ -105,4 +108,52 @@ def test_width_of_the_table():
         bench.Speed("cpu", dtype, numel, case, bench.P, 987654e3 / numel, 98765e3 / numel, 10.0, 10.0, 10.0, 5)
         for dtype, numel, case in itertools.product(bench.DTYPES, bench.SIZES["cpu"], bench.CASES)
     ]
-    assert max(len(line) for line in bench._speed_lines(wide, "cpu")) <= 100
+    assert max(len(line) for line in tables.speed_lines([asdict(record) for record in wide])) <= 100
+
+
+@pytest.mark.parametrize("workload", ["one dropout, 2^24 floats", "TransformerEncoderLayer"])
+def test_memory(workload):
+    """nn.Dropout keeps a mask or a noise of the input's size; here it is 16 bytes for each dropout."""
+    records = {(r.module, r.checkpointed): r for r in bench.measure_memory("cpu", workload)}
+    assert len(records) == 4
+    ours, torchs = records["fd.Dropout", False], records["nn.Dropout", False]
+    if workload.startswith("one"):
+        assert ours.saved == 16
+        assert torchs.saved >= 2**24
+        assert torchs.peak > ours.peak or torchs.peak == -1  # -1: this system does not say
+    assert ours.saved < torchs.saved
+    assert records["fd.Dropout", True].saved <= ours.saved
+
+
+def test_models():
+    records = bench.measure_model("cpu", "MLP 784-512-256-128-10", 0.1, compiled=False)
+    assert [r.module for r in records] == ["nn.Dropout", "fd.Dropout", "p = 0"]
+    assert records[0].ratio == 1
+    assert all(r.seconds > 0 and 0 < r.ratio_p10 <= r.ratio <= r.ratio_p90 for r in records)
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
+def test_report(result, tmp_path):
+    """One page that holds its pictures, and the same in Markdown with files beside it."""
+    from fused_dropout.report import write_report
+
+    memory = [asdict(r) for r in bench.measure_memory("cpu", "one dropout, 2^24 floats")]
+    models = [asdict(bench.Model("cpu", "a model", name, c, 1.0, 1.0, 0.9, 1.1)) for name, c in MODELS]
+    page = write_report(
+        {k: v for k, v in result.items() if k != "device"} | {"memory": memory, "model": models}, tmp_path
+    ).read_text()
+    pictures = sorted(path.stem for path in tmp_path.glob("*.png"))
+    expected = [
+        "correlation",
+        "masks",
+        "memory",
+        "models",
+        "rate",
+        "speedup",
+        "time",
+        *["training"] * bool(result["training"]),
+    ]
+    assert pictures == [f"cpu-{name}" for name in expected]
+    assert page.count("data:image/png;base64,") == 2 * len(pictures)  # light and dark
+    assert "http" not in page
+    assert all(f"({name}.png)" in (tmp_path / "report.md").read_text() for name in pictures)
