@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 
-.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sass sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -67,6 +67,15 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 
 sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
 	cd benchmarks && ../$(CUDA_PY) sass.py
+
+gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
+	@$(PY) -m pytest -q -m gpu; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
+
+statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; fifteen minutes
+	$(PY) tests/statistics/long.py
+
+randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, TestU01, those that are there; half an hour
+	$(PY) tests/statistics/randomness.py
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute
 	build/cpu-kernels-asan

@@ -1,0 +1,347 @@
+"""The measurements of ``python -m fused_dropout gpu-check``: dropouts against a copy of the same bytes, the host's time
+for small calls, and a transformer block. Contenders take turns, so that whatever slows the GPU slows all.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bench import DTYPES, P, _peak_bytes, _spread, _time_cpu, _time_cuda
+from .functional import dropout
+from .gpu_report import COPY, HostTime, Note, Speed, Step
+from .workloads import Attention, Block, swap
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# The most important first: what there is no time for is left out.
+CASES = ("forward", "in place", "forward + backward", "backward")
+LOG2_SIZES = (24, 28, 20, 16, 26, 22, 30, 12, 18, 14, 10)
+QUICK_LOG2_SIZES = (26, 12)  # not compiled
+_COMPILED_LOG2_SIZES = {"forward": (20, 24, 28), "forward + backward": (24,)}
+_CASE_SECONDS = 1.2  # at most, for the samples
+_SAMPLE_NS = 5e5
+_MIN_ROUNDS = 7
+_IN_PLACE_CALLS = 16  # on each buffer in a sample, so that enough values are left that are neither 0 nor huge
+_MAX_BUFFERS = 1024
+_BLOCK_SECONDS, _COMPILE_SECONDS = 8.0, 30.0
+
+Dropping = Callable[[Tensor], Tensor]
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["seed"])
+    def _triton_kernel(x, y, numel, p, scale, seed, block: tl.constexpr):  # noqa: ANN001, ANN202
+        index = tl.program_id(0) * block + tl.arange(0, block)
+        inside = index < numel
+        value = tl.load(x + index, mask=inside).to(tl.float32)
+        kept = tl.rand(seed, index) >= p
+        tl.store(y + index, tl.where(kept, value * scale, 0.0), mask=inside)
+
+
+class TritonDropout(torch.autograd.Function):
+    """The usual low-memory dropout in Triton: a Philox call for each element, and the seed saved for backward."""
+
+    seeds = itertools.count(2**40 + 1)
+
+    @staticmethod
+    def run(x: Tensor, seed: int) -> Tensor:
+        y, block = torch.empty_like(x), 1024
+        _triton_kernel[(triton.cdiv(x.numel(), block),)](x, y, x.numel(), P, 1 / (1 - P), seed, block=block)
+        return y
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.seed = next(TritonDropout.seeds)
+        return TritonDropout.run(x, ctx.seed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return TritonDropout.run(gradient.contiguous(), ctx.seed)
+
+
+def implementations(case: str, log2: int) -> dict[str, Callable[[], Dropping]]:
+    """By name, what makes the dropout to be measured: its failure is that contender's alone."""
+    inplace = case == "in place"
+    found: dict[str, Callable[[], Dropping]] = {
+        "fd": lambda: partial(dropout, p=P, inplace=inplace),
+        "F.dropout": lambda: partial(F.dropout, p=P, inplace=inplace),
+    }
+    if inplace:
+        return found
+    if log2 in _COMPILED_LOG2_SIZES.get(case, ()):
+        found["F.dropout, compiled"] = _compiled
+    if triton is not None:
+        found["Triton"] = lambda: TritonDropout.apply
+    try:
+        from transformer_engine.pytorch.ops import Dropout as EngineDropout
+    except Exception:  # it may be there and not load
+        return found
+    return found | {"TransformerEngine": lambda: EngineDropout(P)}
+
+
+def _compiled() -> Dropping:
+    torch._dynamo.reset()  # each size is compiled for itself
+    return torch.compile(lambda x: F.dropout(x, P), dynamic=False)
+
+
+@dataclass
+class Contender:
+    call: Callable[[], object]
+    units: int = 1  # of work in a call
+    most: int = 1 << 16  # calls in a sample
+    prepare: Callable[[], object] = lambda: None  # not timed
+    calls: int = 1
+
+    def sample(self) -> float:
+        """Nanoseconds a unit."""
+        self.prepare()
+        self.call()  # keeps the GPU busy while the host sets out, if it takes long enough to matter
+        return _time_cuda(self.call, self.calls) / (self.calls * self.units)
+
+    def warm_up(self) -> None:
+        for _ in range(3):
+            self.sample()
+        while self.calls < self.most and self.sample() * self.calls * self.units < _SAMPLE_NS:
+            self.calls *= 2
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """A call of the next at each call."""
+    turns = itertools.cycle(calls)
+
+    def call_next() -> None:
+        next(turns)()
+
+    return call_next
+
+
+def eager(make: Callable[[], list[Callable[[], object]]], **options: Any) -> Contender:
+    return Contender(in_turn(make()), **options)
+
+
+def replayed(
+    make: Callable[[], list[Callable[[], object]]], outputs: Sequence[Tensor | None], **options: Any
+) -> Contender:
+    """Calls of its own, in a CUDA graph: what autograd has for a leaf may stay with the stream that it met first."""
+    graph, calls = torch.cuda.CUDAGraph(), make()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    written = list(outputs)
+
+    def replay(_alive: Sequence[Tensor | None] = written) -> None:
+        graph.replay()
+
+    return Contender(replay, units=len(calls), **options)
+
+
+def buffer_count(nbytes: int) -> int:
+    """How many buffers of that size it takes to go round more than the L2 holds, input and output together."""
+    return min(_MAX_BUFFERS, 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // (2 * nbytes))
+
+
+def calls_of(
+    make: Callable[[], Dropping], case: str, values: Tensor, others: Tensor, outputs: list
+) -> list[Callable[[], object]]:
+    """A call for each row of the values. Outputs are kept until they are replaced, so that they go round as well."""
+    run, inputs, gradients = make(), [*values.unbind()], [*others.unbind()]
+    leaves = [x.detach().requires_grad_() for x in inputs] if case.endswith("backward") else []
+    dropped = [run(x) for x in leaves] if case == "backward" else []
+
+    def forward(i: int) -> None:
+        outputs[i] = run(inputs[i])
+
+    def in_place(i: int) -> None:
+        run(inputs[i])
+
+    def forward_backward(i: int) -> None:
+        (outputs[i],) = torch.autograd.grad(run(leaves[i]), leaves[i], gradients[i])
+
+    def backward(i: int) -> None:
+        (outputs[i],) = torch.autograd.grad(dropped[i], leaves[i], gradients[i], retain_graph=True)
+
+    call = dict(zip(CASES, (forward, in_place, forward_backward, backward), strict=True))[case]
+    return [partial(call, i) for i in range(len(inputs))]
+
+
+def copies_of(case: str, inputs: Tensor, outputs: Tensor) -> list[Callable[[], object]]:
+    def copy_twice(x: Tensor, y: Tensor) -> None:
+        y.copy_(x)
+        y.copy_(x)
+
+    call = copy_twice if case == "forward + backward" else lambda x, y: y.copy_(x)
+    return [partial(call, x, y) for x, y in zip(inputs, outputs, strict=True)]
+
+
+def contenders_for(case: str, dtype: str, log2: int, buffers: int) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    """By name, what makes a contender; each to be made before the next is asked for."""
+    values = torch.randn(buffers, 2**log2, dtype=getattr(torch, dtype), device="cuda")
+    others = values.clone()  # what the copies write to, the gradients, or what in-place values are restored from
+    outputs: list[Tensor | None] = [None] * buffers
+    options = {"prepare": partial(values.copy_, others)} if case == "in place" else {}
+    makers = {COPY: partial(copies_of, case, *((others, values) if options else (values, others)))}
+    for name, make in implementations(case, log2).items():
+        makers[name] = partial(calls_of, make, case, values, others, outputs)
+    for name, make_calls in makers.items():
+        most = {"most": _IN_PLACE_CALLS * buffers} if options else {}
+        yield name, partial(eager, make_calls, **options, **most)
+        # Backward alone cannot be captured: autograd runs it on the stream of its forward.
+        if name in (COPY, "fd", "F.dropout") and case != "backward":
+            most = {"most": _IN_PLACE_CALLS} if options else {}
+            yield f"{name}, graph", partial(replayed, make_calls, outputs, **options, **most)
+
+
+Name = TypeVar("Name")
+
+
+def rounds(samplers: Mapping[Name, Callable[[], float]], seconds: float) -> dict[Name, list[float]]:
+    """The samples of each, taken in turn until the time is up, and a few rounds in any case."""
+    times: dict[Name, list[float]] = {name: [] for name in samplers}
+    end, taken = time.perf_counter() + seconds, 0
+    while samplers and (taken < _MIN_ROUNDS or time.perf_counter() < end):
+        for name, sample in samplers.items():
+            times[name].append(sample())
+        taken += 1
+    return times
+
+
+def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[Speed | Note]:
+    nbytes = 2**log2 * getattr(torch, dtype).itemsize
+    buffers = buffer_count(nbytes)
+    if 10 * buffers * nbytes > torch.cuda.mem_get_info()[0]:
+        yield Note(f"{case}, {dtype}, 2^{log2}: not enough memory")
+        return
+    contenders: dict[str, Contender] = {}
+    for name, make in contenders_for(case, dtype, log2, buffers):
+        try:
+            contender = make()
+            contender.warm_up()
+            contenders[name] = contender
+        except Exception as error:
+            yield Note(f"{case}, {dtype}, 2^{log2}: {name} left out: {first_line(error)}")
+    times = rounds({name: contender.sample for name, contender in contenders.items()}, min(seconds, _CASE_SECONDS))
+    moved = 2 * nbytes * (2 if case == "forward + backward" else 1)
+    for name, samples in times.items():
+        copy = times.get(f"{COPY}, graph" if name.endswith(", graph") else COPY, samples)
+        shares = _spread([of_copy / own for of_copy, own in zip(copy, samples, strict=True)])
+        middle, p10, p90 = _spread(samples)
+        us = (middle / 1e3, p10 / 1e3, p90 / 1e3)
+        yield Speed(case, dtype, 2**log2, name, *us, moved / middle, *shares, len(samples), buffers)
+
+
+def speeds(quick: bool, deadline: float) -> Iterator[Speed | Note]:
+    """Each case gets its share of the time that is left."""
+    cases = list(itertools.product(CASES, QUICK_LOG2_SIZES if quick else LOG2_SIZES, DTYPES))
+    for done, (case, log2, dtype) in enumerate(cases):
+        left = deadline - time.perf_counter()
+        if left < 0:
+            skipped = ", ".join(f"{case} {dtype} 2^{log2}" for case, log2, dtype in cases[done:])
+            yield Note(f"no time left for {len(cases) - done} cases: {skipped}")
+            return
+        try:
+            yield from measure_speed(case, dtype, log2, left / (len(cases) - done))
+        except torch.OutOfMemoryError as error:
+            yield Note(f"{case}, {dtype}, 2^{log2}: {first_line(error)}")
+        torch.cuda.empty_cache()
+
+
+def host_times(seconds: float) -> Iterator[HostTime]:
+    """What a call keeps the host busy for, while the GPU's queue is not full."""
+    x, gradient = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
+    leaf = x.clone().requires_grad_()
+
+    def forward_backward(run: Callable[[Tensor, float], Tensor]) -> None:
+        torch.autograd.grad(run(leaf, P), leaf, gradient)
+
+    def sample(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        return _time_cpu(call, 100) / 100
+
+    samplers = {("forward", "x.clone()"): partial(sample, x.clone)}
+    for name, run in {"fd.dropout": dropout, "F.dropout": F.dropout}.items():
+        samplers["forward", name] = partial(sample, partial(run, x, P))
+        samplers["forward with grad", name] = partial(sample, partial(run, leaf, P))
+        samplers["forward + backward", name] = partial(sample, partial(forward_backward, run))
+        samplers["in place", name] = partial(sample, partial(run, x.clone(), P, True, True))
+    for warm_up in samplers.values():
+        warm_up()
+    for (case, name), times in rounds(samplers, seconds).items():
+        middle, p10, p90 = _spread(times)
+        yield HostTime(case, name, middle / 1e3, p10 / 1e3, p90 / 1e3)
+
+
+class FusedAttention(Attention):
+    """The same in torch's fused kernel, where no dropout module reaches the weights: they are not dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> None:
+    with torch.autocast("cuda", torch.bfloat16):
+        y = model(x)
+    torch.autograd.grad(y, parameters, x.detach())  # any values do as a gradient
+
+
+def measure_block(name: str, fused: bool, compiled: bool, x: Tensor, deadline: float) -> Iterator[Step | Note]:
+    block = Block(768, 12, P, causal=True).cuda()
+    if fused:
+        block.attention.__class__ = FusedAttention
+    models = {"nn.Dropout": block, "fd.Dropout": swap(deepcopy(block)), "p = 0": _without_dropout(deepcopy(block))}
+    steps: dict[str, Contender] = {}
+    for of_model, model in models.items():
+        if compiled and deadline - time.perf_counter() < _COMPILE_SECONDS:
+            yield Note(f"block, {name}, {of_model}: no time left to compile it")
+            continue
+        run = torch.compile(model) if compiled else model
+        steps[of_model] = Contender(partial(step, run, [*model.parameters(), x], x), calls=2)
+        for _ in range(3):
+            steps[of_model].sample()
+    peaks = {of_model: _peak_bytes("cuda", contender.call) / 2**20 for of_model, contender in steps.items()}
+    seconds = min(_BLOCK_SECONDS, (deadline - time.perf_counter()) / 3)
+    for of_model, times in rounds(
+        {of_model: contender.sample for of_model, contender in steps.items()}, seconds
+    ).items():
+        middle, p10, p90 = _spread(times)
+        yield Step(name, of_model, middle / 1e6, p10 / 1e6, p90 / 1e6, peaks[of_model])
+
+
+def blocks(quick: bool, deadline: float) -> Iterator[Step | Note]:
+    """GPT-2 small's, as torch's fused attention runs it, then with the attention's weights written out and dropped."""
+    shape = (1, 128, 768) if quick else (8, 1024, 768)
+    x = torch.randn(shape, device="cuda", requires_grad=True)
+    size = " x ".join(map(str, shape))
+    for name, fused, compiled in (
+        ("fused attention", True, False),
+        ("attention weights dropped", False, False),
+        ("fused attention, compiled", True, True),
+    ):
+        try:
+            yield from measure_block(f"{size}, {name}", fused, compiled, x, deadline)
+        except Exception as error:
+            yield Note(f"block, {size}, {name}: {first_line(error)}")
