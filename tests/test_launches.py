@@ -1,0 +1,320 @@
+"""What results do not show of the kernels, counted by an interpreter of what was compiled: one launch a call, each
+element moved once and in the widest accesses that its address allows, on any grid, beyond any memory's size."""
+
+import functools
+import itertools
+import math
+import random
+from typing import NamedTuple
+
+import contract
+import numpy as np
+import pytest
+import torch
+from conftest import ON_FAKE_GPU
+from helpers import DTYPES, assert_same, expected, for_dtypes, forge, key_tensor, values
+from torch.utils._python_dispatch import _disable_current_modes
+
+import fused_dropout as fd
+from fused_dropout import native
+
+if ON_FAKE_GPU:
+    import fake_gpu
+    from ptx_run import Buffer, Module, cstruct
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU counts accesses")]
+
+KEY, P = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321), 0.3
+HALF, MASK = torch.float16, torch.bool
+NARROW, WIDE = "unsigned int", "unsigned long"  # the types of a block's number
+OPS = ["<float, float>", "<double, double>", "<c10::Half, float>", "<c10::BFloat16, float>", "WriteMask"]
+OPS = dict(zip([*DTYPES, MASK], OPS, strict=True))
+for_ops = pytest.mark.parametrize("dtype", OPS, ids=str)
+for_inplace = pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+for_blocks = pytest.mark.parametrize("block_type", [NARROW, WIDE])
+
+
+class Rows(NamedTuple):
+    """The kernels' struct of that name."""
+
+    count: int
+    length: int
+    x_stride: int
+    y_stride: int
+    pitch: int
+
+    def kept(self, p=P, start=0, key=KEY):
+        """The contract's mask, one row below the other."""
+        return np.stack([contract.keep_numpy(*key, p, self.length, start + r * self.pitch) for r in range(self.count)])
+
+
+def dense(n):
+    return Rows(1, n, n, n, n)
+
+
+def moved_in_vectors(rows, start, size, sides):
+    """How many elements are in whole blocks that are aligned on each side, given as (pointer, stride)."""
+    total = 0
+    for r in range(rows.count):
+        ahead = -(start + r * rows.pitch) % 8
+        if not any((pointer + (r * stride + ahead) * size) % min(16, 8 * size) for pointer, stride in sides):
+            total += max(0, rows.length - ahead) // 8 * 8
+    return total
+
+
+def assert_one_pass(rows, start, size, kept, y, x=None):
+    """All of y is stored once, all of x is read at most once and once where kept, as vectors wherever they are allowed;
+    nothing else is touched. y and x: a pointer and the Buffer that it points into."""
+    sides = [("st", *y, rows.y_stride)] + ([("ld", *x, rows.x_stride)] if x else [])
+    in_vectors = moved_in_vectors(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
+    for kind, pointer, buffer, stride in sides:
+        places = (pointer - buffer.base) // size + np.arange(rows.count)[:, None] * stride + np.arange(rows.length)
+        counts = buffer.byte_counts(kind).reshape(-1, size)
+        least, most = np.zeros_like(counts), np.zeros_like(counts)
+        most[places] = 1
+        least[places if kind == "st" else places[kept]] = 1
+        assert (least <= counts).all()
+        assert (counts <= most).all()
+        widths = {width: times.sum() * width for (k, width), times in buffer.counts.items() if k == kind}
+        assert widths.pop(min(16, 8 * size), 0) == in_vectors * size
+        assert set(widths) <= {size}
+        assert {k for k, _ in buffer.counts} <= {k for k, _, b, _ in sides if b is buffer}
+
+
+# ----------------------------------------------------------------------------------------------- what the host launches
+
+
+def launched(call, *args, **options):
+    """The result of a call that launches one kernel, without the fake GPU's mode: under one, other paths serve."""
+    before = len(fake_gpu.launches)
+    with _disable_current_modes():
+        result = call(*args, **options)
+    assert len(fake_gpu.launches) == before + 1
+    return result
+
+
+def memory(t):
+    return t.data_ptr(), fake_gpu.buffer_of(t)
+
+
+def check_apply(x, rows, start, inplace):
+    want, args = expected(x, *KEY, P, start), (x, P, key_tensor(*KEY))
+    if inplace:
+        rows = rows._replace(y_stride=rows.x_stride)
+        launched(torch.ops.fused_dropout.apply_, *args, start=start)
+    y = x if inplace else launched(torch.ops.fused_dropout.apply, *args, start=start)
+    assert_one_pass(rows, start, x.element_size(), rows.kept(start=start), memory(y), memory(x))
+    assert_same(y, want)
+
+
+@for_dtypes
+@pytest.mark.parametrize("binding", ["eager", "python"])
+@pytest.mark.parametrize("n", [1, 7, 8, 2047, 2049, 65541, 131072])
+def test_one_launch_a_call(dtype, binding, n, monkeypatch):
+    """Forward, backward, in place and mask; the largest sizes take several passes of the grid."""
+    if binding == "python":
+        monkeypatch.setattr("fused_dropout.functional._eager_dropout", None)
+    rows, size, key = dense(n), dtype.itemsize, key_tensor(*KEY)
+    kept, x, gradient = rows.kept(), values(n, dtype, "cuda").requires_grad_(), values(n, dtype, "cuda")
+    y = launched(fd.dropout, x, P, key=key)
+    assert_one_pass(rows, 0, size, kept, memory(y), memory(x))
+    (dx,) = launched(torch.autograd.grad, y, x, gradient)
+    assert_one_pass(rows, 0, size, kept, memory(dx), memory(gradient))
+    assert not fake_gpu.buffer_of(x).counts
+    launched(fd.dropout, gradient, P, inplace=True, key=key)
+    assert_one_pass(rows, 0, size, kept, memory(gradient), memory(gradient))
+    mask = launched(fd.keep_mask, x, P, key)
+    assert_one_pass(rows, 0, 1, kept, memory(mask))
+    assert fake_gpu.launches[-1][3].accesses("ld") == {}
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 5)])
+def test_nothing_to_launch(shape, key):
+    before, x = len(fake_gpu.launches), torch.empty(shape).cuda().requires_grad_()
+    torch.autograd.grad(fd.dropout(x * 1, P, key=key), x, torch.empty(shape).cuda())
+    fd.dropout(x.detach(), P, inplace=True, key=key)
+    for call in (torch.ops.fused_dropout.apply, torch.ops.fused_dropout.apply_, torch.ops.fused_dropout.keep_mask):
+        call(x.detach(), P, key)
+    assert len(fake_gpu.launches) == before
+
+
+@for_dtypes
+@pytest.mark.parametrize("start", [0, 8, 2**36])
+def test_widest_accesses(dtype, start, key):
+    """The steady state, whole and aligned blocks, knows no others: 16 bytes, or 8 of a mask."""
+    n, x = 9 * 2**13, values(9 * 2**13 + 16, dtype, "cuda")[16:]
+    for call in (torch.ops.fused_dropout.apply, torch.ops.fused_dropout.apply_):
+        launched(call, x, P, key, start=start)
+        stats = fake_gpu.launches[-1][3]
+        assert stats.accesses("ld") == stats.accesses("st") == {16: n * dtype.itemsize // 16}
+    launched(torch.ops.fused_dropout.keep_mask, x, P, key, start=start)
+    assert fake_gpu.launches[-1][3].accesses("st") == {8: n // 8}
+
+
+@for_dtypes
+@for_inplace
+@pytest.mark.parametrize("start", [0, 3, 8])
+def test_views_at_any_offset(dtype, inplace, start):
+    for k in range(17):
+        check_apply(values(80, dtype, "cuda")[k : k + 59], dense(59), start, inplace)
+
+
+LAYOUTS = {
+    "columns": (lambda x: x(7, 40)[:, 3:16], Rows(7, 13, 40, 13, 13)),
+    "aligned columns": (lambda x: x(7, 40)[:, 8:40], Rows(7, 32, 40, 32, 32)),
+    "odd row stride": (lambda x: x(5, 41)[:, 1:25], Rows(5, 24, 41, 24, 24)),
+    "short rows": (lambda x: x(9, 64)[:, 5:13], Rows(9, 8, 64, 8, 8)),
+    "long rows": (lambda x: x(3, 2101)[:, 4:2068], Rows(3, 2064, 2101, 2064, 2064)),
+    "more rows than the grid has": (lambda x: x(2100, 24)[:, 3:19], Rows(2100, 16, 24, 16, 16)),
+    "projections": (lambda x: x(4, 5, 3, 16)[:, :, 1], Rows(20, 16, 48, 16, 16)),
+    "transposed": (lambda x: x(37, 23).t(), dense(37 * 23)),
+    "channels_last": (lambda x: x(2, 6, 7, 5).permute(0, 3, 1, 2), dense(420)),
+}
+
+
+@for_dtypes
+@for_inplace
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_in_one_launch(dtype, inplace, start, layout):
+    view, rows = LAYOUTS[layout]
+    check_apply(view(lambda *shape: values(math.prod(shape), dtype, "cuda").view(shape)), rows, start, inplace)
+
+
+@pytest.mark.parametrize("start", [0, 2**33, 2**35 - 50, 2**36, 2**62])
+def test_64_bits_only_where_needed(start):
+    check_apply(values(100, HALF, "cuda"), dense(100), start, inplace=False)
+    assert f"{WIDE if start > 2**34 else NARROW}>(" in fake_gpu.launches[-1][0]
+
+
+# --------------------------------------------------------------------------------- grids that no host code would choose
+
+
+@functools.cache
+def module():
+    return Module.from_library(native.kernels.__file__)
+
+
+@functools.cache
+def kernel(dtype, block_type):
+    return module().find(f"dropout_kernel<.*{OPS[dtype]}, {block_type}>").name
+
+
+def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, on_device=0, grid=1, block=256, only=None):
+    """The bare kernel. If there is a key on the device, another one is given by value."""
+    source = cstruct(("u64", (5, 6) if on_device else key), ("u64", on_device))
+    op = bytes(1) if dtype == MASK else cstruct(("f64" if dtype == torch.float64 else "f32", contract.scale(p)))
+    args = [x, y, cstruct(("s64", rows)), start, source, contract.threshold(p), op]
+    module().launch(kernel(dtype, block_type), grid, block, args, only=only)
+
+
+def run(dtype, block_type, rows, p=P, start=0, key=KEY, leads=(0, 0), **options):
+    """Launches on just the rows' memory, each side's first block a lead behind an aligned address; checks all."""
+    size, kept = dtype.itemsize, rows.kept(p, start, key)
+    x = values((rows.count - 1) * rows.x_stride + rows.length, torch.float32 if dtype == MASK else dtype)
+    y = torch.zeros((rows.count - 1) * rows.y_stride + rows.length, dtype=dtype)
+    x_memory, y_memory = (
+        Buffer(t.view(torch.uint8).numpy(), (start + lead) % 8 * size) for t, lead in zip((x, y), leads, strict=True)
+    )
+    launch(dtype, block_type, 0 if dtype == MASK else x_memory, y_memory, rows, p, start, key, **options)
+    sides = [(buffer.ptr, buffer) for buffer in (y_memory, x_memory)]
+    assert_one_pass(rows, start, size, kept, *sides[: 1 if dtype == MASK else 2])
+    x = x.as_strided((rows.count, rows.length), (rows.x_stride, 1))
+    want = [contract.expected(row, *key, p, start + r * rows.pitch) for r, row in enumerate(x)]
+    want = torch.from_numpy(kept) if dtype == MASK else torch.stack(want)
+    y = torch.from_numpy(y_memory.array).view(dtype).as_strided(want.shape, (rows.y_stride, 1)).contiguous()
+    assert torch.equal(y.view(torch.uint8), want.view(torch.uint8))
+    return kept
+
+
+GRIDS = [(1, (2, 128)), (1, 256), ((3, 1), (8, 32)), ((1, 5), (64, 4)), ((7, 3), (32, 8)), (5, (1, 7))]
+
+
+@for_ops
+@for_blocks
+@pytest.mark.parametrize(("grid", "block"), GRIDS)
+def test_any_grid(dtype, block_type, grid, block):
+    run(dtype, block_type, dense(517), start=5, grid=grid, block=block)
+    run(dtype, block_type, Rows(7, 61, 77, 64, 100), start=3, grid=grid, block=block)
+    run(dtype, block_type, Rows(3, 64, 64, 72, 128), start=8, grid=grid, block=block)
+    run(dtype, block_type, Rows(33, 9, 9, 16, 2**20 + 1), start=6, grid=grid, block=block)
+
+
+@for_blocks
+@pytest.mark.parametrize(("grid", "block"), [(1, 2), (3, 1)])
+def test_any_number_of_blocks(block_type, grid, block):
+    """Pairs of passes, a single one after them, what is left at both ends: for each remainder of the grid's stride."""
+    for blocks, tail, start in itertools.product(range(10), (0, 5), (0, 3)):
+        run(HALF, block_type, dense(8 * blocks + tail or 1), start=start, grid=grid, block=block)
+
+
+@for_ops
+@pytest.mark.parametrize("start", [0, 3])
+def test_each_side_has_its_own_alignment(dtype, start):
+    for leads in itertools.product((0, 1, 3, 4, 7), repeat=2):
+        run(dtype, NARROW, Rows(2, 45, 48, 56, 48), start=start, leads=leads, block=(8, 2))
+
+
+@for_ops
+@for_blocks
+def test_key_from_device_memory(dtype, block_type):
+    key = Buffer(np.array(KEY, np.uint64), readonly=True)
+    run(dtype, block_type, dense(300), on_device=key.ptr)
+    assert key.counts
+
+
+@for_ops
+@for_blocks
+@pytest.mark.parametrize("exponent", [32, 34, 35, 36, 62])
+def test_start_around_a_power_of_two(dtype, block_type, exponent):
+    if block_type == WIDE or exponent < 35:
+        run(dtype, block_type, dense(300), start=2**exponent - 155, grid=2, block=8)
+
+
+def check_windows(folder, block_type, rows, windows, **options):
+    """In tensors beyond any memory, each window (place in x, place in y, length, index) is read and written once."""
+    x, y = (np.memmap(folder / name, np.float16, "w+", shape=2**38) for name in "xy")
+    for a, _, n, _ in windows:
+        x[a : a + n] = values(n, HALF).numpy()
+    buffers = [[Buffer.at(t.ctypes.data + 2 * at, 2 * n) for t, at in ((y, b), (x, a))] for a, b, n, _ in windows]
+    launch(HALF, block_type, x.ctypes.data, y.ctypes.data, rows, **options)
+    for (a, b, n, i), sides in zip(windows, buffers, strict=True):
+        assert_one_pass(dense(n), i, 2, dense(n).kept(start=i), *((buffer.base, buffer) for buffer in sides))
+        assert_same(torch.from_numpy(y[b : b + n]), contract.expected(torch.from_numpy(x[a : a + n]), *KEY, P, i))
+
+
+@pytest.mark.parametrize(("stride", "block_type"), [(2**29, NARROW), (2**29, WIDE), (2**32, WIDE), (2**33, WIDE)])
+def test_passes_through_a_huge_tensor(tmp_path, stride, block_type):
+    """The grid's first and last blocks: both passes of a pair, and the tail behind the last."""
+    far, grid, start = 8 * stride, stride // 256, 2**20
+    places = ((0, 2048), (far - 2048, 4096), (2 * far - 2048, 2053))
+    windows = [(at, at, n, start + at) for at, n in places]
+    check_windows(tmp_path, block_type, dense(2 * far + 5), windows, start=start, grid=grid, only=[0, grid - 1])
+
+
+@pytest.mark.parametrize(("pitch", "block_type"), [(59, NARROW), (59, WIDE), (2**18 + 1, WIDE), (2**40 + 3, WIDE)])
+def test_rows_of_a_huge_tensor(tmp_path, pitch, block_type):
+    """The last line of the tallest grid, and the rows that it goes on to, beyond 2^32 elements."""
+    rows = Rows(3 * 65535, 59, 2**18, 2**17 + 8, pitch)
+    windows = [(r * rows.x_stride, r * rows.y_stride, 59, r * pitch) for r in (65534, 2 * 65535 - 1, 3 * 65535 - 1)]
+    check_windows(tmp_path, block_type, rows, windows, grid=(1, 65535), only=[65534])
+
+
+@for_ops
+@pytest.mark.parametrize(
+    "k", [1, 2**32 - 1, 2**32, 2**47, (0xFFFF << 32) - 1, 0xFFFF << 32, 2**48 - 2, 2**48 - 1], ids=hex
+)
+def test_threshold(dtype, k):
+    assert contract.threshold(1 - k / 2**48) == k
+    run(dtype, NARROW, dense(2003), p=1 - k / 2**48)
+
+
+@pytest.mark.parametrize("dtype", [HALF, MASK], ids=str)
+@pytest.mark.parametrize("draw", [0, 40000, 65535])
+def test_ties(dtype, draw):
+    """An element whose draw is the threshold's: dropped by one, kept by one, at each place of a block."""
+    for half, (tie, lead) in itertools.product(range(8), ((0, 0), (2**32 - 1, 1))):  # in vectors, and one by one
+        seed, offset, i = forge(random.Random(half), half, draw, tie)
+        for k in {draw << 32 | tie, (draw << 32 | tie) + 1} - {0, 2**48}:
+            options = {"p": 1 - k / 2**48, "start": i - 11, "key": (seed, offset), "leads": (lead, lead), "block": 8}
+            assert run(dtype, WIDE, dense(20), **options)[0, 11] == (k > draw << 32 | tie)
