@@ -43,11 +43,13 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
 	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE)
 
-test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX
-	cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py -m pytest -q -m gpu -p no:cacheprovider .
+FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
+FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
+test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
+	$(FAKE) $(FAKE_PYTEST) .
+	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_cuda.py test_mask.py
 	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
-	cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py --strict -m pytest -q -m gpu \
-		-p no:cacheprovider test_cuda.py -k "not graph"
+	$(FAKE) --strict $(FAKE_PYTEST) test_cuda.py -k "not graph"
 
 test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulated CPUs: without AVX2, without AVX-512, and aarch64; two minutes
 	@for tool in qemu-x86_64 qemu-aarch64 aarch64-linux-gnu-g++; do command -v $$tool >/dev/null || \
@@ -158,6 +160,6 @@ build/installed-cuda: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
 build/installed-fakegpu: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
 	$(COPY)
 	rm -rf build/fakegpu
-	cd build/source && FUSED_DROPOUT_BUILD=cuda FUSED_DROPOUT_CUDART=shared TORCH_CUDA_ARCH_LIST="9.0+PTX" \
+	cd build/source && FUSED_DROPOUT_BUILD=cuda FUSED_DROPOUT_CUDART=shared TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0+PTX" \
 		../../$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --target ../fakegpu .
 	@touch $@
