@@ -1,4 +1,7 @@
-"""``python -m fused_dropout info`` prints what serves each device; ``bench`` measures this machine."""
+"""``python -m fused_dropout``: ``info`` prints what serves each device, ``bench`` measures, ``check`` tests masks.
+
+``gpu-check`` says whether the CUDA kernels are right on this machine's GPU, and how fast.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -15,7 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import bench
 
         return bench.main(rest)
-    print("usage: python -m fused_dropout info | bench [--help]", file=sys.stderr)
+    if command == "check":
+        from . import testing
+
+        return testing.main(rest)
+    if command == "gpu-check":
+        from . import gpu_check
+
+        return gpu_check.main(rest)
+    print("usage: python -m fused_dropout info | bench | check | gpu-check [--help]", file=sys.stderr)
     return 2
 
 

@@ -1,0 +1,331 @@
+"""What is wrong with a dropout's masks: tests that can fail, for any callable that drops.
+
+    report = testing.check(my_dropout, p=0.1)    # any fn(x) -> y in training mode: ours, torch's, a compiled block
+    print(report)                                # a table of all tests, then what is wrong
+    assert not report.faults
+
+``check`` samples masks and runs every test on them: those of ``statistics``, which take masks and can be used by
+themselves, and those below, which take the callable. What must hold exactly, such as one mask in forward and backward,
+is compared element by element, never by statistics. ``python -m fused_dropout check`` does it from the command line.
+"""
+
+import argparse
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .distributions import normal_p_value
+from .statistics import (
+    ALPHA,
+    HEADER,
+    Result,
+    autocorrelation,
+    blocks,
+    collisions,
+    cross_correlation,
+    dispersion,
+    identical,
+    mean,
+    rate,
+    runs,
+    scale,
+    uniformity,
+    variance,
+)
+
+__all__ = [
+    "ALPHA",
+    "Report",
+    "Result",
+    "autocorrelation",
+    "blocks",
+    "check",
+    "collisions",
+    "cross_correlation",
+    "dispersion",
+    "draws_nothing",
+    "identical",
+    "mean",
+    "rate",
+    "runs",
+    "same_mask",
+    "same_mask_in_backward",
+    "sample",
+    "scale",
+    "uniformity",
+    "variance",
+]
+
+Dropping = Callable[[Tensor], Tensor]
+
+# ------------------------------------------------------------------------------------------ tests of a callable
+
+
+def same_mask_in_backward(fn: Dropping, x: Tensor, alpha: float = ALPHA) -> Iterator[Result]:
+    """Backward zeroes the gradients of what forward zeroed, and of nothing else: in plain backward with another call
+    between, checkpointed, where x is 0, which hides the mask from who looks for it in y, and in double backward.
+
+    x: any values but 0; ``fn`` has to be differentiable. Raises what ``fn`` raises, double backward last.
+    """
+    gradient, detail = torch.rand_like(x) + 1, "have one mask in forward and another in backward"
+    x = x.detach().requires_grad_()
+    for y in (fn(x * 1), fn(x * 1)):
+        yield identical("backward", y == 0, torch.autograd.grad(y, x, gradient)[0] == 0, detail)
+    y = checkpoint(lambda x: fn(x * 1), x, use_reentrant=False)
+    yield identical("checkpointed backward", y == 0, torch.autograd.grad(y, x, gradient)[0] == 0, detail)
+    yield _mask_at_zeros(fn, x, (y == 0).count_nonzero().item() / y.numel(), alpha)
+    y, gradient = fn(x * 1), gradient.requires_grad_()
+    (grad,) = torch.autograd.grad(y, x, gradient, create_graph=True)
+    (grad,) = torch.autograd.grad(grad, gradient, torch.ones_like(grad))
+    yield identical("double backward", y == 0, grad == 0, detail)
+
+
+def _mask_at_zeros(fn: Dropping, x: Tensor, drop_rate: float, alpha: float) -> Result:
+    """Where x is 0 the gradients have the rate that the outputs have elsewhere."""
+    zeros, n = torch.zeros_like(x, requires_grad=True), x.numel()
+    (grad,) = torch.autograd.grad(fn(zeros * 1), zeros, torch.ones_like(x))
+    result = rate(grad != 0, min(max(drop_rate, 1 / n), 1 - 1 / n), alpha)
+    # Two samples, not one against a known rate: twice the variance.
+    z, smallest = result.statistic / math.sqrt(2), result.smallest * math.sqrt(2)
+    detail = f"where x is 0, {1 - (grad != 0).double().mean().item():.4g} of the gradients are"
+    p_value = normal_p_value(z)
+    return replace(result, test="backward at zeros", statistic=z, p_value=p_value, smallest=smallest, detail=detail)
+
+
+def draws_nothing(fn: Dropping, x: Tensor) -> Result:
+    """``fn``, in evaluation or at p = 0, returns the values of x and leaves the default generators alone."""
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if x.is_cuda else ())]
+
+    before, y = states(), fn(x.clone())
+    changed = not all(map(torch.equal, before, states()))
+    result = identical("eval and p = 0", x, y, "change" + changed * "; the generator has moved")
+    return replace(result, statistic=result.statistic + changed, p_value=float(result.p_value == 1 and not changed))
+
+
+def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
+    """One seed of torch's default generator gives one mask: at a second call, for a tensor of another alignment, one
+    element longer, of another dtype. x: of one dimension. A dropout that promises less may differ in the last three."""
+
+    def seeded(input: Tensor) -> Tensor:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if x.is_cuda else ()):
+            torch.manual_seed(1)
+            return fn(input) != 0
+
+    other = torch.float64 if x.dtype != torch.float64 else torch.float32
+    longer = torch.ones(len(x) + 1, dtype=x.dtype, device=x.device)
+    mask = seeded(longer.clone()[:-1])
+    yield identical("call", mask, seeded(longer.clone()[:-1]))
+    yield identical("size", mask, seeded(longer.clone())[:-1])
+    yield identical("alignment", mask, seeded(longer.clone()[1:]))
+    yield identical("dtype", mask, seeded(longer[:-1].to(other)))
+
+
+def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
+    """What is good to know and no fault: what becomes of a dropped NaN, and what the mask of one seed depends on."""
+    selects = all(bool((fn(torch.full_like(x, value)) == 0).any()) for value in (math.nan, math.inf))
+    yield f"a dropped NaN or inf becomes {'0' if selects else 'NaN'}"
+    variants: list[Result] = []
+    try:
+        variants += same_mask(fn, x)
+    except Exception as error:  # somebody's kernel may not take another size, alignment or dtype
+        yield f"the masks of one seed were not all compared: {str(error)[:90]}"
+    changing = [result.test for result in variants if result.statistic]
+    if len(changing) < len(variants):
+        constant = [result.test for result in variants if not result.statistic]
+        yield f"one seed gives one mask, whatever the {', '.join(constant)}"
+    if changing:
+        yield f"the mask of one seed changes with the {', '.join(changing)}"
+
+
+# ------------------------------------------------------------------------------------------ all of them
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` found: ``results`` of all tests, those that are ``faults`` at the level ``alpha`` of each, and
+    ``notes``. ``str()`` gives a table."""
+
+    p: float
+    alpha: float
+    results: tuple[Result, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def faults(self) -> tuple[Result, ...]:
+        return tuple(result for result in self.results if result.p_value < self.alpha)
+
+    def __str__(self) -> str:
+        lines = [f"p = {self.p:g}; alarm at a p-value below {self.alpha:.0e}", HEADER]
+        lines += [f"{result}{'  <- WRONG' * (result in self.faults)}" for result in self.results]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"WRONG, {result.test}: {result.detail}" for result in self.faults] or ["nothing is wrong"]
+        return "\n".join(lines)
+
+
+def sample(fn: Dropping, calls: int, shape: Sequence[int], dtype: torch.dtype, device: str, seconds: float) -> Tensor:
+    """Masks of consecutive calls ``fn(ones)``: bool, (calls, *shape), or of fewer calls after so many seconds."""
+    ones, deadline = torch.ones(*shape, dtype=dtype, device=device), time.perf_counter() + seconds
+    masks: list[Tensor] = []
+    chunk = max(1, min(calls, 2**16 // ones.numel()))
+    while len(masks) * chunk < calls and (len(masks) < 2 or time.perf_counter() < deadline):
+        masks.append(torch.stack([fn(ones.clone()) for _ in range(chunk)]) != 0)
+    return torch.cat(masks)
+
+
+def check(
+    fn: Dropping,
+    p: float = 0.5,
+    *,
+    idle: Sequence[Dropping] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    n: int = 2**22,
+    seconds: float = 30.0,
+    family: float = 1e-6,
+) -> Report:
+    """Runs all tests on a callable that drops.
+
+    Args:
+        fn: takes a tensor, returns its dropout: y is 0 where an element was dropped, x / (1 - p) elsewhere. It may work
+            in place. It has to draw anew at each call; each call is meant to be independent of the others.
+        p: the drop probability that ``fn`` is meant to have, 0.01 to 0.99.
+        idle: the same dropout in evaluation, or with p = 0: callables that have to return their input and draw nothing.
+        dtype, device: of the tensors that ``fn`` is given.
+        n: elements of a long call, a power of two, 2^18 at least. Four of these are sampled, n / 2^10 short calls of
+            1023 elements and n / 2^4 of 64: at 2^22 it takes some ten seconds.
+        seconds: for the sampling, about: a ``fn`` that is slower is called less often.
+        family: probability of any alarm at all on a faultless ``fn``.
+
+    Returns:
+        A Report; ``report.faults`` is empty if nothing is wrong.
+
+    Raises:
+        ValueError: p is not between 0.01 and 0.99, or n too small. Whatever ``fn`` raises is passed on.
+    """
+    _check_settings(p, n)
+    alpha = family / 50  # there are fewer than fifty tests
+    with torch.no_grad():
+        draw = partial(sample, fn, dtype=dtype, device=device, seconds=seconds / 3)
+        long, short, tiny = draw(4, (n >> 18, 64, 64, 64)), draw(n >> 10, (1023,)), draw(n >> 4, (64,))
+        x = torch.rand(n, dtype=torch.float32, device=device).add_(1).to(dtype)
+        y = fn(x.clone())
+    everything = torch.cat([masks.flatten() for masks in (long, short, tiny)])
+    results = [rate(everything, p, alpha), mean(x, y, p, alpha), variance(x, y, p, alpha), scale(x, y, p)]
+    remarks = list(notes(fn, x[: 2**12]))
+    for masks in (long, short):
+        results += [replace(r, test=f"{r.test}, n = {masks[0].numel()}") for r in uniformity(masks, alpha)]
+    for test in _independence(long, short, tiny, alpha):
+        try:
+            results.append(test())
+        except ValueError as error:  # too few draws for it, or a constant mask, at which the tests above alarm
+            remarks.append(f"a test of independence was left out: {error}")
+    try:
+        results += [draws_nothing(each, x[: 2**10]) for each in idle]
+        for result in same_mask_in_backward(fn, x[: 2**16 + 5], alpha):
+            results.append(result)
+    except RuntimeError as error:  # somebody's kernel may have no backward, or no double backward
+        remarks.append(f"not all of backward was tested: {str(error)[:90]}")
+    return Report(p, alpha, tuple(results), tuple(remarks))
+
+
+def _check_settings(p: float, n: int) -> None:
+    if n < 2**18 or n & (n - 1):
+        raise ValueError(f"n has to be a power of two, 2^18 at least, but is {n}")
+    if not 0.01 <= p <= 0.99:
+        raise ValueError(f"p has to be between 0.01 and 0.99 for the tests of independence, but is {p}")
+
+
+def _independence(long: Tensor, short: Tensor, tiny: Tensor, alpha: float) -> Iterator[Callable[[], Result]]:
+    """The tests that need masks of both kinds of elements, and enough of them."""
+    yield partial(autocorrelation, long[0].flatten(), "every lag of a call, flat", alpha)
+    yield partial(autocorrelation, long[1], "every shift, all dimensions", alpha)
+    for later in range(1, len(long)):
+        yield partial(cross_correlation, long[0], long[later], f"every shift, long calls {later} apart", alpha)
+    yield partial(autocorrelation, short, "every shift, short calls k apart", alpha)
+    yield partial(autocorrelation, tiny[: 2**16], "every shift, tiny calls k apart", alpha)
+    yield partial(collisions, tiny, "collisions, tiny calls", alpha)
+    yield partial(collisions, long[:, :2], "collisions, long calls", alpha)
+    yield partial(runs, long[0], alpha)
+    for side in (8, 32):
+        yield partial(blocks, long[1].flatten().view(2048, -1), side, alpha)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def adapt(target: Any, p: float) -> tuple[Dropping, list[Dropping]]:
+    """``fn`` and ``idle`` for ``testing.check``: of a module class, of a function with a parameter ``p``; of anything
+    else it is the callable itself, and nothing that has to be idle is known."""
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return target(p), [target(p).eval(), target(0.0)]
+    try:
+        parameters = set(inspect.signature(target).parameters)
+    except ValueError:  # built in
+        parameters = set()
+    if "p" not in parameters:
+        return target, []
+    idle: list[Dropping] = [partial(target, p=0.0)]
+    if "training" in parameters:
+        idle.append(partial(target, p=p, training=False))
+    return partial(target, p=p), idle
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m fused_dropout check", description="What is wrong with a dropout's masks"
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default="fused_dropout:dropout",
+        metavar="module:callable",
+        help="a module class, a function with a parameter p, or any fn(x) whose p is then to be given. "
+        "Default: %(default)s",
+    )
+    parser.add_argument("--p", type=float, action="append", help="may be repeated. Default: 0.1 and 0.5")
+    parser.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--n", type=int, default=2**22, help="elements of a long call. Default: %(default)s")
+    parser.add_argument("--seed", type=int, help="for torch.manual_seed. Default: a fresh one")
+    options = parser.parse_args(argv)
+    module, _, name = options.target.partition(":")
+    try:
+        options.callable = attrgetter(name)(import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        parser.error(f"there is no {options.target}: {error}")
+    if not options.p and adapt(options.callable, 0.5)[0] is options.callable:
+        parser.error(f"{options.target} has no parameter p: say with --p which it drops with")
+    options.p = options.p or [0.1, 0.5]
+    try:
+        for p in options.p:
+            _check_settings(p, options.n)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a report for each p. Returns the exit status: 1 if something is wrong, else 0."""
+    options = _parse(argv)
+    seed = torch.seed() if options.seed is None else torch.manual_seed(options.seed).initial_seed()
+    print(f"{options.target}, {options.dtype} on {options.device}, seed {seed}")
+    dtype, wrong = getattr(torch, options.dtype), False
+    for p in options.p:
+        fn, idle = adapt(options.callable, p)
+        family = 1e-6 / len(options.p)
+        report = check(fn, p, idle=idle, dtype=dtype, device=options.device, n=options.n, seconds=12, family=family)
+        print(f"\n{report}", flush=True)
+        wrong |= bool(report.faults)
+    return int(wrong)
