@@ -76,7 +76,7 @@ gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measu
 statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; fifteen minutes
 	$(PY) tests/statistics/long.py
 
-randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, TestU01, those that are there; half an hour
+randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, TestU01, those that are there; twenty minutes
 	$(PY) tests/statistics/randomness.py
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute

@@ -1,8 +1,54 @@
 """Fused dropout for PyTorch: one pass, 16 bytes saved for backward, one mask on every device and path."""
 
-from .functional import dropout, keep_mask
-from .modules import Dropout
+from .audit import AuditReport, audit
+from .convert import ConvertReport, convert, convert_report, revert
+from .functional import (
+    alpha_dropout,
+    drop_path,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+    keep_mask,
+)
+from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from .native import BackendInfo, backend_info
+from .patching import patch, patched, unpatch
+from .rng import fold_in, key, split
+from .uncertainty import mc_dropout, mc_predict
 
 __version__ = "0.1.0"
-__all__ = ["BackendInfo", "Dropout", "backend_info", "dropout", "keep_mask"]
+__all__ = [
+    "AlphaDropout",
+    "AuditReport",
+    "BackendInfo",
+    "ConvertReport",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "alpha_dropout",
+    "audit",
+    "backend_info",
+    "convert",
+    "convert_report",
+    "drop_path",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+    "fold_in",
+    "keep_mask",
+    "key",
+    "mc_dropout",
+    "mc_predict",
+    "patch",
+    "patched",
+    "revert",
+    "split",
+    "unpatch",
+]

@@ -1,7 +1,9 @@
-"""``dropout`` and ``keep_mask``: what they accept, and which path serves a call."""
+"""``dropout``, its family and ``keep_mask``: what they accept, and which path serves a call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import sqrt
 from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,15 @@ from torch.nn.parameter import Parameter
 from torch.overrides import _get_current_function_mode, handle_torch_function, has_torch_function_unary
 from torch.utils._device import DeviceContext
 
-from . import autograd, native, operators, reference, rng
+from . import autograd, broadcast, native, operators, reference, rng
 
-# torch's own, whatever stands at that name later.
+# torch's own, whatever stands at these names later.
 _torch_dropout = F.dropout
+_torch_dropout1d, _torch_dropout2d, _torch_dropout3d = F.dropout1d, F.dropout2d, F.dropout3d
+_torch_alpha_dropout, _torch_feature_alpha_dropout = F.alpha_dropout, F.feature_alpha_dropout
+# The value that a SELU unit saturates at, negated: scale times alpha of Klambauer et al., "Self-Normalizing Neural
+# Networks", NIPS'17, as in torch.
+_SELU_SATURATION = 1.7580993408473766
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_dropout = native.eager.dropout if native.eager else None
 _STRIDED = torch.strided
@@ -29,6 +36,7 @@ def dropout(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    noise_shape: Sequence[int | None] | None = None,
 ) -> Tensor:
     r"""Sets each element to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
@@ -44,6 +52,9 @@ def dropout(
         generator: where the key is drawn from, in place of the default generator of the input's device.
         key: a uint64 tensor of shape (2,), ``[seed, offset]``, on the CPU or on the input's device: the mask is a pure
             function of it, and no generator is touched.
+        noise_shape: the mask's shape, in place of the input's; it is broadcast over the dimensions where it has 1, so
+            that elements there are dropped together. Each entry is 1 or the input's size there, for which ``None``
+            may stand. The mask is ``keep_mask(noise_shape, p, key)``, and never expanded in memory.
 
     Returns:
         A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``; ``input`` itself if
@@ -53,7 +64,8 @@ def dropout(
         ValueError: ``p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both.
         TypeError: ``p`` is not a number; the key is not a tensor; a key or generator for a tensor that the fused path
             does not cover.
-        RuntimeError: the generator is of another device; in place on a leaf that requires grad, or on shared memory.
+        RuntimeError: the generator is of another device; in place on a leaf that requires grad, or on shared memory;
+            ``noise_shape`` does not broadcast to the input's shape.
 
     Example::
 
@@ -61,15 +73,23 @@ def dropout(
         >>> key = torch.tensor([1, 0], dtype=torch.uint64)
         >>> fd.dropout(x, 0.5, key=key)
         tensor([2., 0., 2., 0.])
+        >>> fd.dropout(torch.ones(4, 3), 0.5, key=key, noise_shape=(4, 1))  # one draw a row
+        tensor([[2., 2., 2.],
+                [0., 0., 0.],
+                [2., 2., 2.],
+                [0., 0., 0.]])
     """
     if has_torch_function_unary(input):
-        return _overridden(input, p, training, inplace, generator, key)
+        more = {"generator": generator, "key": key, "noise_shape": noise_shape}
+        return _overridden(dropout, _torch_dropout, input, p, training, inplace, more)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise _out_of_range(p)
     if key is not None:
         _check_key(key, input, generator)
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
+    if noise_shape is not None:
+        return _dropout_broadcast(input, p, inplace, generator, key, noise_shape)
     if _eager_dropout is not None and not _is_compiling() and isinstance(input, Tensor):
         output = _eager_dropout(input, p, inplace, generator, key)
         if output is not None:
@@ -82,9 +102,7 @@ def _dropout(
 ) -> Tensor:
     """``dropout`` in Python: every transform and mode, and what goes to torch's own function."""
     transformed = autograd.is_transformed()
-    if not _is_fusable(input) or (not transformed and _tracing_state() is not None):
-        if key is not None or generator is not None:
-            raise TypeError(f"key and generator are for the fused path, which does not take {_describe(input)}")
+    if not _is_covered(input, transformed, generator, key):
         return _torch_dropout(input, p, training, inplace)
     if input.numel() == 0:
         return input
@@ -92,12 +110,7 @@ def _dropout(
     if inplace:
         _check_no_overlap(input)
     if key is None:
-        if p == 1:
-            key = rng.no_key()
-        elif transformed:
-            key = rng.draw_key_transformed(input.device, generator)
-        else:
-            key = rng.draw_key(input.device, generator)
+        key = _draw_key(input, p, transformed, generator)
     if not inplace:
         return autograd.apply(input, p, key, transformed)
     if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
@@ -106,6 +119,318 @@ def _dropout(
     operators.apply_(input, p, key)
     torch.autograd.graph.increment_version(input)
     return input
+
+
+def _dropout_broadcast(
+    input: Tensor,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    noise_shape: Sequence[int | None],
+    scaled: bool = True,
+) -> Tensor:
+    """``dropout`` with a mask of noise_shape; scaled: whether kept elements are multiplied by 1 / (1 - p)."""
+    p = float(p)
+    shape = _broadcastable(noise_shape, input)
+    transformed = autograd.is_transformed()
+    if not _is_covered(input, transformed, generator, key):
+        noise = _torch_dropout(input.new_ones(shape), p)
+        noise = noise if scaled else noise != 0
+        return input.mul_(noise) if inplace else input * noise
+    if input.numel() == 0:
+        return input
+    if scaled and shape == tuple(input.shape) and input.is_contiguous():
+        return dropout(input, p, inplace=inplace, generator=generator, key=key)
+    if inplace:
+        _check_no_overlap(input)
+    if key is None:
+        key = _draw_key(input, p, transformed, generator)
+    scale = reference.scale(p) if scaled else 1.0
+    if not inplace:
+        return broadcast.apply(input, p, key, shape, scale)
+    if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
+        return input.copy_(broadcast.apply(input, p, key, shape, scale))
+    return broadcast.apply_(input, p, key, shape, scale)
+
+
+def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, ...]:
+    """noise_shape with the sizes of x for None; an error in torch's words if it does not broadcast to x's shape."""
+    sizes = x.shape[x.dim() - len(noise_shape) :]
+    shape = tuple(size if n is None else n for n, size in zip(noise_shape, sizes, strict=False))
+    if len(shape) != len(noise_shape) or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
+        raise RuntimeError(
+            f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
+            f"Input sizes: {list(x.shape)}.  Noise sizes: {list(noise_shape)}"
+        )
+    return shape
+
+
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+
+    Takes the place of :func:`torch.nn.functional.dropout1d`; :func:`dropout` with a ``noise_shape`` of 1 for the
+    spatial dimension.
+
+    Args:
+        input: shape (N, C, L) or (C, L); dtypes and devices as in :func:`dropout`, else torch's own function serves.
+        p, training, inplace, generator, key: as in :func:`dropout`.
+
+    Returns:
+        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has another number of dimensions. Otherwise as :func:`dropout`.
+    """
+    return _channelwise(dropout1d, _torch_dropout1d, (2, 3), 3, input, p, training, inplace, generator, key)
+
+
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+
+    Takes the place of :func:`torch.nn.functional.dropout2d`; :func:`dropout` with a ``noise_shape`` of (N, C, 1, 1).
+
+    Args:
+        input: shape (N, C, H, W), or (N, C, L) with torch's warning; dtypes and devices as in :func:`dropout`, else
+            torch's own function serves. Other numbers of dimensions from 2 on are taken as (N, C, \*), with a warning.
+        p, training, inplace, generator, key: as in :func:`dropout`.
+
+    Returns:
+        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
+    """
+    return _channelwise(dropout2d, _torch_dropout2d, (4,), None, input, p, training, inplace, generator, key)
+
+
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+
+    Takes the place of :func:`torch.nn.functional.dropout3d`; :func:`dropout` with a ``noise_shape`` of 1 for the
+    spatial dimensions.
+
+    Args:
+        input: shape (N, C, D, H, W) or (C, D, H, W); dtypes and devices as in :func:`dropout`, else torch's own
+            function serves. Other numbers of dimensions are taken as (C, \*), with torch's warning.
+        p, training, inplace, generator, key: as in :func:`dropout`.
+
+    Returns:
+        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has no dimension. Otherwise as :func:`dropout`.
+    """
+    return _channelwise(dropout3d, _torch_dropout3d, (4, 5), 5, input, p, training, inplace, generator, key)
+
+
+def _channelwise(
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    ranks: tuple[int, ...],
+    batched: int | None,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+) -> Tensor:
+    """One draw a channel. ranks: the numbers of dimensions that torch does not comment on; batched: the one that has
+    samples before channels, None if all have."""
+    if has_torch_function_unary(input):
+        return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+    if not 0.0 <= p <= 1.0:
+        raise _out_of_range(p)
+    if key is not None:
+        _check_key(key, input, generator)
+    transformed = autograd.is_transformed()
+    lead = 2 if batched is None or input.dim() == batched else 1
+    if not training or p == 0 or not _is_covered(input, transformed, generator, key) or input.dim() < lead:
+        return theirs(input, p, training, inplace)
+    if input.dim() not in ranks:
+        theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
+    return _dropout_broadcast(input, p, inplace, generator, key, _channels(input, lead))
+
+
+def _channels(x: Tensor, lead: int) -> tuple[int, ...]:
+    return (*x.shape[:lead], *(1 for _ in range(x.dim() - lead)))
+
+
+def alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""Sets each element to SELU's negative saturation with probability ``p``, then restores mean 0 and variance 1.
+
+    Takes the place of :func:`torch.nn.functional.alpha_dropout`, with its formula (Klambauer et al., "Self-Normalizing
+    Neural Networks", NIPS'17): a kept x becomes :math:`a x + b`, a dropped one :math:`-a \alpha + b`, where
+    :math:`\alpha = 1.7580993408473766`, :math:`a = ((1 - p) (1 + p \alpha^2))^{-1/2}`, :math:`b = a \alpha p`.
+    If ``p`` is 1 all become 0.
+
+    Args:
+        input: a tensor of any shape; dtypes and devices as in :func:`dropout`, else torch's own function serves.
+        p, inplace, generator, key: as in :func:`dropout`; the mask is the one that it applies.
+        training: return ``input`` itself if ``False``. Default: ``False``, as in torch
+
+    Returns:
+        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+    """
+    return _alpha(alpha_dropout, _torch_alpha_dropout, None, input, p, training, inplace, generator, key)
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""``alpha_dropout`` of whole channels: the mask of :func:`dropout` with a ``noise_shape`` of (N, C, 1, ...).
+
+    Takes the place of :func:`torch.nn.functional.feature_alpha_dropout`.
+
+    Args:
+        input: shape (N, C, \*); dtypes and devices as in :func:`dropout`, else torch's own function serves.
+        p, training, inplace, generator, key: as in :func:`alpha_dropout`.
+
+    Returns:
+        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
+    """
+    return _alpha(feature_alpha_dropout, _torch_feature_alpha_dropout, 2, input, p, training, inplace, generator, key)
+
+
+def _alpha(
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    lead: int | None,
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+) -> Tensor:
+    """Alpha dropout of elements (lead None), or of all that share the first ``lead`` indices.
+
+    It is dropout of x + alpha between two affine maps, so that its mask, its gradient and what they save are dropout's.
+    """
+    if has_torch_function_unary(input):
+        return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+    if not 0.0 <= p <= 1.0:
+        raise _out_of_range(p)
+    if key is not None:
+        _check_key(key, input, generator)
+    transformed = autograd.is_transformed()
+    if not training or p == 0 or not _is_covered(input, transformed, generator, key):
+        return theirs(input, p, training, inplace)
+    if input.dim() < (lead or 0) or input.numel() == 0:
+        return theirs(input, p, training, inplace)
+    if p == 1:
+        return dropout(input, p, inplace=inplace)
+    p = float(p)
+    noise_shape = None if lead is None else _channels(input, lead)
+    output = dropout(input + _SELU_SATURATION, p, generator=generator, key=key, noise_shape=noise_shape)
+    scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
+    output = output.mul_(scale * (1 - p)).add_(-scale * (1 - p) * _SELU_SATURATION)
+    return input.copy_(output) if inplace else output
+
+
+def drop_path(
+    x: Tensor,
+    drop_prob: float = 0.0,
+    training: bool = False,
+    scale_by_keep: bool = True,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    """Stochastic depth: sets each sample to zero with probability ``drop_prob`` (Huang et al., "Deep Networks with
+    Stochastic Depth", ECCV'16), with timm's arguments and defaults.
+
+    Args:
+        x: shape (N, ...); dtypes and devices as in :func:`dropout`.
+        drop_prob: probability of a sample to be zeroed, between 0 and 1. Default: 0
+        training: return ``x`` itself if ``False``. Default: ``False``
+        scale_by_keep: multiply the other samples by ``1 / (1 - drop_prob)``. Default: ``True``
+        generator, key: as in :func:`dropout`; the mask is that of ``noise_shape=(N, 1, ..., 1)``.
+
+    Returns:
+        A tensor of x's shape and dtype; ``x`` itself if ``drop_prob`` is 0 or ``training`` is ``False``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+
+    Example::
+
+        >>> fd.drop_path(torch.ones(4, 2), 0.5, training=True, key=fd.key(1))
+        tensor([[2., 2.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
+    """
+    if has_torch_function_unary(x):
+        more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
+        return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
+    if not 0.0 <= drop_prob <= 1.0:
+        raise _out_of_range(drop_prob)
+    if key is not None:
+        _check_key(key, x, generator)
+    if not training or drop_prob == 0:
+        return x
+    return _dropout_broadcast(x, drop_prob, False, generator, key, _channels(x, 1), scale_by_keep)
+
+
+def _is_covered(x: object, transformed: bool, generator: Generator | None, key: Tensor | None) -> bool:
+    """Whether the fused path takes x; an error if it does not, and a key or generator asks for it."""
+    if _is_fusable(x) and (transformed or _tracing_state() is None):
+        return True
+    if key is not None or generator is not None:
+        raise TypeError(f"key and generator are for the fused path, which does not take {_describe(x)}")
+    return False
+
+
+def _draw_key(x: Tensor, p: float, transformed: bool, generator: Generator | None) -> Tensor:
+    if p == 1:
+        return rng.no_key()
+    return (rng.draw_key_transformed if transformed else rng.draw_key)(x.device, generator)
 
 
 def _is_fusable(x: object) -> bool:
@@ -117,6 +442,10 @@ def _is_fusable(x: object) -> bool:
         and x.layout is _STRIDED
         and not x.is_nested
     )
+
+
+def _out_of_range(p: float) -> ValueError:
+    return ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
 
 def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:
@@ -155,17 +484,21 @@ def _describe(x: object) -> str:
 
 
 def _overridden(
-    input: Tensor, p: float, training: bool, inplace: bool, generator: Generator | None, key: Tensor | None
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    more: dict[str, Any],
 ) -> Tensor:
     """Hands the call to __torch_function__: as torch's own dropout, so that FX, export and modes see what they know.
 
     A default device is a mode too, but one that says nothing about dropout; and a key has no place in torch's function.
     """
-    if key is None and generator is None and not isinstance(_get_current_function_mode(), DeviceContext):
-        return handle_torch_function(_torch_dropout, (input,), input, p=p, training=training, inplace=inplace)
-    return handle_torch_function(
-        dropout, (input,), input, p=p, training=training, inplace=inplace, generator=generator, key=key
-    )
+    more = {name: value for name, value in more.items() if value is not None}
+    seen = ours if more or isinstance(_get_current_function_mode(), DeviceContext) else theirs
+    return handle_torch_function(seen, (input,), input, p=p, training=training, inplace=inplace, **more)
 
 
 def keep_mask(
@@ -198,7 +531,7 @@ def keep_mask(
         tensor([ True, False,  True, False])
     """
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise _out_of_range(p)
     if index(start) < 0:
         raise ValueError(f"start has to be 0 or more, but got {start}")
     shape, like = x_or_shape, None

@@ -223,7 +223,8 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 def _draw(plot: Plot, result: Result, device: str, theme: str) -> bytes | None:
     background, ink = THEMES[theme]
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    colours: dict[Any, Any] = dict.fromkeys(names, ink) | dict.fromkeys(("figure.facecolor", "axes.facecolor"), background)
+    colours: dict[Any, Any] = dict.fromkeys(names, ink)
+    colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), background)
     with matplotlib.rc_context({**colours, "font.size": 9, "axes.titlesize": 10}):
         figure = plot(result, device)
         if figure is None:

@@ -2,11 +2,16 @@
 
 CPU: the seed is one 63-bit draw of the generator and the offset 0. CUDA: seed and Philox offset / 4 of the generator,
 which then advances by 4, one counter step, whatever the size of the tensor.
+
+And keys without a generator: ``key``, ``fold_in`` and ``split``.
 """
+
+from operator import index
 
 import torch
 from torch import Generator, Tensor
 
+from . import reference
 from .native import draw_cpu_key, eager
 
 _CPU = torch.device("cpu")
@@ -66,3 +71,119 @@ def _draw_key_under_functorch(device: torch.device, generator: Generator | None)
         return draw_key(device, generator)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
+
+
+def key(seed: int, device: torch.device | str | None = None) -> Tensor:
+    """A key from a number: for masks that depend on nothing else, no generator's state and no earlier call.
+
+    Which to use when: nothing, and so the default generator, for what ``nn.Dropout`` does; ``generator=`` for a stream
+    of its own; ``key=`` where a mask has to be had again (recomputation, debugging, another device) or has to depend on
+    named things only, such as ``fold_in(fold_in(key(seed), step), layer)``. One key gives one mask: derive one for each
+    call, and take no mask from a key that others were derived from.
+
+    Args:
+        seed: from -2**63 to 2**64 - 1; a negative one counts from 2**64, as in ``torch.manual_seed``.
+        device: where the key is kept. Default: torch's default device. A key on the CPU serves every device; one on a
+            CUDA device can be changed between the replays of a captured graph.
+
+    Returns:
+        A uint64 tensor ``[seed, 0]``, as from ``torch.func._random.key`` in torch 2.13.
+
+    Raises:
+        ValueError: the seed is out of range.
+
+    Example::
+
+        >>> fd.key(5)
+        tensor([5, 0], dtype=torch.uint64)
+    """
+    words = [torch.full((1,), word, dtype=torch.int64, device=device) for word in (_signed(seed, "seed"), 0)]
+    return torch.cat(words).view(torch.uint64)
+
+
+def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
+    """The key for a number under this key: of a step, a layer, a rank, a sample.
+
+    Ranks that share their seed (model replicas after ``torch.manual_seed(0)`` on each) drop alike. Where they should
+    not, take ``fold_in(key, rank)``; where they should, as tensor-parallel ranks on replicated activations, ``key``.
+
+    The four words of Philox4x32-10 for the counter ``offset + data`` and the key ``seed``: the values of
+    ``torch.func._random.fold_in`` in torch 2.13, which has them on CUDA only. No device is waited for; works under
+    ``torch.compile`` and in captured graphs.
+
+    Args:
+        key: uint64, shape (2,), or (..., 2) for as many keys.
+        data: an integer from -2**63 to 2**64 - 1, or an int64 or uint64 tensor that broadcasts to the shape of the keys
+            less its last dimension, on the key's device: a number that a captured graph reads at each replay.
+
+    Returns:
+        A uint64 tensor of the key's shape and device.
+
+    Raises:
+        ValueError: the key has another shape or dtype; ``data`` is out of range.
+        TypeError: ``data`` is neither an integer nor a tensor of integers.
+
+    Example::
+
+        >>> fd.fold_in(fd.key(5), 3)
+        tensor([12787321758626223646, 17427304685265241759], dtype=torch.uint64)
+    """
+    _check_is_key(key)
+    if isinstance(data, Tensor):
+        if data.dtype not in (torch.int64, torch.uint64):
+            raise TypeError(f"data has to be an integer or an int64 or uint64 tensor, but is {data.dtype}")
+        number = data.to(torch.int64)
+    else:
+        number = torch.full((), _signed(data, "data"), dtype=torch.int64, device=key.device)
+    return _derive(key, number)
+
+
+def split(key: Tensor, n: int = 2) -> Tensor:
+    """n keys from one: ``fold_in(key, 0)`` to ``fold_in(key, n - 1)``, at the price of one.
+
+    Args:
+        key: uint64, shape (2,), or (..., 2) for as many keys.
+        n: the number of keys, 1 or more. Default: 2
+
+    Returns:
+        A uint64 tensor of shape (n, 2), or (n, ..., 2), on the key's device: the values of
+        ``torch.func._random.split`` in torch 2.13.
+
+    Raises:
+        ValueError: the key has another shape or dtype; ``n`` is less than 1.
+
+    Example::
+
+        >>> attention, mlp = fd.split(fd.key(5))
+        >>> torch.equal(mlp, fd.fold_in(fd.key(5), 1))
+        True
+    """
+    _check_is_key(key)
+    if n < 1:
+        raise ValueError(f"n has to be 1 or more, but is {n}")
+    return _derive(key, torch.arange(n, device=key.device).view(n, *(1 for _ in key.shape[1:])))
+
+
+def _derive(key: Tensor, data: Tensor) -> Tensor:
+    """Philox's four words for the counter offset + data, as a key."""
+    # to() keeps the 64 bits, as view() would, which torch 2.11 has no batching rule for.
+    seed, offset = key.to(torch.int64).unbind(-1)
+    # By halves, since a sum beyond 2**63 is undefined in what a compiler makes of it.
+    low = (offset & reference.LOW_32) + (data & reference.LOW_32)
+    high = ((offset >> 32) & reference.LOW_32) + ((data >> 32) & reference.LOW_32) + (low >> 32)
+    counter = (low & reference.LOW_32, high & reference.LOW_32, torch.zeros_like(low), torch.zeros_like(low))
+    words = reference.philox(counter, (seed & reference.LOW_32, (seed >> 32) & reference.LOW_32))
+    return torch.stack((words[0] | (words[1] << 32), words[2] | (words[3] << 32)), -1).to(torch.uint64)
+
+
+def _signed(number: int, name: str) -> int:
+    """The int64 with the bits of this uint64; a negative number is taken as it is."""
+    number = index(number)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"{name} has to be from -2**63 to 2**64 - 1, but is {number}")
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _check_is_key(key: Tensor) -> None:
+    if key.dtype != torch.uint64 or key.dim() < 1 or key.shape[-1] != 2:
+        raise ValueError(f"key has to be a uint64 tensor of shape (..., 2), but is {key.dtype} {tuple(key.shape)}")

@@ -1,0 +1,144 @@
+"""``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from . import modules
+from .patching import FAMILY
+
+_Model = TypeVar("_Model", bound=nn.Module)
+_TO_FUSED: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in FAMILY.values()}
+_TO_TORCH = {fused: original for original, fused in _TO_FUSED.items()}
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What ``convert`` finds in a model, by module name; a shared module is there under each of its names.
+
+    fused: modules on the fused path, and their class. torch: modules of torch's classes, which ``convert`` swaps. left:
+    modules that look like dropout and are left alone, and why. ``str()`` of it is a table.
+    """
+
+    fused: dict[str, str] = field(default_factory=dict)
+    torch: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} fused, {len(self.torch)} of torch's to swap, {len(self.left)} left alone"]
+        found = {**self.fused, **self.torch, **self.left}
+        width = max(map(len, found), default=0)
+        for what, names in (("fused", self.fused), ("swap", self.torch), ("left", self.left)):
+            lines += [f"{what:5}  {name or '(model)':{width}}  {text}" for name, text in names.items()]
+        return "\n".join(lines)
+
+
+def _why_left(name: str, module: nn.Module) -> str | None:
+    """Why a module that may be taken for dropout is not swapped; None if nobody would take it for that."""
+    kind = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
+    if type(module) in _TO_FUSED or type(module) in _TO_TORCH:
+        return f"{kind} whose forward was replaced on the instance" if "forward" in vars(module) else None
+    if isinstance(module, tuple(_TO_FUSED)):
+        return f"{type(module).__module__}.{kind}, a subclass"
+    if isinstance(module, nn.MultiheadAttention) and module.dropout:
+        return f"{kind}: calls torch's functions, which fd.patch() reaches where weights are asked for"
+    if isinstance(module, nn.RNNBase) and module.dropout:
+        return f"{kind}: drops inside torch's own kernel"
+    if isinstance(module, nn.Identity):
+        return f"{kind}: drops nothing" if "drop" in name.lower() else None
+    if "dropout" in kind.lower() or kind in ("DropPath", "StochasticDepth"):
+        return f"{type(module).__module__}.{kind}, not torch's"
+    return None
+
+
+def _swappable(model: nn.Module, table: dict[type, type]) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in table and "forward" not in vars(module):
+            yield name, module
+
+
+def convert_report(model: nn.Module) -> ConvertReport:
+    """What ``convert`` has swapped in a model, what it would swap now, and what it leaves alone and why.
+
+    Args:
+        model: any module; it is not changed.
+
+    Returns:
+        A ``ConvertReport``: the names of modules in ``fused``, ``torch`` and ``left``.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, 2, dropout=0.2))
+        >>> print(fd.convert_report(fd.convert(model)))
+        1 fused, 0 of torch's to swap, 1 left alone
+        fused  1  Dropout(p=0.1, inplace=False)
+        left   2  LSTM: drops inside torch's own kernel
+    """
+    every = list(model.named_modules(remove_duplicate=False))
+    reasons = {name: _why_left(name, module) for name, module in every}
+    return ConvertReport(
+        fused={name: repr(module) for name, module in _swappable(model, _TO_TORCH)},
+        torch={name: repr(module) for name, module in _swappable(model, _TO_FUSED)},
+        left={name: reason for name, reason in reasons.items() if reason is not None},
+    )
+
+
+def convert(model: _Model, dry_run: bool = False) -> _Model:
+    """Swaps each of torch's dropout modules inside for the fused one of the same name, in place.
+
+    Only the class of a module changes: instances stay the same objects, shared ones too, with their hooks, training
+    flags, p and names, and the state dict is as before. Left alone are subclasses of torch's modules, scripted modules
+    and instances whose ``forward`` was replaced (as accelerate's hooks do); ``convert_report`` names them. Doing it
+    again changes nothing but what was added since. Functional calls are not modules: ``fd.patch()`` reaches them.
+    Convert before ``torch.compile``, or call ``torch.compiler.reset()`` after: before torch 2.13 a compiled model may
+    not notice.
+
+    Args:
+        model: any module, also a single ``nn.Dropout``.
+        dry_run: change nothing and print ``convert_report(model)``. Default: ``False``
+
+    Returns:
+        ``model`` itself.
+
+    Example::
+
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+        >>> fd.convert(model) is model
+        True
+        >>> type(model[1]) is fd.Dropout
+        True
+    """
+    if dry_run:
+        print(convert_report(model))
+        return model
+    for _, module in _swappable(model, _TO_FUSED):
+        module.__class__ = _TO_FUSED[type(module)]
+    return model
+
+
+def revert(model: _Model) -> _Model:
+    """Undoes ``convert``: gives each fused dropout module torch's class of the same name, in place.
+
+    Modules that were made as ``fd.Dropout`` and the like become torch's, too. What torch's do not know (generator, key,
+    noise_shape) stays on the instance, without effect until it is converted again. Subclasses of the fused modules and
+    instances whose ``forward`` was replaced are left alone.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model`` itself.
+
+    Example::
+
+        >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
+        True
+    """
+    for _, module in _swappable(model, _TO_TORCH):
+        module.__class__ = _TO_TORCH[type(module)]
+    return model

@@ -1,0 +1,313 @@
+"""noise_shape: one mask broadcast over the input, the contract's on the noise shape, in every layout and transform."""
+
+import math
+
+import contract
+import pytest
+import torch
+from helpers import assert_same, for_dtypes, key_tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import fused_dropout as fd
+
+SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
+SHAPE = (4, 6, 3, 5)
+NOISE_SHAPES = [
+    (4, 6, 1, 1),
+    (1, 6, 3, 5),
+    (4, 1, 3, 1),
+    (1, 1, 1, 1),
+    (1, 6, 1, 5),
+    SHAPE,
+    (3, 5),
+    (6, 1, 1),
+    (None, None, 1, 1),
+    (5,),
+    (),
+]
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "sliced": lambda x: torch.cat((x, x, x), -1)[..., 5:10],
+    "expanded": lambda x: x[:, :1].expand(SHAPE),
+}
+for_noise_shapes = pytest.mark.parametrize("noise_shape", NOISE_SHAPES, ids=str)
+for_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@pytest.fixture
+def key():
+    return key_tensor(SEED, OFFSET)
+
+
+def mask(noise_shape, p=P, shape=SHAPE):
+    sizes = shape[len(shape) - len(noise_shape) :]
+    resolved = [size if n is None else n for n, size in zip(noise_shape, sizes, strict=True)]
+    kept = contract.keep_numpy(SEED, OFFSET, p, math.prod(resolved))
+    return torch.from_numpy(kept).view(resolved).expand(shape)
+
+
+def expected(x, noise_shape, p=P):
+    """The product in float32 (float64 for float64), rounded once, and +0 for what is dropped."""
+    x = x.detach().cpu()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    product = (x.to(wide) * torch.tensor(contract.scale(p), dtype=wide)).to(x.dtype)
+    return torch.where(mask(noise_shape, p, x.shape), product, torch.zeros((), dtype=x.dtype))
+
+
+def sample(dtype=torch.float32, special=True):
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if special:
+        x[0, 0], x[1, 1], x[2], x[3, :, 1] = torch.nan, torch.inf, -0.0, -torch.inf
+        x[0, 1], x[1, 2] = torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max
+    return x
+
+
+class TestValues:
+    @for_dtypes
+    @for_noise_shapes
+    def test_is_the_contracts_mask_broadcast(self, noise_shape, dtype, key, device):
+        x = sample(dtype)
+        assert_same(fd.dropout(x.to(device), P, key=key, noise_shape=noise_shape), expected(x, noise_shape))
+
+    @for_layouts
+    @for_noise_shapes
+    def test_layouts(self, noise_shape, layout, key, device):
+        x = layout(sample().to(device))
+        y = fd.dropout(x, P, key=key, noise_shape=noise_shape)
+        assert_same(y.contiguous(), expected(x, noise_shape).contiguous())
+        assert y.stride() == torch.empty_like(x).stride()
+
+    def test_is_keep_mask_of_the_noise_shape(self, key):
+        kept = fd.keep_mask((4, 1, 3, 1), P, key).expand(SHAPE)
+        assert torch.equal(fd.dropout(torch.ones(SHAPE), P, key=key, noise_shape=(4, 1, 3, 1)) != 0, kept)
+
+    def test_module(self, key):
+        x = sample()
+        m = fd.Dropout(P, key=key, noise_shape=[1, None, 1, 1])
+        assert_same(m(x), expected(x, (1, 6, 1, 1)))
+        assert m.eval()(x) is x
+        m.train().noise_shape = None
+        assert torch.equal(m(torch.ones(SHAPE)), fd.dropout(torch.ones(SHAPE), P, key=key))
+
+    def test_draws_one_key_as_plain_dropout_does(self):
+        torch.manual_seed(3)
+        a = fd.dropout(torch.ones(4, 5), P, noise_shape=(4, 1))
+        follows = torch.rand(1)
+        torch.manual_seed(3)
+        b = fd.dropout(torch.ones(4), P)
+        assert torch.equal(a[:, 0], b)
+        assert torch.equal(torch.rand(1), follows)
+
+    def test_generator(self):
+        def draw():
+            return fd.dropout(torch.ones(64, 2), P, generator=torch.Generator().manual_seed(1), noise_shape=(64, 1))
+
+        state = torch.get_rng_state()
+        assert torch.equal(draw(), draw())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestEdges:
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_returns_the_input(self, inplace):
+        x = torch.ones(3, 4)
+        state = torch.get_rng_state()
+        assert fd.dropout(x, 0.0, inplace=inplace, noise_shape=(3, 1)) is x
+        assert fd.dropout(x, P, False, inplace, noise_shape=(3, 1)) is x
+        empty = torch.empty(3, 0)
+        assert fd.dropout(empty, P, inplace=inplace, noise_shape=(3, 1)) is empty
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_p_one(self):
+        x = torch.tensor([[1.0, torch.inf], [torch.nan, -1.0]], requires_grad=True)
+        state = torch.get_rng_state()
+        y = fd.dropout(x, 1.0, noise_shape=(2, 1))
+        y.sum().backward()
+        for zeros in (y.detach(), x.grad):
+            assert_same(zeros, torch.zeros(2, 2))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("noise_shape", [(3,), (2, 4), (4, 2), (1, 3, 4), (0, 4), (-1, 4), (3, 4, 1)])
+    def test_does_not_broadcast(self, noise_shape):
+        state = torch.get_rng_state()
+        with pytest.raises(RuntimeError, match=r"Input sizes: \[3, 4\]\.  Noise sizes:"):
+            fd.dropout(torch.ones(3, 4), P, noise_shape=noise_shape)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_what_is_not_fused_goes_to_torch(self, key):
+        class Mine(torch.Tensor):
+            pass
+
+        y = fd.dropout(torch.ones(64, 3).as_subclass(Mine), P, noise_shape=(64, 1))
+        assert type(y) is Mine
+        assert set(y.count_nonzero(1).tolist()) == {0, 3}
+        assert fd.dropout(torch.ones(64, 3, device="meta"), P, noise_shape=(64, 1)).is_meta
+        with pytest.raises(TypeError, match="complex64"):
+            fd.dropout(torch.ones(64, 3, dtype=torch.complex64), P, key=key, noise_shape=(64, 1))
+
+    def test_autocast_and_inference_mode(self, key):
+        x = sample(special=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            y = fd.dropout(x, P, key=key, noise_shape=(4, 6, 1, 1))
+        assert_same(y.clone(), expected(x, (4, 6, 1, 1)))
+
+
+class TestMemory:
+    def test_saves_the_key_and_nothing_else(self):
+        saved = []
+        x = torch.ones(256, 256, requires_grad=True)
+        with saved_tensors_hooks(lambda t: saved.append(t.untyped_storage().nbytes()) or t, lambda t: t):
+            fd.dropout(x, P, noise_shape=(256, 1))
+        assert saved == [16]
+
+    def test_the_mask_is_never_expanded(self):
+        class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+            largest = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
+                    known.add(out.untyped_storage().data_ptr())
+                    sizes.append(out.untyped_storage().nbytes())
+                return out
+
+        x = torch.ones(512, 512)
+        known, sizes = {x.untyped_storage().data_ptr()}, []
+        with Sizes():
+            fd.dropout(x, P, noise_shape=(512, 1))
+        assert sorted(sizes)[-1] == x.numel() * 4, "the output"
+        assert sum(sizes) < x.numel() * 4 * 1.05
+
+
+class TestInPlace:
+    @for_layouts
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_is_the_same_as_out_of_place(self, layout, grad, key):
+        a = sample(special=False).requires_grad_(grad)
+        x = layout(a * 1)
+        want = expected(x, (4, 6, 1, 1))
+        if 0 in x.stride():
+            with pytest.raises(RuntimeError, match="single memory location"):
+                fd.dropout(x, P, inplace=True, key=key, noise_shape=(4, 6, 1, 1))
+            return
+        version = x._version
+        y = fd.dropout(x, P, inplace=True, key=key, noise_shape=(4, 6, 1, 1))
+        assert y is x
+        assert x._version > version
+        assert_same(y.contiguous(), want)
+        if grad:
+            y.sum().backward()
+            assert torch.equal(a.grad != 0, mask((4, 6, 1, 1))) or layout is LAYOUTS["sliced"]
+
+    def test_leaf_is_refused_unchanged(self):
+        x = torch.ones(3, 4, requires_grad=True)
+        with pytest.raises(RuntimeError, match="leaf Variable"):
+            fd.dropout(x, P, inplace=True, noise_shape=(3, 1))
+        assert torch.equal(x.detach(), torch.ones(3, 4))
+
+
+class TestGradients:
+    @for_layouts
+    @pytest.mark.parametrize("of_gradient", LAYOUTS.values(), ids=LAYOUTS)
+    def test_gradient_gets_forwards_mask(self, layout, of_gradient, key):
+        """NaN and inf where dropped do not come through either."""
+        x = layout(sample(special=False)).detach().requires_grad_()
+        gradient = of_gradient(sample())
+        fd.dropout(x, P, key=key, noise_shape=(1, 6, 1, 5)).backward(gradient)
+        assert_same(x.grad.contiguous(), expected(gradient, (1, 6, 1, 5)).contiguous())
+
+    @pytest.mark.parametrize("noise_shape", [(3, 1, 2), (1, 4, 1), (3, 4, 2)])
+    def test_gradcheck(self, noise_shape, key):
+        x = torch.randn(3, 4, 2, dtype=torch.double, requires_grad=True)
+
+        def f(x):
+            return fd.dropout(x, P, key=key, noise_shape=noise_shape)
+
+        assert torch.autograd.gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(f, x)
+
+    def test_func_transforms(self, key):
+        x, slope = torch.rand(3, 4), fd.dropout(torch.ones(3, 4), P, key=key, noise_shape=(3, 1))
+
+        def f(x):
+            return fd.dropout(x, P, key=key, noise_shape=(3, 1))
+
+        assert torch.equal(torch.func.grad(lambda x: f(x).sum())(x), slope)
+        assert torch.equal(torch.func.jvp(f, (x,), (torch.ones(3, 4),))[1], slope)
+        for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+            assert torch.equal(jacobian(f)(x).view(12, 12), slope.flatten().diag())
+        hessian = torch.func.hessian(lambda x: (f(x) ** 2).sum())(x).view(12, 12)
+        assert torch.equal(hessian, (2 * slope.flatten() ** 2).diag())
+
+    def test_vmap_randomness(self):
+        x = torch.ones(5, 40, 3)
+
+        def f(x):
+            return fd.dropout(x, P, noise_shape=(40, 1))
+
+        with pytest.raises(RuntimeError, match="randomness error mode"):
+            torch.func.vmap(f)(x)
+        torch.manual_seed(3)
+        alone = f(x[0])
+        torch.manual_seed(3)
+        assert torch.equal(torch.func.vmap(f, randomness="same")(x), alone.expand(5, 40, 3))
+        different = torch.func.vmap(f, randomness="different")(x)
+        assert len({tuple(row.tolist()) for row in different[..., 0]}) == 5
+        assert torch.equal(different[..., :1].expand_as(different), different)
+        unbatched = torch.func.vmap(lambda _: f(x[0]), randomness="different")(x)
+        assert len({tuple(row.tolist()) for row in unbatched[..., 0]}) == 5
+
+    def test_vmap_over_keys(self):
+        keys = fd.split(fd.key(1), 3)
+        masks = torch.func.vmap(lambda k: fd.dropout(torch.ones(8, 2), P, key=k, noise_shape=(8, 1)))(keys)
+        for own, k in zip(masks, keys, strict=True):
+            assert torch.equal(own, fd.dropout(torch.ones(8, 2), P, key=k, noise_shape=(8, 1)))
+
+    def test_per_sample_gradients(self):
+        weight, data = torch.rand(6, 2), torch.rand(3, 6, 2)
+
+        def loss(weight, row):
+            return (fd.dropout(weight * row, P, noise_shape=(6, 1)) ** 2).sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(weight, data)
+        assert torch.equal((gradients != 0).all(-1), (gradients != 0).any(-1))
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpoint_recomputes_the_same_mask(self, use_reentrant):
+        x = torch.rand(100, 3, requires_grad=True)
+        y = checkpoint(lambda x: fd.dropout(x, P, noise_shape=(100, 1)).exp(), x, use_reentrant=use_reentrant)
+        torch.rand(3)
+        y.sum().backward()
+        assert torch.equal(x.grad != 0, y != 1)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_masks_and_gradients_of_eager(self, backend):
+        def f(x):
+            return fd.dropout(x, P, noise_shape=(x.shape[0], x.shape[1], 1)).tanh()
+
+        def run(function, x):
+            torch.manual_seed(5)
+            x = x.clone().requires_grad_()
+            y = function(x)
+            (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            return y, gradient
+
+        torch._dynamo.reset()
+        compiled = torch.compile(f, fullgraph=True, backend=backend)
+        for n in (4, 5, 6):
+            for got, want in zip(run(compiled, torch.rand(n, 3, 7)), run(f, torch.rand(n, 3, 7)), strict=True):
+                assert torch.equal(got != 0, want != 0)
+        x = torch.rand(4, 3, 7)
+        for got, want in zip(run(compiled, x), run(f, x), strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_is_seen_by_fx_as_it_is(self):
+        graph = torch.fx.symbolic_trace(torch.nn.Sequential(fd.Dropout(P, noise_shape=(1, None)))).graph
+        (node,) = [node for node in graph.nodes if node.op == "call_function"]
+        assert node.target is fd.dropout
+        assert node.kwargs["noise_shape"] == (1, None)
