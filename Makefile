@@ -17,6 +17,7 @@ CUDA_PY := .venv-cuda/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
+DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py
 
 .PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
@@ -31,8 +32,8 @@ bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table a
 
 test: $(INSTALLED) ## the whole suite; then the core without the eager binding, and without any compiled part
 	$(PY) -m pytest -q
-	$(PY) -m pytest -q --hide=_eager $(CORE) tests/test_dropin.py tests/test_compile.py
-	$(PY) -m pytest -q --hide=_C $(CORE) tests/test_dropin.py tests/test_compile.py
+	$(PY) -m pytest -q --hide=_eager $(CORE) $(DROP_IN) tests/test_compile.py
+	$(PY) -m pytest -q --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
 	cd tests && ../$(CUDA_PY) -m fused_dropout info

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import autograd, operators, reference
 
-# grad where the second argument is above the third, +0 elsewhere, whatever grad is: torch.where, but vectorized on the
-# CPU also where the mask is broadcast, where it takes a tenth of the time.
+# The first argument where the second is above the third, else +0, whatever the first is: torch.where, but vectorized on
+# the CPU where the mask is broadcast, too, and several times as fast there.
 _select = torch.ops.aten.threshold_backward.default
 _select_out = torch.ops.aten.threshold_backward.grad_input
 

@@ -230,6 +230,7 @@ def test_compiled_model_and_checkpoint():
     from torch.utils.checkpoint import checkpoint
 
     compiled = torch.compile(nn.Sequential(nn.Dropout(0.1)), backend="aot_eager")
+    compiled(X)
     assert [(s.module, s.p, s.train) for s in fd.audit(compiled, X).sites] == [("_orig_mod.0", 0.1, True)]
 
     class Model(nn.Module):

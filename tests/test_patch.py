@@ -305,6 +305,23 @@ class TestTypesAndGraphs:
             copied = pickle.loads(pickle.dumps(traced))
         assert copied(x).shape == x.shape
 
+    def test_script_function(self, x):
+        def every(x: torch.Tensor) -> torch.Tensor:
+            x = F.dropout(F.dropout1d(F.dropout2d(F.dropout3d(x))), 0.1, True, True)
+            x = F.alpha_dropout(F.feature_alpha_dropout(x), training=False)
+            x = torch.feature_dropout(torch.dropout(x, 0.1, True), 0.1, True)
+            return torch.dropout_(torch.alpha_dropout(torch.feature_alpha_dropout(x, 0.1, True), 0.1, True), 0.1, True)
+
+        with fd.patched():
+            graph = str(torch.jit.script(every).inlined_graph)
+        operators = [line.partition("= aten::")[2].partition("(")[0] for line in graph.splitlines()]
+        count = {name: operators.count(name) for name in SHORT if name in operators}
+        assert count.pop("feature_dropout") == 4
+        assert count.pop("dropout") == 2
+        assert count.pop("dropout_") == 2
+        assert all(count.values())
+        assert "prim::PythonOp" not in graph
+
     @pytest.mark.parametrize("model", MODELS)
     def test_script(self, model, x):
         model = MODELS[model]()
