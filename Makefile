@@ -74,7 +74,7 @@ sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an el
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
 	@$(PY) -m pytest -q -m gpu; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
 
-statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; fifteen minutes
+statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; ten minutes
 	$(PY) tests/statistics/long.py
 
 randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, TestU01, those that are there; twenty minutes

@@ -258,7 +258,7 @@ def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
         [(0.1, True, True, 'torch', 32)]
     """
     recorder = _Recorder(model)
-    with _restoring(model, (inputs, kwargs)), torch.compiler.set_stance("force_eager"):
+    with _restoring(model, (inputs, kwargs)):
         for training in (True, False):
             recorder.training = training
             model.train(training)

@@ -252,6 +252,25 @@ def test_transformer_table():
     assert row in [line.split() for line in lines]
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hugging_face_bert(attention, fused):
+    """Attention dropout is a functional call there: a conversion of the modules alone misses it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=64, attn_implementation=attention)
+    model, ids = transformers.BertModel(config), torch.arange(48).reshape(4, 12)
+    output = model.eval()(ids).last_hidden_state
+    in_attention = "torch" if attention == "eager" else "torch, out of reach"
+    assert [s.path for s in fd.audit(model, ids).sites if s.train] == ["torch", in_attention, "torch", "torch"]
+    assert [s.path for s in fd.audit(fd.convert(model), ids).sites if s.train] == [fused, in_attention, fused, fused]
+    assert torch.equal(model(ids).last_hidden_state, output)
+    fd.revert(model)
+    with fd.patched():
+        paths = [s.path for s in fd.audit(model, ids).sites if s.train]
+        assert paths == [fused, fused if attention == "eager" else in_attention, fused, fused]
+        assert torch.equal(model(ids).last_hidden_state, output)
+
+
 def test_examples_of_the_docstrings():
     module = importlib.import_module("fused_dropout.audit")
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "F": F, "nn": nn})
