@@ -120,7 +120,7 @@ def test_memory(workload):
     if workload.startswith("one"):
         assert ours.saved == 16
         assert torchs.saved >= 2**24
-        assert torchs.peak > ours.peak or torchs.peak == -1  # -1: this system does not say
+        assert torchs.peak == -1 or torchs.peak > 0.99 * ours.peak > 2**26  # -1: this system does not say
     assert ours.saved < torchs.saved
     assert records["fd.Dropout", True].saved <= ours.saved
 
