@@ -96,7 +96,7 @@ def plot_memory(result: Result, device: str) -> Figure | None:
     if not records:
         return None
     workloads = list(dict.fromkeys(r["workload"] for r in records))
-    figure, axes = _figure(2, 10, 0.6 + 0.8 * len(workloads))
+    figure, axes = _figure(2, 10, 1.0 + 0.8 * len(workloads))
     for axis, field, title in zip(axes, ("saved", "peak"), ("kept for backward", "peak of a step"), strict=True):
         for i, name in enumerate(("nn.Dropout", "fd.Dropout")):
             of = {r["workload"]: r[field] for r in records if r["module"] == name}
@@ -107,7 +107,7 @@ def plot_memory(result: Result, device: str) -> Figure | None:
         axis.invert_yaxis()
         axis.margins(x=0.25)
         axis.set(title=title, xlabel="MiB")
-    axes[1].legend(frameon=False)
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -133,7 +133,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.set(title="compiled" if compiled else "eager", xlabel="times the speed with nn.Dropout")
-    axes[1].legend(frameon=False)
+    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
