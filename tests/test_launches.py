@@ -192,7 +192,7 @@ def test_64_bits_only_where_needed(start):
 
 @functools.cache
 def module():
-    return Module.from_library(native.kernels.__file__)
+    return Module.from_library(native.kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
 
 
 @functools.cache
