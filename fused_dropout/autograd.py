@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import native, operators, reference
-from .reference import is_dense
 
 
 def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
@@ -22,7 +21,7 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     """
     if strides is None:
         # Rows with holes between them are numbered row-major by the operator itself, in one pass.
-        return gradient.contiguous() if is_dense(gradient) or 0 in gradient.stride() else gradient
+        return gradient.contiguous() if reference.is_dense(gradient) or 0 in gradient.stride() else gradient
     if gradient.stride() == strides:
         return gradient
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
@@ -48,7 +47,7 @@ class Dropout(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
         x, ctx.p, key = inputs
         ctx.save_for_backward(key)
-        ctx.strides = None if x.is_contiguous() or not is_dense(x) else x.stride()
+        ctx.strides = None if x.is_contiguous() or not reference.is_dense(x) else x.stride()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

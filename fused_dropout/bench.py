@@ -121,8 +121,7 @@ class Training:
     curve: list[float]  # the loss of each epoch's batches, with dropout, mean
 
 
-KINDS = {"speed": Speed, "saved_bytes": SavedBytes, "drop_rate": DropRate, "training": Training, "memory": Memory}
-KINDS["model"] = Model
+KINDS = ("speed", "saved_bytes", "drop_rate", "training", "memory", "model")  # of records
 
 
 @dataclass(frozen=True)

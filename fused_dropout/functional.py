@@ -264,10 +264,7 @@ def _channelwise(
     samples before channels, None if all have."""
     if has_torch_function_unary(input):
         return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
-    if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
-    if key is not None:
-        _check_key(key, input, generator)
+    _check_arguments(input, p, generator, key)
     transformed = autograd.is_transformed()
     lead = 2 if batched is None or input.dim() == batched else 1
     if not training or p == 0 or not _is_covered(input, transformed, generator, key) or input.dim() < lead:
@@ -354,14 +351,10 @@ def _alpha(
     """
     if has_torch_function_unary(input):
         return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
-    if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
-    if key is not None:
-        _check_key(key, input, generator)
+    _check_arguments(input, p, generator, key)
     transformed = autograd.is_transformed()
-    if not training or p == 0 or not _is_covered(input, transformed, generator, key):
-        return theirs(input, p, training, inplace)
-    if input.dim() < (lead or 0) or input.numel() == 0:
+    dropping = training and p != 0 and _is_covered(input, transformed, generator, key)
+    if not dropping or input.dim() < (lead or 0) or input.numel() == 0:
         return theirs(input, p, training, inplace)
     if p == 1:
         return dropout(input, p, inplace=inplace)
@@ -409,10 +402,7 @@ def drop_path(
     if has_torch_function_unary(x):
         more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
         return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
-    if not 0.0 <= drop_prob <= 1.0:
-        raise _out_of_range(drop_prob)
-    if key is not None:
-        _check_key(key, x, generator)
+    _check_arguments(x, drop_prob, generator, key)
     if not training or drop_prob == 0:
         return x
     return _dropout_broadcast(x, drop_prob, False, generator, key, _channels(x, 1), scale_by_keep)
@@ -446,6 +436,13 @@ def _is_fusable(x: object) -> bool:
 
 def _out_of_range(p: float) -> ValueError:
     return ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+
+
+def _check_arguments(x: Tensor, p: float, generator: Generator | None, key: Tensor | None) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise _out_of_range(p)
+    if key is not None:
+        _check_key(key, x, generator)
 
 
 def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:

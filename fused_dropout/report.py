@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .modules import Dropout
+from .statistics import correlations
 from .tables import Record, describe, mebibytes
 
 TORCH, OURS, FLOOR = "#D55E00", "#0072B2", "#999999"
@@ -39,6 +40,17 @@ def _pick(result: Result, kind: str, **wanted: object) -> list[Record]:
     return [r for r in result[kind] if all(r[name] == value for name, value in wanted.items())]
 
 
+def _legend_below(figure: Figure, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
+
+
+def _spread(records: list[Record]) -> list[list[float]]:
+    """How far 10th and 90th percentile lie from the ratios, as error bars want it."""
+    below = [max(0, r["ratio"] - r["ratio_p10"]) for r in records]
+    return [below, [max(0, r["ratio_p90"] - r["ratio"]) for r in records]]
+
+
 def plot_time(result: Result, device: str) -> Figure | None:
     """Nanoseconds an element against size, with what moves the same bytes as the floor."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in _pick(result, "speed", device=device, case="forward")))
@@ -60,7 +72,7 @@ def plot_time(result: Result, device: str) -> Figure | None:
     axes[0].set_ylabel("nanoseconds an element, forward")
     for axis in axes[1:]:
         axis.sharey(axes[0])
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -79,15 +91,14 @@ def plot_speedup(result: Result, device: str) -> Figure | None:
             of = {r["numel"]: r for r in records if r["dtype"] == dtype}
             there = [n for n in sizes if n in of]
             heights = [of[n]["ratio"] for n in there]
-            spread = [[max(0, of[n]["ratio"] - of[n]["ratio_p10"]) for n in there]]
-            spread += [[max(0, of[n]["ratio_p90"] - of[n]["ratio"]) for n in there]]
+            spread = _spread([of[n] for n in there])
             places = [sizes.index(n) + (i - 1) * 0.27 for n in there]
             axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor="#888888", label=dtype)
         axis.axhline(1, color="#888888", linewidth=1)
         axis.set_xticks(range(len(sizes)), [f"$2^{{{n.bit_length() - 1}}}$" for n in sizes])
         axis.set(title=case, xlabel="elements")
     axes[0].set_ylabel("times the speed of nn.Dropout")
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    _legend_below(figure, axes[0])
     return figure
 
 
@@ -107,7 +118,7 @@ def plot_memory(result: Result, device: str) -> Figure | None:
         axis.invert_yaxis()
         axis.margins(x=0.25)
         axis.set(title=title, xlabel="MiB")
-    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+    _legend_below(figure, axes[1])
     return figure
 
 
@@ -121,10 +132,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
         workloads = list(dict.fromkeys(r["workload"] for r in here))
         for i, name in enumerate(("fd.Dropout", "p = 0")):
             of = [next(r for r in here if r["workload"] == w and r["module"] == name) for w in workloads]
-            spread = [
-                [max(0, r["ratio"] - r["ratio_p10"]) for r in of],
-                [max(0, r["ratio_p90"] - r["ratio"]) for r in of],
-            ]
+            spread = _spread(of)
             places = [j + (i - 0.5) * 0.38 for j in range(len(workloads))]
             axis.barh(
                 places, [r["ratio"] for r in of], 0.36, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name
@@ -133,7 +141,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.set(title="compiled" if compiled else "eager", xlabel="times the speed with nn.Dropout")
-    figure.legend(*axes[1].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    _legend_below(figure, axes[1])
     return figure
 
 
@@ -173,23 +181,12 @@ def plot_masks(_result: Result, device: str) -> Figure | None:
     return figure
 
 
-def correlation(mask: Tensor) -> Tensor:
-    """The circular auto-correlation of a mask at the lags 1 to n/2, in standard deviations of white noise.
-
-    By the Wiener-Khinchin theorem: the inverse Fourier transform of the power spectrum.
-    """
-    centred = mask - mask.mean()
-    power = torch.fft.rfft(centred).abs() ** 2
-    n = len(mask)
-    return torch.fft.irfft(power, n)[1 : n // 2] / (centred.var() * n**0.5)
-
-
 def plot_correlation(_result: Result, device: str) -> Figure | None:
     """All lags of one mask: of so many normal numbers the largest is near 5."""
     figure, axes = _figure(2, 9, 3)
     for axis, (name, module) in zip(axes, (("nn.Dropout", nn.Dropout), ("fd.Dropout", Dropout)), strict=True):
-        z = correlation(_mask(module, LAGS, device))
-        height = z.view(-1)[: len(z) // 512 * 512].view(512, -1).abs().amax(1)
+        z = correlations(_mask(module, LAGS, device))[0][1 : LAGS // 2] * LAGS**0.5  # in standard deviations
+        height = z[: len(z) // 512 * 512].view(512, -1).abs().amax(1)
         axis.fill_between(range(0, 512 * 1024, 1024), height, color=COLOURS[name], step="post")
         axis.set(title=f"{name}: largest {z.abs().max():.2f}", xlabel="lag (largest of each 1,023)", ylim=(0, 7))
     axes[0].set_ylabel("|correlation|, standard deviations")

@@ -173,6 +173,14 @@ def _peak(
     return Result(test, n, peak, p_value, smallest, "correlation at any shift", f"correlation {detail}")
 
 
+def correlations(mask: Tensor) -> tuple[Tensor, float]:
+    """The correlations of a mask with itself at all shifts, circular in each dimension, and its keep rate."""
+    centred, q = _centred(mask)
+    dims = tuple(range(mask.dim()))
+    spectrum = torch.fft.rfftn(centred, dim=dims)
+    return torch.fft.irfftn(spectrum.abs().square(), s=mask.shape, dim=dims) / mask.numel(), q
+
+
 def autocorrelation(mask: Tensor, test: str = "auto-correlation", alpha: float = ALPHA) -> Result:
     """Independence of the elements of a bool mask at all shifts at once, circular in each dimension.
 
@@ -183,10 +191,8 @@ def autocorrelation(mask: Tensor, test: str = "auto-correlation", alpha: float =
     Raises:
         ValueError: the mask is constant, or so few elements are dropped, or kept, that no correlation is near normal.
     """
-    centred, q = _centred(mask)
-    dims, n = tuple(range(mask.dim())), mask.numel()
-    spectrum = torch.fft.rfftn(centred, dim=dims)
-    correlation = torch.fft.irfftn(spectrum.abs().square(), s=mask.shape, dim=dims) / n
+    correlation, q = correlations(mask)
+    n = mask.numel()
     z = correlation * math.sqrt(n)
     z.view(-1)[0] = 0
     # A shift that is its own opposite meets each pair twice: twice the variance.
