@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import functional
 from .native import backend_info
-from .patching import FAMILY
+from .patching import FAMILY, meet_torchs_own
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
 _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "feature_dropout")]
@@ -188,6 +188,7 @@ class _Recorder(TorchDispatchMode):
         """Wraps the functions that drop, wherever they are looked up at each call."""
         import fused_dropout
 
+        meet_torchs_own()
         names = (*FAMILY, "drop_path")
         places = [
             (module, name) for module in (F, functional, fused_dropout) for name in names if hasattr(module, name)

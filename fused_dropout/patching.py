@@ -64,14 +64,18 @@ def _replacements() -> dict[tuple[Any, str], Callable[..., Tensor]]:
 _REPLACEMENTS = _replacements()
 
 
+def meet_torchs_own() -> None:
+    """To be called before torch's functions are replaced: it lists those that it knows once, by name, on first use."""
+    import torch._dynamo
+
+    torch.overrides.get_overridable_functions()
+
+
 def _update() -> None:
     """Puts the fused functions in, or torch's back, as the state wants it; the lock is held."""
     wanted = _on or _depth > 0
     if wanted and not _saved:
-        # torch lists the functions that it knows once, by name, on first use: it has to meet its own.
-        import torch._dynamo
-
-        torch.overrides.get_overridable_functions()
+        meet_torchs_own()
         for (module, name), fused in _REPLACEMENTS.items():
             _saved[module, name] = getattr(module, name)
             setattr(module, name, fused)

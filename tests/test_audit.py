@@ -4,6 +4,8 @@ import copy
 import doctest
 import importlib
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -276,3 +278,14 @@ def test_examples_of_the_docstrings():
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "F": F, "nn": nn})
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+def test_compiles_after_the_first_audit():
+    """In a fresh process, where nothing has imported the compiler before: it has to meet torch's own functions."""
+    code = """if True:
+        import torch, fused_dropout as fd
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
+        fd.audit(model, torch.ones(2, 4))
+        torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 4))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
