@@ -3,6 +3,8 @@
 #include "operators.h"
 
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <string_view>
 
 #include <sys/mman.h>
@@ -40,6 +42,12 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 16;
 
+template <typename Part>
+void in_parallel(int64_t numel, const Part& part) {
+  if (numel <= kGrain) return part(0, numel);
+  torch::stable::parallel_for(0, numel, kGrain, part);
+}
+
 // Cuts the rows into stretches of consecutive elements, several threads' worth, and calls
 // stretch(position in x, position in y, index, length) for each.
 template <typename Stretch>
@@ -53,8 +61,7 @@ void for_each_stretch(const Job& job, const Stretch& stretch) {
       i += n;
     }
   };
-  if (job.numel() <= kGrain) return cut(0, job.numel());
-  torch::stable::parallel_for(0, job.numel(), kGrain, cut);
+  in_parallel(job.numel(), cut);
 }
 
 // A large new output has no pages yet: each is made when it is first written, and with huge ones that costs a fourth.
@@ -77,19 +84,129 @@ void drop(const Job& job, const Draw& draw, void (*kernel)(const T*, T*, uint64_
   });
 }
 
+void write_mask(const Job& job, const Draw& draw) {
+  for_each_stretch(job, [&](int64_t, int64_t to, uint64_t index, int64_t n) {
+    cpu_kernels().mask(static_cast<bool*>(job.y) + to, index, n, draw);
+  });
+}
+
+constexpr int64_t kFlags = 1024;  // as many flags of elements stay in the first cache
+
+// Goes through memory, and says of each element what the mask, of the noise's shape, has for it.
+class Broadcast {
+ public:
+  Broadcast(const Noise& noise, const uint16_t* mask, int64_t position) : dims_(noise.dims), mask_(mask) {
+    for (const Noise::Dim& dim : dims_) {
+      at_.push_back(position % dim.size);
+      mask_ += at_.back() * dim.stride;
+      position /= dim.size;
+    }
+  }
+
+  // The flags of the next elements, up to n: as many as one element of the mask, or several that lie together, decide
+  // for, if that is a good number, or else those of shorter runs one after the other.
+  int64_t next(int64_t n, const uint16_t*& flags, bool& dropped) {
+    const auto [size, stride] = dims_[0];
+    const int64_t run = std::min(n, size - at_[0]);
+    dropped = false;
+    if (run < kFlags / 8 || stride > 1) {
+      n = std::min(n, kFlags);
+      lay_out(n);
+      flags = buffer_;
+      return n;
+    }
+    flags = mask_;
+    n = run;
+    if (stride == 0) {
+      static const std::vector<uint16_t> all(kFlags, 0xFFFF);
+      dropped = *mask_ == 0;
+      flags = all.data();
+      if (!dropped) n = std::min(n, kFlags);
+    }
+    advance(n);
+    return n;
+  }
+
+ private:
+  void lay_out(int64_t n) {
+    const auto [size, stride] = dims_[0];
+    for (uint16_t* flags = buffer_; n > 0;) {
+      const int64_t run = std::min(n, size - at_[0]);
+      if (stride == 0) {
+        std::fill_n(flags, run, *mask_);
+      } else {
+        for (int64_t i = 0; i < run; ++i) flags[i] = mask_[i * stride];
+      }
+      flags += run;
+      n -= run;
+      advance(run);
+    }
+  }
+
+  void advance(int64_t n) {
+    at_[0] += n;
+    mask_ += n * dims_[0].stride;
+    for (size_t d = 0; at_[d] == dims_[d].size && d + 1 < dims_.size(); ++d) {
+      at_[d] = 0;
+      ++at_[d + 1];
+      mask_ += dims_[d + 1].stride - dims_[d].size * dims_[d].stride;
+    }
+  }
+
+  const std::vector<Noise::Dim>& dims_;
+  const uint16_t* mask_;
+  std::vector<int64_t> at_;
+  uint16_t buffer_[kFlags];
+};
+
+template <typename T>
+void drop_broadcast(const Job& job, const uint16_t* mask,
+                    void (*select)(const T*, T*, const uint16_t*, int64_t, double)) {
+  if (job.x != job.y) ask_for_huge_pages(job.y, job.numel() * static_cast<int64_t>(sizeof(T)));
+  in_parallel(job.numel(), [&](int64_t begin, int64_t end) {
+    Broadcast broadcast(*job.noise, mask, begin);
+    while (begin < end) {
+      const uint16_t* flags = nullptr;
+      bool dropped = false;
+      const int64_t n = broadcast.next(end - begin, flags, dropped);
+      T* y = static_cast<T*>(job.y) + begin;
+      if (dropped) {
+        std::memset(y, 0, n * sizeof(T));
+      } else {
+        select(static_cast<const T*>(job.x) + begin, y, flags, n, job.scale);
+      }
+      begin += n;
+    }
+  });
+}
+
+void run_broadcast(const Job& job, const Draw& draw) {
+  const int64_t numel = job.noise->numel;
+  const std::unique_ptr<bool[]> kept(new bool[numel]);
+  const std::unique_ptr<uint16_t[]> mask(new uint16_t[numel]);
+  Job of_mask = job;
+  of_mask.y = kept.get();
+  of_mask.rows = one_row(numel);
+  write_mask(of_mask, draw);
+  for (int64_t i = 0; i < numel; ++i) mask[i] = static_cast<uint16_t>(-static_cast<int>(kept[i]));
+  switch (job.dtype) {
+    case ScalarType::Float: return drop_broadcast(job, mask.get(), cpu_kernels().select_float32);
+    case ScalarType::Double: return drop_broadcast(job, mask.get(), cpu_kernels().select_float64);
+    case ScalarType::Half: return drop_broadcast(job, mask.get(), cpu_kernels().select_float16);
+    default: return drop_broadcast(job, mask.get(), cpu_kernels().select_bfloat16);
+  }
+}
+
 void run_cpu(const Job& job) {
   const uint64_t* words = job.key.const_data_ptr<uint64_t>();
-  const Draw draw{{words[0], words[1]}, threshold(job.p), scale(job.p)};
+  const Draw draw{{words[0], words[1]}, threshold(job.p), job.scale};
+  if (job.noise) return run_broadcast(job, draw);
   switch (job.dtype) {
     case ScalarType::Float: return drop(job, draw, cpu_kernels().float32);
     case ScalarType::Double: return drop(job, draw, cpu_kernels().float64);
     case ScalarType::Half: return drop(job, draw, cpu_kernels().float16);
     case ScalarType::BFloat16: return drop(job, draw, cpu_kernels().bfloat16);
-    default:
-      ask_for_huge_pages(job.y, job.numel());
-      return for_each_stretch(job, [&](int64_t, int64_t to, uint64_t index, int64_t n) {
-        cpu_kernels().mask(static_cast<bool*>(job.y) + to, index, n, draw);
-      });
+    default: ask_for_huge_pages(job.y, job.numel()); return write_mask(job, draw);
   }
 }
 

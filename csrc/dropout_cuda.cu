@@ -167,6 +167,85 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Noise for the device. No tensor has more dimensions of two elements and more.
+template <typename Index>
+struct NoiseDims {
+  int count;
+  Index size[63], stride[63];
+};
+
+// Elements that lie together along the innermost dimension: the first, the one past the last, and which of the mask's
+// elements decides for the first.
+template <typename Index>
+struct Run {
+  Index begin, end, noise;
+};
+
+template <typename Index>
+__device__ __forceinline__ Run<Index> run_at(const NoiseDims<Index>& dims, Index position) {
+  Index rest = position / dims.size[0], noise = 0;
+  const Index begin = rest * dims.size[0];
+  for (int d = 1; d < dims.count; ++d) {
+    const Index outer = rest / dims.size[d];
+    noise += (rest - outer * dims.size[d]) * dims.stride[d];
+    rest = outer;
+  }
+  return {begin, begin + dims.size[0], noise};
+}
+
+// A thread takes eight elements that lie together, and draws the blocks of the mask that decide for them: mostly one.
+template <typename Op, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    broadcast_kernel(const typename Op::Element* x, typename Op::Element* y, Index numel, NoiseDims<Index> dims,
+                     KeySource source, uint64_t threshold, Op op) {
+  using T = typename Op::Element;
+  constexpr int kVectors = kBlock * sizeof(T) / sizeof(Vector<T>);
+  const Key key = source.on_device ? *source.on_device : source.value;
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % sizeof(Vector<T>) == 0;
+  const Index stride = gridDim.x * static_cast<Index>(kThreads) * kBlock;
+  for (Index at = (blockIdx.x * static_cast<Index>(kThreads) + threadIdx.x) * kBlock; at < numel; at += stride) {
+    const int n = numel - at < kBlock ? static_cast<int>(numel - at) : kBlock;
+    const bool whole = aligned && n == kBlock;
+    Vector<T> vectors[kVectors];
+    T v[kBlock] = {};
+    if (whole) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const Vector<T>*>(x + at)[i];
+      memcpy(v, vectors, sizeof(v));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        if (i < n) v[i] = x[at + i];
+      }
+    }
+    Run<Index> run = run_at(dims, at);
+    Index drawn = run.noise + (at - run.begin) * dims.stride[0];
+    Words words = block_words(key, drawn / kBlock);
+    bool kept = keep(words, static_cast<int>(drawn % kBlock), threshold);
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (at + i >= run.end) run = run_at(dims, at + i);
+      const Index noise = run.noise + (at + i - run.begin) * dims.stride[0];
+      if (noise != drawn) {
+        if (noise / kBlock != drawn / kBlock) words = block_words(key, noise / kBlock);
+        drawn = noise;
+        kept = keep(words, static_cast<int>(noise % kBlock), threshold);
+      }
+      v[i] = op(kept, v[i]);
+    }
+    if (whole) {
+      memcpy(vectors, v, sizeof(v));
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) reinterpret_cast<Vector<T>*>(y + at)[i] = vectors[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        if (i < n) y[at + i] = v[i];
+      }
+    }
+  }
+}
+
 void check_launch(const char* what, int64_t numel, int device) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "launch of ", what, " for ", numel, " elements on cuda:", device,
@@ -180,14 +259,14 @@ cudaStream_t current_stream(int device) {
 }
 
 // As many thread blocks as the device runs at once: more would only take turns.
-template <typename Op, typename Block>
+template <auto kernel>
 int resident_blocks(int device) {
   static std::array<std::atomic<int>, 128> known{};
   std::atomic<int>& blocks = known[static_cast<size_t>(device) % known.size()];
   if (blocks == 0) {
     int processors = 0, of_each = 0;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, dropout_kernel<Op, Block>, kThreads, 0);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
     blocks = std::max(1, processors * of_each);
   }
   return blocks;
@@ -200,11 +279,37 @@ void launch_with(const Job& job, int64_t blocks_per_row, KeySource source, Op op
   unsigned columns = 2;
   while (columns < kThreads && columns < blocks_per_row) columns *= 2;
   const unsigned lines = kThreads / columns;
-  const int64_t resident = resident_blocks<Op, Block>(job.device);
+  const int64_t resident = resident_blocks<dropout_kernel<Op, Block>>(job.device);
   const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
   const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
   dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(job.device)>>>(
       static_cast<const T*>(job.x), static_cast<T*>(job.y), rows, job.start, source, threshold(job.p), op);
+}
+
+template <typename Op, typename Index>
+void launch_broadcast_with(const Job& job, KeySource source, Op op) {
+  using T = typename Op::Element;
+  NoiseDims<Index> dims{};
+  for (const Noise::Dim& dim : job.noise->dims) {
+    dims.size[dims.count] = static_cast<Index>(dim.size);
+    dims.stride[dims.count++] = static_cast<Index>(dim.stride);
+  }
+  const int64_t resident = resident_blocks<broadcast_kernel<Op, Index>>(job.device);
+  const int64_t at_once = int64_t{kThreads} * kBlock;
+  const int64_t grid = std::min(resident, (job.numel() + at_once - 1) / at_once);
+  broadcast_kernel<Op, Index><<<grid, kThreads, 0, current_stream(job.device)>>>(
+      static_cast<const T*>(job.x), static_cast<T*>(job.y), static_cast<Index>(job.numel()), dims, source,
+      threshold(job.p), op);
+  check_launch("broadcast_kernel", job.numel(), job.device);
+}
+
+template <typename Op>
+void launch_broadcast(const Job& job, KeySource source, Op op) {
+  if (job.numel() < int64_t{1} << 31) {
+    launch_broadcast_with<Op, uint32_t>(job, source, op);
+  } else {
+    launch_broadcast_with<Op, uint64_t>(job, source, op);
+  }
 }
 
 template <typename Op>
@@ -213,6 +318,9 @@ void launch(const Job& job, Op op) {
   const uint64_t* words = job.key.const_data_ptr<uint64_t>();
   const KeySource source =
       job.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
+  if constexpr (Op::kReads) {
+    if (job.noise) return launch_broadcast(job, source, op);
+  }
   const Rows& rows = job.rows;
   const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
   const uint64_t last = (job.start + (rows.count - 1) * rows.pitch + rows.length) / kBlock;

@@ -40,6 +40,24 @@ void apply_(const Tensor& x, double p, const Tensor& key) {
   op.call(x, p, key, 0);
 }
 
+// A mask that is broadcast: its shape, and what kept elements are multiplied by.
+struct Noise {
+  std::vector<int64_t> shape;
+  double scale;
+};
+
+Tensor apply(const Tensor& x, double p, const Tensor& key, const Noise& noise) {
+  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, at::IntArrayRef, double)>(
+      "fused_dropout::apply_broadcast");
+  return op.call(x, p, key, noise.shape, noise.scale);
+}
+
+void apply_(const Tensor& x, double p, const Tensor& key, const Noise& noise) {
+  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, at::IntArrayRef, double)>(
+      "fused_dropout::apply_broadcast_");
+  op.call(x, p, key, noise.shape, noise.scale);
+}
+
 bool serves(c10::DeviceType device) {
 #ifdef FUSED_DROPOUT_CUDA
   if (device == at::kCUDA) return true;
@@ -122,45 +140,56 @@ Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64
   return at::empty_strided(gradient.sizes(), *strides, gradient.options()).copy_(gradient);
 }
 
-// The same by operations that know forward-mode AD: for a gradient that carries a tangent.
-Tensor select_scaled(const Tensor& x, double p, const Tensor& key) {
+// The same by operations that know every transform.
+Tensor select_scaled(const Tensor& x, double p, const Tensor& key, const std::optional<Noise>& noise) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::keep_mask");
-  return at::where(op.call(x, p, key, 0), x.mul(1.0 / (1.0 - p)), 0);
+  const Tensor kept = op.call(noise ? at::empty(noise->shape, x.options().dtype(at::kBool)) : x, p, key, 0);
+  return at::where(kept, x.mul(noise ? noise->scale : 1.0 / (1.0 - p)), 0);
 }
 
 // Straight to the kernel where nothing else is looking; a gradient batched by vmap still needs its own rule.
-Tensor run_operator(const Tensor& x, double p, const Tensor& key, bool inplace) {
-  if (torch::autograd::isFwGradDefined(x)) return select_scaled(x, p, key);
+Tensor run_operator(const Tensor& x, double p, const Tensor& key, const std::optional<Noise>& noise, bool inplace) {
+  const bool plain = is_plain(x);
+  if (torch::autograd::isFwGradDefined(x) || (noise && !plain)) return select_scaled(x, p, key, noise);
   std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  if (is_plain(x)) below.emplace();
-  if (!inplace) return apply(x, p, key);
-  apply_(x, p, key);
+  if (plain) below.emplace();
+  if (!inplace) return noise ? apply(x, p, key, *noise) : apply(x, p, key);
+  noise ? apply_(x, p, key, *noise) : apply_(x, p, key);
   return x;
 }
 
 // Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, double p, const Tensor& key,
-                        bool inplace) {
+                        const std::optional<Noise>& noise, bool inplace) {
     ctx->save_for_backward({key});
     ctx->saved_data["p"] = p;
-    if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) ctx->saved_data["strides"] = x.strides().vec();
+    if (noise) {
+      ctx->saved_data["noise_shape"] = noise->shape;
+      ctx->saved_data["scale"] = noise->scale;
+    } else if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) {
+      ctx->saved_data["strides"] = x.strides().vec();
+    }
     if (inplace) ctx->mark_dirty({x});
-    return run_operator(x, p, key, inplace);
+    return run_operator(x, p, key, noise, inplace);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
-    const auto found = ctx->saved_data.find("strides");
-    std::optional<std::vector<int64_t>> strides;
-    if (found != ctx->saved_data.end()) strides = found->second.toIntVector();
-    const Tensor gradient = in_order_of(gradients[0], strides);
+    const auto saved_sizes = [&](const char* name) -> std::optional<std::vector<int64_t>> {
+      const auto found = ctx->saved_data.find(name);
+      return found == ctx->saved_data.end() ? std::nullopt : std::optional(found->second.toIntVector());
+    };
+    std::optional<Noise> noise;
+    if (auto shape = saved_sizes("noise_shape")) noise = {*std::move(shape), ctx->saved_data["scale"].toDouble()};
+    // A broadcast mask is numbered in its own shape, whatever the layout.
+    const Tensor gradient = noise ? gradients[0] : in_order_of(gradients[0], saved_sizes("strides"));
     const double p = ctx->saved_data["p"].toDouble();
     const Tensor key = ctx->get_saved_variables()[0];
     const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad() && is_plain(gradient);
-    return {recorded ? Dropout::apply(gradient, p, key, false) : run_operator(gradient, p, key, false), Tensor(),
-            Tensor(), Tensor()};
+    return {recorded ? Dropout::apply(gradient, p, key, noise, false) : run_operator(gradient, p, key, noise, false),
+            Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -180,8 +209,8 @@ bool may_overlap(const Tensor& x) {
 }
 
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
-std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
-                              const std::optional<Tensor>& key) {
+std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
+                           const std::optional<Tensor>& key, const std::optional<Noise>& noise) {
   if (!is_plain(x)) return std::nullopt;
   if (x.numel() == 0) return x;
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
@@ -190,16 +219,28 @@ std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std
     if (may_overlap(x) || (x.is_inference() && !c10::InferenceMode::is_enabled())) return std::nullopt;
   }
   const Tensor used = key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator);
-  if (recorded) return Dropout::apply(x, p, used, inplace);
-  const Tensor y = run_operator(x, p, used, inplace);
+  if (recorded) return Dropout::apply(x, p, used, noise, inplace);
+  const Tensor y = run_operator(x, p, used, noise, inplace);
   if (inplace && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
   return y;
+}
+
+std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
+                              const std::optional<Tensor>& key) {
+  return drop(x, p, inplace, generator, key, std::nullopt);
+}
+
+std::optional<Tensor> dropout_broadcast(const Tensor& x, double p, bool inplace,
+                                        const std::optional<at::Generator>& generator, const std::optional<Tensor>& key,
+                                        std::vector<int64_t> noise_shape, double scale) {
+  return drop(x, p, inplace, generator, key, Noise{std::move(noise_shape), scale});
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_eager, m) {
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
+  m.def("dropout_broadcast", torch::wrap_pybind_function_no_gil(dropout_broadcast));
   m.def("serves", [](const std::string& device) { return serves(c10::Device(device).type()); });
   m.def("draw_key", torch::wrap_pybind_function_no_gil(draw_key));
 }

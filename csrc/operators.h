@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace fused_dropout {
@@ -25,14 +26,25 @@ struct Rows {
   int64_t count, length, x_stride, y_stride, pitch;
 };
 
+// A mask of a smaller shape, broadcast over x: the dimensions of a dense x as they lie in memory, innermost first, and
+// how far apart in the mask their elements are, 0 where all have the same one.
+struct Noise {
+  struct Dim {
+    int64_t size, stride;
+  };
+  std::vector<Dim> dims;
+  int64_t numel;  // of the mask
+};
+
 // What a kernel is given. A mask is written (one byte an element, x unused) where dtype is Bool.
 struct Job {
   const void* x;
   void* y;
   ScalarType dtype;
   Rows rows;
+  std::optional<Noise> noise;  // then x and y are one row
   Tensor key;
-  double p;
+  double p, scale;
   uint64_t start;
   int device;
   int64_t numel() const { return rows.count * rows.length; }
@@ -98,8 +110,10 @@ inline Job job_for(const Tensor& x, ScalarType dtype, double p, const Tensor& ke
           nullptr,
           dtype,
           one_row(x.numel()),
+          std::nullopt,
           key.is_contiguous() ? key : torch::stable::contiguous(key),
           p,
+          scale(p),
           static_cast<uint64_t>(start),
           x.get_device_index()};
 }
@@ -132,15 +146,19 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+inline void check_writable(const Tensor& x) {
+  for (const Dim& dim : dims_of(x)) {
+    STD_TORCH_CHECK(dim.stride != 0, "unsupported operation: more than one element of the written-to tensor refers to ",
+                    "a single memory location. Please clone() the tensor before performing the operation.");
+  }
+}
+
 template <Kernel run>
 void apply_(const Tensor& x, double p, const Tensor& key, int64_t start) {
   check_dtype(x.scalar_type());
   Job job = job_for(x, x.scalar_type(), p, key, start);
   if (x.numel() == 0) return;
-  for (const Dim& dim : dims_of(x)) {
-    STD_TORCH_CHECK(dim.stride != 0, "unsupported operation: more than one element of the written-to tensor refers to ",
-                    "a single memory location. Please clone() the tensor before performing the operation.");
-  }
+  check_writable(x);
   const bool dense = is_dense(x);
   const std::optional<Rows> rows = dense ? one_row(x.numel()) : strided_rows(x);
   const Tensor y = rows ? x : torch::stable::contiguous(x);
@@ -183,11 +201,76 @@ Tensor keep_mask(const Tensor& x, double p, const Tensor& key, int64_t start) {
   return in_place ? mask : torch::stable::copy_(mask, row_major);
 }
 
+// The mask's elements are numbered row-major in the noise's shape, whatever the layout of x.
+inline Noise noise_of(const Tensor& x, const std::vector<int64_t>& noise_shape) {
+  STD_TORCH_CHECK(static_cast<int64_t>(noise_shape.size()) == x.dim(), "noise_shape needs a size for each dimension");
+  std::vector<std::pair<int64_t, Noise::Dim>> dims;  // with the stride in x
+  int64_t numel = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    const int64_t size = noise_shape[d];
+    STD_TORCH_CHECK(size == 1 || size == x.size(d), "each size of noise_shape has to be 1 or the input's");
+    if (x.size(d) != 1) dims.push_back({x.stride(d), {x.size(d), size == 1 ? 0 : numel}});
+    numel *= size;
+  }
+  std::sort(dims.begin(), dims.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<Noise::Dim> merged = {{1, 0}};
+  for (const auto& [stride, dim] : dims) {
+    Noise::Dim& inner = merged.back();
+    if (inner.size == 1) {
+      inner = dim;
+    } else if (dim.stride == inner.stride * inner.size) {
+      inner.size *= dim.size;
+    } else {
+      merged.push_back(dim);
+    }
+  }
+  return {std::move(merged), numel};
+}
+
+template <Kernel run>
+void apply_broadcast_(const Tensor& x, double p, const Tensor& key, const std::vector<int64_t>& noise_shape,
+                      double scale) {
+  check_dtype(x.scalar_type());
+  Job job = job_for(x, x.scalar_type(), p, key, 0);
+  if (x.numel() == 0) return;
+  check_writable(x);
+  const bool dense = is_dense(x);
+  const Tensor y = dense ? x : torch::stable::contiguous(x);
+  job.noise = noise_of(y, noise_shape);
+  job.scale = scale;
+  job.x = job.y = y.mutable_data_ptr();
+  run(job);
+  Tensor out = x;
+  if (!dense) torch::stable::copy_(out, y);
+}
+
+template <Kernel run>
+Tensor apply_broadcast(const Tensor& x, double p, const Tensor& key, const std::vector<int64_t>& noise_shape,
+                       double scale) {
+  check_dtype(x.scalar_type());
+  Job job = job_for(x, x.scalar_type(), p, key, 0);
+  Tensor y = empty_like(x, x.scalar_type());
+  if (x.numel() == 0) return y;
+  if (!is_dense(x)) {
+    torch::stable::copy_(y, x);
+    apply_broadcast_<run>(y, p, job.key, noise_shape, scale);
+    return y;
+  }
+  job.noise = noise_of(x, noise_shape);
+  job.scale = scale;
+  job.x = x.const_data_ptr();
+  job.y = y.mutable_data_ptr();
+  run(job);
+  return y;
+}
+
 template <Kernel run>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("apply", TORCH_BOX(&apply<run>));
   library.impl("apply_", TORCH_BOX(&apply_<run>));
   library.impl("keep_mask", TORCH_BOX(&keep_mask<run>));
+  library.impl("apply_broadcast", TORCH_BOX(&apply_broadcast<run>));
+  library.impl("apply_broadcast_", TORCH_BOX(&apply_broadcast_<run>));
 }
 
 }  // namespace fused_dropout

@@ -169,8 +169,31 @@ void write_mask(bool* y, uint64_t index, int64_t n, const Draw& draw) {
   drop<bool, float>(y, y, index, n, draw);
 }
 
+template <typename T, typename Compute>
+void select(const T* x, T* y, const uint16_t* flags, int64_t n, double scale) {
+  constexpr int kAtOnce = kGroup / 2;
+  int64_t i = 0;
+  for (; n - i >= kAtOnce; i += kAtOnce) write(x + i, y + i, kept_of(flags + i), static_cast<Compute>(scale));
+  if (i == n) return;
+  T buffer[kAtOnce] = {};
+  uint16_t last[kAtOnce] = {};
+  std::memcpy(buffer, x + i, (n - i) * sizeof(T));
+  std::memcpy(last, flags + i, (n - i) * sizeof(uint16_t));
+  write(buffer, buffer, kept_of(last), static_cast<Compute>(scale));
+  std::memcpy(y + i, buffer, (n - i) * sizeof(T));
+}
+
 constexpr CpuKernels make_kernels(const char* isa) {
-  return {isa, drop<float, float>, drop<double, double>, drop<Half, float>, drop<BFloat16, float>, write_mask};
+  return {isa,
+          drop<float, float>,
+          drop<double, double>,
+          drop<Half, float>,
+          drop<BFloat16, float>,
+          write_mask,
+          select<float, float>,
+          select<double, double>,
+          select<Half, float>,
+          select<BFloat16, float>};
 }
 
 }  // namespace

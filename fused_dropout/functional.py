@@ -23,6 +23,7 @@ _torch_alpha_dropout, _torch_feature_alpha_dropout = F.alpha_dropout, F.feature_
 _SELU_SATURATION = 1.7580993408473766
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_dropout = native.eager.dropout if native.eager else None
+_eager_dropout_broadcast = native.eager.dropout_broadcast if native.eager else None
 _STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
@@ -89,7 +90,7 @@ def dropout(
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
     if noise_shape is not None:
-        return _dropout_broadcast(input, p, inplace, generator, key, noise_shape)
+        return _dropout_broadcast(input, p, inplace, generator, key, _broadcastable(noise_shape, input))
     if _eager_dropout is not None and not _is_compiling() and isinstance(input, Tensor):
         output = _eager_dropout(input, p, inplace, generator, key)
         if output is not None:
@@ -127,12 +128,16 @@ def _dropout_broadcast(
     inplace: bool,
     generator: Generator | None,
     key: Tensor | None,
-    noise_shape: Sequence[int | None],
+    shape: tuple[int, ...],
     scaled: bool = True,
 ) -> Tensor:
-    """``dropout`` with a mask of noise_shape; scaled: whether kept elements are multiplied by 1 / (1 - p)."""
+    """``dropout`` with a mask of this shape; scaled: whether kept elements are multiplied by 1 / (1 - p)."""
     p = float(p)
-    shape = _broadcastable(noise_shape, input)
+    scale = reference.scale(p) if scaled else 1.0
+    if _eager_dropout_broadcast is not None and not _is_compiling():
+        output = _eager_dropout_broadcast(input, p, inplace, generator, key, shape, scale)
+        if output is not None:
+            return output
     transformed = autograd.is_transformed()
     if not _is_covered(input, transformed, generator, key):
         noise = _torch_dropout(input.new_ones(shape), p)
@@ -146,16 +151,18 @@ def _dropout_broadcast(
         _check_no_overlap(input)
     if key is None:
         key = _draw_key(input, p, transformed, generator)
-    scale = reference.scale(p) if scaled else 1.0
     if not inplace:
         return broadcast.apply(input, p, key, shape, scale)
     if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
         return input.copy_(broadcast.apply(input, p, key, shape, scale))
-    return broadcast.apply_(input, p, key, shape, scale)
+    operators.apply_broadcast_(input, p, key, shape, scale)
+    torch.autograd.graph.increment_version(input)
+    return input
 
 
 def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, ...]:
-    """noise_shape with the sizes of x for None; an error in torch's words if it does not broadcast to x's shape."""
+    """noise_shape with 1 for dimensions that it lacks and the sizes of x for None; an error in torch's words if it does
+    not broadcast to x's shape."""
     sizes = x.shape[x.dim() - len(noise_shape) :]
     shape = tuple(size if n is None else n for n, size in zip(noise_shape, sizes, strict=False))
     if len(shape) != len(noise_shape) or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
@@ -163,7 +170,7 @@ def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, .
             f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
             f"Input sizes: {list(x.shape)}.  Noise sizes: {list(noise_shape)}"
         )
-    return shape
+    return (1,) * (x.dim() - len(shape)) + shape
 
 
 def dropout1d(
@@ -265,9 +272,10 @@ def _channelwise(
     if has_torch_function_unary(input):
         return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
     _check_arguments(input, p, generator, key)
-    transformed = autograd.is_transformed()
     lead = 2 if batched is None or input.dim() == batched else 1
-    if not training or p == 0 or not _is_covered(input, transformed, generator, key) or input.dim() < lead:
+    if not training or p == 0 or input.dim() < lead:
+        return theirs(input, p, training, inplace)
+    if not _is_covered(input, autograd.is_transformed(), generator, key):
         return theirs(input, p, training, inplace)
     if input.dim() not in ranks:
         theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
@@ -275,7 +283,7 @@ def _channelwise(
 
 
 def _channels(x: Tensor, lead: int) -> tuple[int, ...]:
-    return (*x.shape[:lead], *(1 for _ in range(x.dim() - lead)))
+    return tuple(x.shape[:lead]) + (1,) * (x.dim() - lead)
 
 
 def alpha_dropout(

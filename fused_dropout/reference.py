@@ -15,7 +15,7 @@ has no unsigned 32-bit arithmetic.
 """
 
 from collections.abc import Sequence
-from math import floor
+from math import floor, prod
 
 import torch
 from torch import Tensor
@@ -159,3 +159,15 @@ def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
 def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
     """``apply`` in place."""
     drop(x.mul_(scale(p)), keep_mask(x, p, key, start))
+
+
+def apply_broadcast(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> Tensor:
+    """x times scale where the mask of noise_shape, numbered row-major and broadcast over x, keeps it, else +0."""
+    output = torch.empty_like(x).copy_(x)
+    apply_broadcast_(output, p, key, noise_shape, scale)
+    return output
+
+
+def apply_broadcast_(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> None:
+    """``apply_broadcast`` in place."""
+    drop(x.mul_(scale), keep_flat(prod(noise_shape), p, key, 0, x.device).view(noise_shape))

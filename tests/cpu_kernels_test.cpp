@@ -90,6 +90,7 @@ struct Dtype<float> {
   using Compute = float;
   static constexpr const char* name = "float32";
   static auto kernel(const CpuKernels& k) { return k.float32; }
+  static auto select(const CpuKernels& k) { return k.select_float32; }
 };
 template <>
 struct Dtype<double> {
@@ -98,6 +99,7 @@ struct Dtype<double> {
   using Compute = double;
   static constexpr const char* name = "float64";
   static auto kernel(const CpuKernels& k) { return k.float64; }
+  static auto select(const CpuKernels& k) { return k.select_float64; }
 };
 template <>
 struct Dtype<Half> {
@@ -106,6 +108,7 @@ struct Dtype<Half> {
   using Compute = float;
   static constexpr const char* name = "float16";
   static auto kernel(const CpuKernels& k) { return k.float16; }
+  static auto select(const CpuKernels& k) { return k.select_float16; }
 };
 template <>
 struct Dtype<BFloat16> {
@@ -114,6 +117,7 @@ struct Dtype<BFloat16> {
   using Compute = float;
   static constexpr const char* name = "bfloat16";
   static auto kernel(const CpuKernels& k) { return k.bfloat16; }
+  static auto select(const CpuKernels& k) { return k.select_bfloat16; }
 };
 template <>
 struct Dtype<bool> {
@@ -228,7 +232,8 @@ Draw draw_of_k(uint64_t k, Key key = kKeys[0]) {
 template <typename T>
 class Tester {
  public:
-  explicit Tester(const CpuKernels& kernels) : kernels_(kernels), x_(kLongest * sizeof(T)), y_(kLongest * sizeof(T)) {
+  explicit Tester(const CpuKernels& kernels)
+      : kernels_(kernels), x_(kLongest * sizeof(T)), y_(kLongest * sizeof(T)), flags_(kLongest * sizeof(uint16_t)) {
     std::memset(x_.begin, kSentinel, x_.size);
     std::memset(y_.begin, kSentinel, y_.size);
     current.isa = kernels.isa;
@@ -255,12 +260,14 @@ class Tester {
     base_ = base;
     input_.resize(static_cast<size_t>(n));
     output_.resize(static_cast<size_t>(n));
+    kept_.resize(static_cast<size_t>(n));
     Words words = {};
     for (int64_t i = 0; i < n; ++i) {
       const uint64_t index = base + static_cast<uint64_t>(i);
       if (i == 0 || index % kBlock == 0) words = block_words(draw.key, index / kBlock);
       input_[i] = value<T>(static_cast<uint64_t>(i));
       output_[i] = expected<T>(input_[i], index, words, draw);
+      kept_[i] = keep(words, static_cast<int>(index % kBlock), draw.threshold) ? 0xFFFF : 0;
     }
   }
 
@@ -269,7 +276,7 @@ class Tester {
     return place == Place::kEnd ? memory.begin + memory.size - bytes : memory.begin + kMargin + inside;
   }
 
-  // One call: n elements from the one with index base_ + first on.
+  // One call, and one of the kernel that is given what is kept: n elements from the one with index base_ + first on.
   void check(int64_t first, int64_t n, bool in_place, Place x_place, Place y_place, size_t x_inside = 0,
              size_t y_inside = 0) {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
@@ -285,6 +292,14 @@ class Tester {
     call<T>(kernels_, x, y, current.index, n, draw_);
     ++cases_;
     compare(y, wanted, n);
+    if constexpr (!kMask) {
+      if (in_place) std::memcpy(x, input, bytes);
+      uint8_t* flags = at(flags_, y_place, n * sizeof(uint16_t), y_inside / sizeof(T) * sizeof(uint16_t));
+      std::memcpy(flags, kept_.data() + first, n * sizeof(uint16_t));
+      Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
+                                 reinterpret_cast<const uint16_t*>(flags), n, draw_.scale);
+      compare(y, wanted, n);
+    }
     if (!in_place && !kMask) {
       if (std::memcmp(x, input, bytes)) fail("its input was written to");
       std::memset(x, kSentinel, bytes);
@@ -431,10 +446,11 @@ class Tester {
   }
 
   const CpuKernels& kernels_;
-  const Guarded x_, y_;
+  const Guarded x_, y_, flags_;
   Draw draw_ = {};
   uint64_t base_ = 0;
   std::vector<Element> input_, output_;
+  std::vector<uint16_t> kept_;
   int64_t cases_ = 0;
 };
 
