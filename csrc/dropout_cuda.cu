@@ -334,7 +334,7 @@ void launch(const Job& job, Op op) {
 
 template <typename T, typename Compute = float>
 void drop(const Job& job) {
-  launch(job, DropOrScale<T, Compute>{static_cast<Compute>(scale(job.p))});
+  launch(job, DropOrScale<T, Compute>{static_cast<Compute>(job.scale)});
 }
 
 void run_cuda(const Job& job) {

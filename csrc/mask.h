@@ -49,7 +49,9 @@ FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
 // Does the element in this slot (its index modulo 8) of the block survive? Its draw nearly always decides; if that
 // equals the threshold's high part it is left to the tie: the block's three other words, XORed.
 FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, uint64_t threshold) {
-  const uint32_t word = words.w[slot / 2];
+  // Not words.w[slot / 2], for which a slot that is not known beforehand would put the words into memory.
+  const uint32_t front = slot < 2 ? words.w[0] : words.w[1], back = slot < 6 ? words.w[2] : words.w[3];
+  const uint32_t word = slot < 4 ? front : back;
   const uint32_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;
   const uint32_t tie = words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3] ^ word;
   return (static_cast<uint64_t>(draw) << 32 | tie) < threshold;

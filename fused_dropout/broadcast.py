@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, operators
+from . import autograd, operators, reference
 
 
 class BroadcastDropout(torch.autograd.Function):
@@ -27,6 +27,16 @@ class BroadcastDropout(torch.autograd.Function):
         return apply(gradient, p, key, noise_shape, scale), None, None, None, None
 
 
+def _keep_mask(x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...]) -> Tensor:
+    """True where an element is kept, of shape noise_shape, with its dimensions in memory in the order of x's."""
+    kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
+    if x.is_contiguous() or 0 in x.stride():
+        return kept
+    # torch.where gives its result the layout of the mask first, and that of x only where the mask has none.
+    order = reference.order_by_stride(x)[::-1]
+    return kept.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+
+
 _apply_eager = super(torch.autograd.Function, BroadcastDropout).apply
 
 
@@ -38,8 +48,7 @@ def apply(x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...], scale:
     """
     if autograd.is_transformed():
         # In torch's own operations, for which every transform has its rules and every compiler its fusions.
-        kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
-        return (x * scale).masked_fill(kept.logical_not(), 0.0)
+        return torch.where(_keep_mask(x, p, key, noise_shape), x * scale, 0.0)
     if x.requires_grad and torch.is_grad_enabled():
         return _apply_eager(x, p, key, noise_shape, scale)
     return operators.apply_broadcast(x, p, key, noise_shape, scale)

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
+from fused_dropout import reference
 
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
 SHAPE = (4, 6, 3, 5)
@@ -49,11 +50,11 @@ def mask(noise_shape, p=P, shape=SHAPE):
     return torch.from_numpy(kept).view(resolved).expand(shape)
 
 
-def expected(x, noise_shape, p=P):
+def expected(x, noise_shape, p=P, scale=None):
     """The product in float32 (float64 for float64), rounded once, and +0 for what is dropped."""
     x = x.detach().cpu()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    product = (x.to(wide) * torch.tensor(contract.scale(p), dtype=wide)).to(x.dtype)
+    product = (x.to(wide) * torch.tensor(contract.scale(p) if scale is None else scale, dtype=wide)).to(x.dtype)
     return torch.where(mask(noise_shape, p, x.shape), product, torch.zeros((), dtype=x.dtype))
 
 
@@ -108,6 +109,81 @@ class TestValues:
         state = torch.get_rng_state()
         assert torch.equal(draw(), draw())
         assert torch.equal(torch.get_rng_state(), state)
+
+
+class TestOperator:
+    """``apply_broadcast`` itself and its reference: every order of runs that share a draw and runs that do not."""
+
+    SHAPES = [
+        ((3, 5, 257), [(3, 5, 1), (3, 1, 257), (1, 5, 257), (3, 1, 1), (1, 1, 257), (1, 1, 1)]),
+        ((7, 300, 41), [(7, 300, 1), (7, 1, 41), (1, 300, 41)]),  # above the grain: several threads
+        ((3, 9000), [(3, 1), (1, 9000)]),
+        ((2, 3, 2, 3, 2, 3, 2, 3), [(2, 1, 2, 1, 2, 1, 2, 1), (1, 3, 1, 3, 1, 3, 1, 3), (2, 3, 1, 1, 2, 3, 1, 1)]),
+        ((1, 4, 1, 6), [(1, 4, 1, 1), (1, 1, 1, 6)]),
+        ((1, 1), [(1, 1)]),
+        ((), [()]),
+    ]
+    for_shapes = pytest.mark.parametrize(
+        ("shape", "noise_shape"), [(shape, noise) for shape, noises in SHAPES for noise in noises], ids=str
+    )
+    OPS = {"operator": torch.ops.fused_dropout, "reference": reference}
+    ORDERS = {
+        "row-major": lambda x: x,
+        "reversed": lambda x: x.permute(tuple(range(x.dim())[::-1])).contiguous().permute(tuple(range(x.dim())[::-1])),
+        "first last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x,
+    }
+
+    @for_shapes
+    @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+    @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+    def test_every_order_of_runs(self, ops, order, shape, noise_shape, key, device):
+        numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).view(shape)
+        x = order(numbers).to(device)
+        want = expected(numbers, noise_shape, scale=1.25)
+        y = ops.apply_broadcast(x, P, key, noise_shape, 1.25)
+        assert_same(y, want)
+        assert y.stride() == x.stride()
+        ops.apply_broadcast_(x, P, key.to(device), noise_shape, 1.25)
+        assert_same(x, want)
+
+    @for_dtypes
+    @pytest.mark.parametrize("offset", [0, 1, 3])
+    @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+    def test_any_alignment_and_nothing_beyond(self, ops, offset, dtype, key, device):
+        memory = torch.randn(4 * 45 * 21 + 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        before = memory.clone()
+        x = memory[offset : offset + 4 * 45 * 21].view(4, 45, 21)
+        for noise_shape in [(4, 45, 1), (4, 1, 21), (1, 45, 21)]:
+            assert_same(ops.apply_broadcast(x, P, key, noise_shape, 1.0), expected(x, noise_shape, scale=1.0))
+        assert_same(memory, before)
+        want = expected(x, (4, 45, 1), scale=1.0)
+        ops.apply_broadcast_(x, P, key, (4, 45, 1), 1.0)
+        assert_same(x, want)
+        assert_same(memory[:offset], before[:offset])
+        assert_same(memory[offset + x.numel() :], before[offset + x.numel() :])
+
+    @for_layouts
+    @for_noise_shapes
+    @pytest.mark.torch_copies
+    def test_layouts(self, noise_shape, layout, key, device):
+        x = layout(sample().to(device))
+        shape = [1] * (4 - len(noise_shape)) + list(noise_shape)
+        shape = [size if n is None else n for n, size in zip(shape, SHAPE, strict=True)]
+        y = torch.ops.fused_dropout.apply_broadcast(x, P, key, shape, contract.scale(P))
+        assert_same(y.contiguous(), expected(x, noise_shape).contiguous())
+        assert y.stride() == torch.empty_like(x).stride()
+
+    def test_refuses(self, key, info):
+        if info.devices["cpu"] == "reference":
+            pytest.skip("the reference is checked by its callers")
+        operator = torch.ops.fused_dropout.apply_broadcast
+        for shape, message in [((3,), "a size for each dimension"), ((3, 2), "1 or the input's"), ((0, 4), "1 or the")]:
+            with pytest.raises(RuntimeError, match=message):
+                operator(torch.ones(3, 4), P, key, shape, 1.0)
+        with pytest.raises(RuntimeError, match="float32"):
+            operator(torch.ones(3, 4, dtype=torch.int64), P, key, (3, 1), 1.0)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            torch.ops.fused_dropout.apply_broadcast_(torch.ones(3, 1).expand(3, 4), P, key, (3, 1), 1.0)
 
 
 class TestEdges:

@@ -27,6 +27,17 @@ def test_opcheck(operator, name, key):
     torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key), {"start": 5})
 
 
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("operator", ["apply_broadcast", "apply_broadcast_"])
+def test_opcheck_broadcast(operator, name, key):
+    x = INPUTS[name]()
+    if operator == "apply_broadcast_" and name == "expanded":
+        pytest.skip("not for in-place: several elements share one place")
+    noise_shape = [1] * x.dim()
+    noise_shape[:1] = x.shape[:1]
+    torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key, noise_shape, 2.0))
+
+
 def test_opcheck_draw_key():
     checks = ["test_schema", "test_faketensor"]
     torch.library.opcheck(OPERATORS.draw_key.default, (), {"device": torch.device("cpu")}, test_utils=checks)
