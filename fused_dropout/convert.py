@@ -1,5 +1,6 @@
 """``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,8 +12,18 @@ from . import modules
 from .patching import FAMILY
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_TO_FUSED: dict[type, type] = {getattr(nn, name): getattr(modules, name) for name in FAMILY.values()}
-_TO_TORCH = {fused: original for original, fused in _TO_FUSED.items()}
+
+
+def _to_fused() -> dict[type, type]:
+    """The classes that are swapped: torch's, and timm's ``DropPath``, which is there if a model has one."""
+    found = {getattr(nn, name): getattr(modules, name) for name in FAMILY.values()}
+    if timm := sys.modules.get("timm.layers.drop"):
+        found[timm.DropPath] = modules.DropPath
+    return found
+
+
+def _to_originals() -> dict[type, type]:
+    return {fused: original for original, fused in _to_fused().items()}
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,9 @@ def _why_left(name: str, module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
-    if type(module) in _TO_FUSED or type(module) in _TO_TORCH:
+    if type(module) in _to_fused() or type(module) in _to_originals():
         return f"{kind} whose forward was replaced on the instance" if "forward" in vars(module) else None
-    if isinstance(module, tuple(_TO_FUSED)):
+    if isinstance(module, tuple(_to_fused())):
         return f"{type(module).__module__}.{kind}, a subclass"
     if isinstance(module, nn.MultiheadAttention) and module.dropout:
         return f"{kind}: calls torch's functions, which fd.patch() reaches where weights are asked for"
@@ -51,7 +62,7 @@ def _why_left(name: str, module: nn.Module) -> str | None:
         return f"{kind}: drops inside torch's own kernel"
     if isinstance(module, nn.Identity):
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
-    if "dropout" in kind.lower() or kind in ("DropPath", "StochasticDepth"):
+    if any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth")):
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
 
@@ -82,14 +93,14 @@ def convert_report(model: nn.Module) -> ConvertReport:
     every = list(model.named_modules(remove_duplicate=False))
     reasons = {name: _why_left(name, module) for name, module in every}
     return ConvertReport(
-        fused={name: repr(module) for name, module in _swappable(model, _TO_TORCH)},
-        torch={name: repr(module) for name, module in _swappable(model, _TO_FUSED)},
+        fused={name: repr(module) for name, module in _swappable(model, _to_originals())},
+        torch={name: repr(module) for name, module in _swappable(model, _to_fused())},
         left={name: reason for name, reason in reasons.items() if reason is not None},
     )
 
 
 def convert(model: _Model, dry_run: bool = False) -> _Model:
-    """Swaps each of torch's dropout modules inside for the fused one of the same name, in place.
+    """Swaps each of torch's dropout modules, and timm's ``DropPath``, for the fused one of the same name, in place.
 
     Only the class of a module changes: instances stay the same objects, shared ones too, with their hooks, training
     flags, p and names, and the state dict is as before. Left alone are subclasses of torch's modules, scripted modules
@@ -116,13 +127,15 @@ def convert(model: _Model, dry_run: bool = False) -> _Model:
     if dry_run:
         print(convert_report(model))
         return model
-    for _, module in _swappable(model, _TO_FUSED):
-        module.__class__ = _TO_FUSED[type(module)]
+    table = _to_fused()
+    for _, module in _swappable(model, table):
+        module.__class__ = table[type(module)]
     return model
 
 
 def revert(model: _Model) -> _Model:
-    """Undoes ``convert``: gives each fused dropout module torch's class of the same name, in place.
+    """Undoes ``convert``: gives each fused dropout module torch's class of the same name (timm's for ``DropPath``, if
+    timm is there), in place.
 
     Modules that were made as ``fd.Dropout`` and the like become torch's, too. What torch's do not know (generator, key,
     noise_shape) stays on the instance, without effect until it is converted again. Subclasses of the fused modules and
@@ -139,6 +152,7 @@ def revert(model: _Model) -> _Model:
         >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
         True
     """
-    for _, module in _swappable(model, _TO_TORCH):
-        module.__class__ = _TO_TORCH[type(module)]
+    table = _to_originals()
+    for _, module in _swappable(model, table):
+        module.__class__ = table[type(module)]
     return model

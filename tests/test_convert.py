@@ -4,6 +4,8 @@ import copy
 import doctest
 import importlib
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -75,6 +77,23 @@ def test_nothing_else_changes():
     model(torch.ones(2, 8))
     assert calls == [1]
     assert (model[1](torch.ones(1000)) == 0).float().mean() == pytest.approx(0.7, abs=0.07)
+
+
+def test_drop_path_of_timm(monkeypatch):
+    """A stand-in with timm's attributes; tests/models has the real one."""
+
+    class DropPath(nn.Module):
+        def __init__(self, drop_prob=0.0, scale_by_keep=True):
+            super().__init__()
+            self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
+
+    model = nn.Sequential(DropPath(0.5, False), nn.Dropout(0.1))
+    assert "DropPath" in fd.convert_report(fd.convert(model)).left["0"]
+    monkeypatch.setitem(sys.modules, "timm.layers.drop", types.SimpleNamespace(DropPath=DropPath))
+    assert type(fd.convert(model)[0]) is fd.DropPath
+    assert set(model[0](torch.ones(64, 3)).flatten().tolist()) == {0.0, 1.0}
+    assert fd.convert_report(model).fused.keys() == {"0", "1"}
+    assert type(fd.revert(model)[0]) is DropPath
 
 
 def test_converts_what_was_added_since():
