@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py
 
-.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -67,6 +67,9 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
 	done
 	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
+
+inductor: build/installed-cuda ## what torch.compile makes of dropout for a GPU, from Inductor and Triton without one: kernels, instructions
+	cd benchmarks && ../$(CUDA_PY) -W ignore inductor.py
 
 sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
 	cd benchmarks && ../$(CUDA_PY) sass.py

@@ -184,16 +184,8 @@ void select(const T* x, T* y, const uint16_t* flags, int64_t n, double scale) {
 }
 
 constexpr CpuKernels make_kernels(const char* isa) {
-  return {isa,
-          drop<float, float>,
-          drop<double, double>,
-          drop<Half, float>,
-          drop<BFloat16, float>,
-          write_mask,
-          select<float, float>,
-          select<double, double>,
-          select<Half, float>,
-          select<BFloat16, float>};
+  return {isa,        drop<float, float>,   drop<double, double>,   drop<Half, float>,   drop<BFloat16, float>,
+          write_mask, select<float, float>, select<double, double>, select<Half, float>, select<BFloat16, float>};
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from . import native, operators, reference
 
+_is_compiling = torch.compiler.is_compiling
+
 
 def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     """The gradient with its elements in the order in which forward's were numbered.
@@ -27,9 +29,13 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
+def is_fused_by_compiler(x: Tensor) -> bool:
+    """Whether a compiler is at work and is to be given the mask's arithmetic, and not the operator."""
+    return _is_compiling() and (native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda))
+
+
 def _apply(x: Tensor, p: float, key: Tensor) -> Tensor:
-    """The operator, or where it is compiled to be fused with its neighbours, its arithmetic."""
-    if torch.compiler.is_compiling() and (native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)):
+    if is_fused_by_compiler(x):
         return reference.apply_each(x, p, key)
     return operators.apply(x, p, key)
 
@@ -77,7 +83,6 @@ class DropoutForwardAD(Dropout):
 _apply_eager = super(torch.autograd.Function, Dropout).apply
 
 
-_is_compiling = torch.compiler.is_compiling
 _in_functorch = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 

@@ -29,6 +29,8 @@ class BroadcastDropout(torch.autograd.Function):
 
 def _keep_mask(x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...]) -> Tensor:
     """True where an element is kept, of shape noise_shape, with its dimensions in memory in the order of x's."""
+    if autograd.is_fused_by_compiler(x):
+        return reference.keep_each(reference.indices(noise_shape, x.device), p, key.to(x.device))
     kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
     if x.is_contiguous() or 0 in x.stride():
         return kept

@@ -30,6 +30,10 @@ CHUNK = 1 << 15
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """High and low word of the product. The multiplier less 2**32 is used, since the whole product overflows int64."""
+    if torch.compiler.is_compiling() and word.is_cuda:
+        # In Triton it wraps, and its compiler makes one 32-bit multiplication of this.
+        product = word * multiplier
+        return (product >> 32) & LOW_32, product & LOW_32
     product = word * (multiplier - (1 << 32))
     return (product >> 32).add_(word), product.bitwise_and_(LOW_32)
 
@@ -78,9 +82,13 @@ def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.devic
 
 
 def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
-    """The mask of the elements with these indices (int64), one by one: for a compiler, which fuses it with others."""
-    seed, offset = key.view(torch.int64).unbind()
-    block, slot = index >> 3, index & 7
+    """The mask of the elements with these indices, one by one: for a compiler, which fuses it with others.
+
+    Indices of int32 let it see that neighbours have a block in common. The key is expanded, or it would compute what
+    depends on that alone in kernels of their own.
+    """
+    seed, offset = (word.expand(index.shape) for word in key.view(torch.int64).unbind())
+    block, slot = (index >> 3).to(torch.int64), index & 7
     counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
     w0, w1, w2, w3 = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
     word = torch.where(slot < 4, torch.where(slot < 2, w0, w1), torch.where(slot < 6, w2, w3))
@@ -88,14 +96,20 @@ def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
     return (draw << 32 | (w0 ^ w1 ^ w2 ^ w3 ^ word)) < threshold(p)
 
 
+def indices(shape: Sequence[int], device: torch.device) -> Tensor:
+    """0, 1, 2, ... in row-major order."""
+    numel = prod(shape)
+    dtype = torch.int32 if numel < 2**31 else torch.int64
+    return torch.arange(numel, dtype=dtype, device=device).view(shape)
+
+
 def apply_each(x: Tensor, p: float, key: Tensor) -> Tensor:
     """``apply`` as pointwise arithmetic alone."""
     # In memory's order a dense tensor is contiguous, and an element's position is its place in memory.
     order = order_by_stride(x)[::-1] if is_dense(x) else list(range(x.dim()))
     in_order = x.permute(*order)
-    index = torch.arange(x.numel(), device=x.device).view(in_order.shape)
     product = in_order * scale(p) if x.dtype == torch.float64 else (in_order.float() * scale(p)).to(x.dtype)
-    dropped = torch.where(keep_each(index, p, key.to(x.device)), product, 0.0)
+    dropped = torch.where(keep_each(indices(in_order.shape, x.device), p, key.to(x.device)), product, 0.0)
     return dropped.permute(*(order.index(d) for d in range(x.dim())))
 
 

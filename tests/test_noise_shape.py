@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
-from fused_dropout import reference
+from fused_dropout import native, reference
 
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
 SHAPE = (4, 6, 3, 5)
@@ -32,6 +32,7 @@ LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
     "sliced": lambda x: torch.cat((x, x, x), -1)[..., 5:10],
+    "sliced channels_last": lambda x: torch.cat((x, x), -1).contiguous(memory_format=torch.channels_last)[..., 5:10],
     "expanded": lambda x: x[:, :1].expand(SHAPE),
 }
 for_noise_shapes = pytest.mark.parametrize("noise_shape", NOISE_SHAPES, ids=str)
@@ -111,29 +112,31 @@ class TestValues:
         assert torch.equal(torch.get_rng_state(), state)
 
 
+RUNS = [
+    ((3, 5, 257), [(3, 5, 1), (3, 1, 257), (1, 5, 257), (3, 1, 1), (1, 1, 257), (1, 1, 1)]),
+    ((7, 300, 41), [(7, 300, 1), (7, 1, 41), (1, 300, 41)]),  # above the grain: several threads
+    ((3, 9000), [(3, 1), (1, 9000)]),
+    ((300, 5, 2), [(300, 5, 1)]),
+    ((2, 3, 2, 3, 2, 3, 2, 3), [(2, 1, 2, 1, 2, 1, 2, 1), (1, 3, 1, 3, 1, 3, 1, 3), (2, 3, 1, 1, 2, 3, 1, 1)]),
+    ((1, 4, 1, 6), [(1, 4, 1, 1), (1, 1, 1, 6)]),
+    ((1, 1), [(1, 1)]),
+    ((), [()]),
+]
+for_runs = pytest.mark.parametrize(
+    ("shape", "noise_shape"), [(shape, noise) for shape, noises in RUNS for noise in noises], ids=str
+)
+OPS = {"operator": torch.ops.fused_dropout, "reference": reference}
+ORDERS = {
+    "row-major": lambda x: x,
+    "reversed": lambda x: x.permute(tuple(range(x.dim())[::-1])).contiguous().permute(tuple(range(x.dim())[::-1])),
+    "first last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x,
+}
+
+
 class TestOperator:
     """``apply_broadcast`` itself and its reference: every order of runs that share a draw and runs that do not."""
 
-    SHAPES = [
-        ((3, 5, 257), [(3, 5, 1), (3, 1, 257), (1, 5, 257), (3, 1, 1), (1, 1, 257), (1, 1, 1)]),
-        ((7, 300, 41), [(7, 300, 1), (7, 1, 41), (1, 300, 41)]),  # above the grain: several threads
-        ((3, 9000), [(3, 1), (1, 9000)]),
-        ((2, 3, 2, 3, 2, 3, 2, 3), [(2, 1, 2, 1, 2, 1, 2, 1), (1, 3, 1, 3, 1, 3, 1, 3), (2, 3, 1, 1, 2, 3, 1, 1)]),
-        ((1, 4, 1, 6), [(1, 4, 1, 1), (1, 1, 1, 6)]),
-        ((1, 1), [(1, 1)]),
-        ((), [()]),
-    ]
-    for_shapes = pytest.mark.parametrize(
-        ("shape", "noise_shape"), [(shape, noise) for shape, noises in SHAPES for noise in noises], ids=str
-    )
-    OPS = {"operator": torch.ops.fused_dropout, "reference": reference}
-    ORDERS = {
-        "row-major": lambda x: x,
-        "reversed": lambda x: x.permute(tuple(range(x.dim())[::-1])).contiguous().permute(tuple(range(x.dim())[::-1])),
-        "first last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x,
-    }
-
-    @for_shapes
+    @for_runs
     @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
     @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
     def test_every_order_of_runs(self, ops, order, shape, noise_shape, key, device):
@@ -170,8 +173,12 @@ class TestOperator:
         shape = [1] * (4 - len(noise_shape)) + list(noise_shape)
         shape = [size if n is None else n for n, size in zip(shape, SHAPE, strict=True)]
         y = torch.ops.fused_dropout.apply_broadcast(x, P, key, shape, contract.scale(P))
-        assert_same(y.contiguous(), expected(x, noise_shape).contiguous())
+        want = expected(x, noise_shape).contiguous()
+        assert_same(y.contiguous(), want)
         assert y.stride() == torch.empty_like(x).stride()
+        if 0 not in x.stride():
+            torch.ops.fused_dropout.apply_broadcast_(x, P, key, shape, contract.scale(P))
+            assert_same(x.contiguous(), want)
 
     def test_refuses(self, key, info):
         if info.devices["cpu"] == "reference":
@@ -240,7 +247,7 @@ class TestMemory:
         assert saved == [16]
 
     def test_the_mask_is_never_expanded(self):
-        """Where a mode looks on it is made by torch's operations: none gives a mask of more than the noise's elements."""
+        """Where a mode looks on torch's operations make it: none gives a mask of more than the noise's elements."""
 
         class Masks(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -358,8 +365,11 @@ class TestGradients:
 
 
 class TestCompile:
+    @pytest.mark.parametrize("compile_as", ["kernel", "fuse"])
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-    def test_masks_and_gradients_of_eager(self, backend):
+    def test_masks_and_gradients_of_eager(self, backend, compile_as, monkeypatch):
+        monkeypatch.setattr(native, "compile_as", compile_as)
+
         def f(x):
             return fd.dropout(x, P, noise_shape=(x.shape[0], x.shape[1], 1)).tanh()
 

@@ -1,0 +1,206 @@
+"""``make inductor``: what torch.compile makes of dropout on a CUDA device, without one.
+
+Inductor is given the graph of a block as if an H100 were there, up to its source; Triton compiles that for sm_90.
+Counted are kernels, and in pointwise ones machine instructions an element. It stands on private parts of torch and
+Triton, as the comparison with nn.Dropout does, and nothing in it was measured on a GPU.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.replace_random import replace_random_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_dropout import reference
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    total_memory=80 << 30,
+    L2_cache_size=50 << 20,
+    gcnArchName="",
+)
+CUDA, TARGET = torch.device("cuda", 0), GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ROWS, COLUMNS, P = 1 << 14, 1 << 10, 0.1
+
+
+class Emitted(Exception):
+    """Inductor's source is there; no kernel is loaded."""
+
+
+def pretend_there_is_a_gpu() -> None:
+    replacements = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "synchronize": lambda *_: None,
+        "_get_device_properties": lambda _: H100,
+        "get_device_capability": lambda *_: (9, 0),
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *_: None,
+        "_lazy_init": lambda: None,
+        "_exchange_device": lambda _: 0,
+        "_maybe_exchange_device": lambda _: 0,
+    }
+    for name, stand_in in replacements.items():
+        setattr(torch.cuda, name, stand_in)
+    torch._subclasses.fake_tensor.init_gpu_context = lambda _: None
+    driver = SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: 0)
+    triton.runtime.driver.set_active(driver)
+    lookup = torch.ops.prims.inductor_lookup_seed.default
+    lookup.prim_meta_impl = lambda seeds, _: torch._prims.TensorMeta(seeds.new_empty((), device="meta"), device=CUDA)
+    torch.compiler.is_compiling = lambda: True
+    torch.Tensor.is_cuda = property(lambda _: True)
+    config.fx_graph_cache = False
+    config.compile_threads = 1
+
+
+def source(function, *inputs: Tensor) -> str:
+    """What Inductor writes for a function of tensors, as if they were on the GPU."""
+    with FakeTensorMode() as mode:
+        on_cpu = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+        graph = make_fx(function, decomposition_table=select_decomp_table())(*on_cpu)
+
+    def on_gpu(x):
+        if not isinstance(x, FakeTensor):
+            return CUDA if isinstance(x, torch.device) else x
+        return FakeTensor(mode, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), CUDA)
+
+    with mode:
+        with V.set_fake_mode(mode):
+            replace_random_passes(graph)
+        for node in graph.graph.nodes:
+            node.args, node.kwargs = (tree_map(on_gpu, a) for a in (node.args, node.kwargs))
+            node.meta = {"val": tree_map(on_gpu, node.meta.get("val"))}
+        graph.recompile()
+        written = []
+
+        def codegen(lowering):
+            code = plain(lowering)
+            written.append(getattr(code[0], "value", code[0]))
+            raise Emitted
+
+        plain, GraphLowering.codegen = GraphLowering.codegen, codegen
+        try:
+            compile_fx_inner(graph, [on_gpu(x) for x in on_cpu])
+        except Exception:
+            if not written:
+                raise
+        finally:
+            GraphLowering.codegen = plain
+    return written[0]
+
+
+SIGNATURE_IN_SOURCE = re.compile(r"'signature': (\{.*?\})")
+KERNEL_IN_SOURCE = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re.S)
+
+
+def compiled(name: str, kernel: str, block: int, warps: int, folder: Path) -> dict[str, Any]:
+    """What Triton makes of a pointwise kernel: among others its ``ptx`` and ``cubin``."""
+    signature = ast.literal_eval(SIGNATURE_IN_SOURCE.search(kernel)[1])
+    kernel = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", kernel, flags=re.S)
+    path = folder / f"{name}.py"
+    path.write_text(kernel.replace("triton_helpers.set_driver_to_gpu()", ""))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    constants = {(list(signature).index("XBLOCK"),): block}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    made = ASTSource(fn=getattr(module, name), signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(made, target=TARGET, options={"num_warps": warps}).asm
+
+
+def instructions(name: str, kernel: str, block: int, warps: int, folder: Path) -> float:
+    """Machine instructions an element of a pointwise kernel, all of it: there is no loop in one."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled(name, kernel, block, warps, folder)["cubin"])
+    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", sass, re.M)) / (block / (32 * warps))
+
+
+def torchs(x: Tensor, _: Tensor) -> Tensor:
+    return torch.native_dropout(x, P, True)[0]
+
+
+def fused(x: Tensor, key: Tensor) -> Tensor:
+    return reference.apply_each(x, P, key)
+
+
+def kernel(x: Tensor, key: Tensor) -> Tensor:
+    return torch.ops.fused_dropout.apply(x, P, key)
+
+
+BLOCKS = {
+    "dropout": lambda drop: lambda key, x: (drop(x, key),),
+    "bias, dropout, residual": lambda drop: lambda key, x, y, b: (drop(x + b, key) + y,),
+    "bias, dropout, residual, layer norm": lambda drop: (
+        lambda key, x, y, b: (F.layer_norm(drop(x + b, key) + y, (COLUMNS,)),)
+    ),
+}
+
+
+def write_ptx(folder: Path, dtype: torch.dtype, numel: int) -> None:
+    """fused.ptx and fused.json, the kinds of its parameters: dropout alone, XBLOCK 1024."""
+    key, x = torch.zeros(2, dtype=torch.uint64), torch.empty(1, dtype=dtype).expand(numel)
+    ((name, kernel),) = KERNEL_IN_SOURCE.findall(source(BLOCKS["dropout"](fused), key, x))
+    signature = ast.literal_eval(SIGNATURE_IN_SOURCE.search(kernel)[1])
+    (folder / "fused.json").write_text(json.dumps([kind for kind in signature.values() if kind != "constexpr"]))
+    (folder / "fused.ptx").write_text(compiled(name, kernel, 1024, 4, folder)["ptx"])
+
+
+def main() -> None:
+    pretend_there_is_a_gpu()
+    if sys.argv[1:]:  # for tests/test_triton.py
+        folder, dtype, numel = sys.argv[1:]
+        return write_ptx(Path(folder), getattr(torch, dtype), int(numel))
+    print(f"torch {torch.__version__}, triton {triton.__version__}, for sm_90; p = {P}, {ROWS} x {COLUMNS}\n")
+    print("| block | dtype | dropout | Triton kernels | other calls | instructions an element: XBLOCK 1024, 512 |")
+    print("|---|---|---|---|---|---|")
+    for block, make in BLOCKS.items():
+        for dtype in (torch.float16, torch.float32):
+            for name, drop in {"nn.Dropout": torchs, "fd, fused": fused, "fd, kernel": kernel}.items():
+                x, bias = torch.empty(ROWS, COLUMNS, dtype=dtype), torch.empty(COLUMNS, dtype=dtype)
+                inputs = (x,) if block == "dropout" else (x, x, bias)
+                code = source(make(drop), torch.zeros(2, dtype=torch.uint64), *inputs)
+                kernels = KERNEL_IN_SOURCE.findall(code)
+                others = len(re.findall(r"^ +(?:buf\d+ = )?torch\.ops\.|^ +aten\.", code, re.M))
+                counts = "-"
+                if len(kernels) == 1 and "triton_poi" in kernels[0][0]:
+                    with tempfile.TemporaryDirectory() as folder:
+                        counts = ", ".join(f"{instructions(*kernels[0], n, 4, Path(folder)):.0f}" for n in (1024, 512))
+                print(f"| {block} | {dtype} | {name} | {len(kernels)} | {others} | {counts} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
