@@ -28,6 +28,11 @@ def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor
         return draw_cpu_key()
     if eager is not None and eager.serves(device.type):
         return eager.draw_key(device, generator)
+    return _draw_key_in_python(device, generator)
+
+
+def _draw_key_in_python(device: torch.device, generator: Generator | None) -> Tensor:
+    """``draw_key`` in torch's own operations, which modes and transforms see."""
     if generator is not None and generator.device.type != device.type:
         raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{generator.device.type}'")
     if device.type != "cuda":
@@ -56,7 +61,7 @@ def draw_key_transformed(device: torch.device, generator: Generator | None) -> T
             return torch.ops.fused_dropout.draw_key(device=device)
     elif torch._C._are_functorch_transforms_active():
         return _draw_key_under_functorch(device, generator)
-    return draw_key(device, generator)
+    return _draw_key_in_python(device, generator)
 
 
 def _draw_key_under_functorch(device: torch.device, generator: Generator | None) -> Tensor:
@@ -68,7 +73,7 @@ def _draw_key_under_functorch(device: torch.device, generator: Generator | None)
     if RandomnessType.Error in modes:
         torch.rand((), device=device)  # raises, in torch's words
     if RandomnessType.Different not in modes:
-        return draw_key(device, generator)
+        return draw_key(device, generator) if generator is None else _draw_key_in_python(device, generator)
     seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
 
