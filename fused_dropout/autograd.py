@@ -85,11 +85,34 @@ _apply_eager = super(torch.autograd.Function, Dropout).apply
 
 _in_functorch = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def is_transformed() -> bool:
-    """Whether a compiler, a transform or a mode is looking, or forward-mode AD is on."""
-    return _is_compiling() or _in_functorch() or _dispatch_modes() > 0 or forward_ad._current_level >= 0
+    """Whether a compiler, a tracer, a transform or a mode is looking, or forward-mode AD is on."""
+    return (
+        _is_compiling()
+        or _in_functorch()
+        or _dispatch_modes() > 0
+        or forward_ad._current_level >= 0
+        or _tracing_state() is not None
+    )
+
+
+def is_recorded() -> bool:
+    """Whether torch.export or torch.jit.trace records a graph: of operations, whose derivatives are then taken."""
+    return torch.compiler.is_exporting() or (not _is_compiling() and _tracing_state() is not None)
+
+
+def _is_functionalized() -> bool:
+    from torch._C._functorch import TransformType, get_interpreter_stack
+
+    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
+
+
+def _compose(x: Tensor, p: float, key: Tensor) -> Tensor:
+    """The same bits in operations that torch differentiates: for who records them, but no autograd Function."""
+    return torch.where(operators.keep_mask(x, p, key), x * reference.scale(p), 0.0)
 
 
 def apply(x: Tensor, p: float, key: Tensor, transformed: bool) -> Tensor:
@@ -99,6 +122,8 @@ def apply(x: Tensor, p: float, key: Tensor, transformed: bool) -> Tensor:
     strides of ``torch.empty_like(x)``.
     """
     if transformed:
+        if is_recorded() or (not _is_compiling() and _in_functorch() and _is_functionalized()):
+            return _compose(x, p, key)
         dual = not _is_compiling() and forward_ad._current_level >= 0
         return (DropoutForwardAD if dual else Dropout).apply(x, p, key)
     if x.requires_grad and torch.is_grad_enabled():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.parameter import Parameter
 from torch.overrides import _get_current_function_mode, handle_torch_function, has_torch_function_unary
 from torch.utils._device import DeviceContext
@@ -26,7 +27,6 @@ _eager_dropout = native.eager.dropout if native.eager else None
 _eager_dropout_broadcast = native.eager.dropout_broadcast if native.eager else None
 _STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
 
 
 def dropout(
@@ -417,9 +417,18 @@ def drop_path(
 
 
 def _is_covered(x: object, transformed: bool, generator: Generator | None, key: Tensor | None) -> bool:
-    """Whether the fused path takes x; an error if it does not, and a key or generator asks for it."""
-    if _is_fusable(x) and (transformed or _tracing_state() is None):
+    """Whether the fused path takes x; an error if it does not, and a key or generator asks for it.
+
+    What torch.export and torch.jit.trace record is torch's own dropout, which every runtime knows; with a key, our
+    operators.
+    """
+    recorded = transformed and autograd.is_recorded()
+    if _is_fusable(x) and not recorded:
         return True
+    if key is not None and (recorded or isinstance(x, FakeTensor)) and _has_kernel(x):
+        return True
+    if generator is not None and recorded:
+        raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
     if key is not None or generator is not None:
         raise TypeError(f"key and generator are for the fused path, which does not take {_describe(x)}")
     return False
@@ -433,13 +442,11 @@ def _draw_key(x: Tensor, p: float, transformed: bool, generator: Generator | Non
 
 def _is_fusable(x: object) -> bool:
     """Whether the fused path covers x: a plain strided tensor of a floating dtype on a CPU or CUDA device."""
-    return (
-        (type(x) is Tensor or type(x) is Parameter)
-        and x.dtype in _DTYPES
-        and (x.is_cpu or x.is_cuda)
-        and x.layout is _STRIDED
-        and not x.is_nested
-    )
+    return (type(x) is Tensor or type(x) is Parameter) and _has_kernel(x)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is _STRIDED and not x.is_nested
 
 
 def _out_of_range(p: float) -> ValueError:
