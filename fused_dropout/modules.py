@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from . import functional
 
@@ -33,6 +34,13 @@ class _Keyed(nn.Module):
             self.generator = generator
         if key is not None:
             self.key = key
+
+    def _is_leaf(self, proxy: Proxy) -> bool:
+        """Whether FX records a call of this module, as it does of torch's: the graph then knows eval()."""
+        return isinstance(proxy.tracer, Tracer) and proxy.tracer.root is not self
+
+    def _recorded(self, proxy: Proxy) -> Proxy:
+        return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), (proxy,), {})
 
     def extra_repr(self) -> str:
         shown = {"generator": self.generator, "key": self.key, "noise_shape": getattr(self, "noise_shape", None)}
@@ -107,6 +115,8 @@ class Dropout(_Fused, nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout(input, self.p, self.training, self.inplace)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.dropout(
             input,
             self.p,
@@ -137,6 +147,8 @@ class Dropout1d(_Fused, nn.Dropout1d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout1d(input, self.p, self.training, self.inplace)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.dropout1d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -165,6 +177,8 @@ class Dropout2d(_Fused, nn.Dropout2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout2d(input, self.p, self.training, self.inplace)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.dropout2d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -187,6 +201,8 @@ class Dropout3d(_Fused, nn.Dropout3d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout3d(input, self.p, self.training, self.inplace)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.dropout3d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -209,6 +225,8 @@ class AlphaDropout(_Fused, nn.AlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.alpha_dropout(input, self.p, self.training)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
@@ -231,6 +249,8 @@ class FeatureAlphaDropout(_Fused, nn.FeatureAlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.feature_alpha_dropout(input, self.p, self.training)
+        if isinstance(input, Proxy) and self._is_leaf(input):
+            return self._recorded(input)
         return functional.feature_alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
@@ -272,6 +292,8 @@ class DropPath(_Keyed):
         return f"drop_prob={round(self.drop_prob, 3):0.3f}" + super().extra_repr()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy) and self._is_leaf(x):
+            return self._recorded(x)
         return functional.drop_path(
             x, self.drop_prob, self.training, self.scale_by_keep, generator=self.generator, key=self.key
         )

@@ -298,7 +298,7 @@ class TestOtherPaths:
             assert torch.equal(seeded(1), expected)
 
     def test_fx_sees_torchs_dropout(self):
-        graph = torch.fx.symbolic_trace(nn.Sequential(fd.Dropout(0.3))).graph
+        graph = torch.fx.symbolic_trace(lambda x: fd.dropout(x, 0.3)).graph
         assert [node.target for node in graph.nodes if node.op == "call_function"] == [F.dropout]
 
     def test_make_fx_does_not_bake_the_mask_in(self):

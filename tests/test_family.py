@@ -283,9 +283,13 @@ class TestModules:
             assert torch.equal(scripted.eval()(ones(name)), ones(name))
 
     def test_fx(self):
-        graph = torch.fx.symbolic_trace(nn.Sequential(*(getattr(fd, name)(P) for name in MODULES))).graph
-        targets = [node.target for node in graph.nodes if node.op == "call_function"]
-        assert targets == [getattr(F, name) for name in FUNCTIONS]
+        """Modules are leaves, as torch's; one that is traced itself calls torch's function."""
+        traced = torch.fx.symbolic_trace(nn.Sequential(*(getattr(fd, name)(P) for name in MODULES)))
+        assert [type(m).__name__ for m in traced.children()] == list(MODULES)
+        assert not [node for node in traced.graph.nodes if node.op == "call_function"]
+        for name, function in zip(MODULES, FUNCTIONS, strict=True):
+            graph = torch.fx.symbolic_trace(getattr(fd, name)(P)).graph
+            assert [node.target for node in graph.nodes if node.op == "call_function"] == [getattr(F, function)]
 
 
 class TestDropPath:

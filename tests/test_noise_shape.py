@@ -390,7 +390,7 @@ class TestCompile:
             torch.testing.assert_close(got, want)
 
     def test_is_seen_by_fx_as_it_is(self):
-        graph = torch.fx.symbolic_trace(torch.nn.Sequential(fd.Dropout(P, noise_shape=(1, None)))).graph
+        graph = torch.fx.symbolic_trace(fd.Dropout(P, noise_shape=(1, None))).graph
         (node,) = [node for node in graph.nodes if node.op == "call_function"]
         assert node.target is fd.dropout
         assert node.kwargs["noise_shape"] == (1, None)
