@@ -370,7 +370,9 @@ def _alpha(
     noise_shape = None if lead is None else _channels(input, lead)
     output = dropout(input + _SELU_SATURATION, p, generator=generator, key=key, noise_shape=noise_shape)
     scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
-    output = output.mul_(scale * (1 - p)).add_(-scale * (1 - p) * _SELU_SATURATION)
+    factor, shift = scale * (1 - p), -scale * (1 - p) * _SELU_SATURATION
+    # Selective checkpointing may hold dropout's result, which then must not change.
+    output = output * factor + shift if transformed else output.mul_(factor).add_(shift)
     return input.copy_(output) if inplace else output
 
 
