@@ -14,6 +14,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -84,6 +85,12 @@ bool is_plain(const Tensor& x) {
          nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
          !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
+}
+
+// A key whose words can be read here and now.
+bool is_plain_key(const Tensor& key) {
+  return key.is_cpu() && key.scalar_type() == at::kUInt64 && key.numel() == 2 && key.is_contiguous() &&
+         !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 #ifdef FUSED_DROPOUT_CUDA
@@ -159,12 +166,23 @@ Tensor run_operator(const Tensor& x, double p, const Tensor& key, const std::opt
   return x;
 }
 
+// Checkpointing without reentry hands backward what it saved when it recomputed: another key means another mask than
+// forward's, which torch itself does not notice.
+void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
+  if (saved.unsafeGetTensorImpl() == own.unsafeGetTensorImpl() || !is_plain_key(saved) || !is_plain_key(own)) return;
+  if (std::memcmp(saved.const_data_ptr(), own.const_data_ptr(), 2 * sizeof(uint64_t)) == 0) return;
+  TORCH_WARN(
+      "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let the "
+      "checkpoint preserve the state of the generator, or give dropout a key.");
+}
+
 // Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, double p, const Tensor& key,
                         const std::optional<Noise>& noise, bool inplace) {
     ctx->save_for_backward({key});
     ctx->saved_data["p"] = p;
+    ctx->saved_data["key"] = key;
     if (noise) {
       ctx->saved_data["noise_shape"] = noise->shape;
       ctx->saved_data["scale"] = noise->scale;
@@ -187,6 +205,7 @@ struct Dropout : torch::autograd::Function<Dropout> {
     const Tensor gradient = noise ? gradients[0] : in_order_of(gradients[0], saved_sizes("strides"));
     const double p = ctx->saved_data["p"].toDouble();
     const Tensor key = ctx->get_saved_variables()[0];
+    warn_if_drawn_anew(key, ctx->saved_data["key"].toTensor());
     const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad() && is_plain(gradient);
     return {recorded ? Dropout::apply(gradient, p, key, noise, false) : run_operator(gradient, p, key, noise, false),
             Tensor(), Tensor(), Tensor(), Tensor()};

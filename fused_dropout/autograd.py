@@ -5,6 +5,7 @@ Dropout is linear and diagonal: it is its own backward, its own double backward 
 with the same key.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
 
 def is_fused_by_compiler(x: Tensor) -> bool:
     """Whether a compiler is at work and is to be given the mask's arithmetic, and not the operator."""
-    return _is_compiling() and (native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda))
+    if not _is_compiling() or torch.compiler.is_exporting():
+        return False
+    return native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
 
 
 def _apply(x: Tensor, p: float, key: Tensor) -> Tensor:
@@ -57,12 +60,15 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (key,) = ctx.saved_tensors
-        if ctx.strides is not None or not gradient.is_contiguous():
-            gradient = _in_order_of(gradient, ctx.strides)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return apply(gradient, ctx.p, key, is_transformed()), None, None
-        return _apply(gradient, ctx.p, key), None, None
+        return _backward(ctx, gradient, *ctx.saved_tensors)
+
+
+def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor, None, None]:
+    if ctx.strides is not None or not gradient.is_contiguous():
+        gradient = _in_order_of(gradient, ctx.strides)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return apply(gradient, ctx.p, key, is_transformed()), None, None
+    return _apply(gradient, ctx.p, key), None, None
 
 
 class DropoutForwardAD(Dropout):
@@ -79,8 +85,34 @@ class DropoutForwardAD(Dropout):
         return apply(_in_order_of(tangent, ctx.strides), ctx.p, key_, transformed=True)
 
 
+def warn_if_drawn_anew(saved: Tensor, own: Tensor) -> None:
+    """Checkpointing without reentry hands backward what it saved when it recomputed: another key means another mask
+    than forward's, which torch itself does not notice."""
+    if saved is not own and type(saved) is Tensor and saved.is_cpu and own.is_cpu and not torch.equal(saved, own):
+        warnings.warn(
+            "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let "
+            "the checkpoint preserve the state of the generator, or give dropout a key.",
+            stacklevel=3,
+        )
+
+
+class DropoutEager(Dropout):
+    """Dropout outside of every transform."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
+        Dropout.setup_context(ctx, inputs, output)
+        ctx.key = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (key,) = ctx.saved_tensors  # once: a checkpoint hands it out no second time
+        warn_if_drawn_anew(key, ctx.key)
+        return _backward(ctx, gradient, key)
+
+
 # Function.apply less what it does for torch.func: binding the arguments by their signature takes it 15 us a call.
-_apply_eager = super(torch.autograd.Function, Dropout).apply
+_apply_eager = super(torch.autograd.Function, DropoutEager).apply
 
 
 _in_functorch = torch._C._are_functorch_transforms_active

@@ -17,21 +17,23 @@ class BroadcastDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...], scale: float) -> Tensor:
         ctx.save_for_backward(key)
-        ctx.arguments = p, noise_shape, scale
+        ctx.arguments = p, noise_shape, scale, key
         return operators.apply_broadcast(x, p, key, noise_shape, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (key,) = ctx.saved_tensors
-        p, noise_shape, scale = ctx.arguments
+        p, noise_shape, scale, own = ctx.arguments
+        autograd.warn_if_drawn_anew(key, own)
         return apply(gradient, p, key, noise_shape, scale), None, None, None, None
 
 
 def _keep_mask(x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...]) -> Tensor:
     """True where an element is kept, of shape noise_shape, with its dimensions in memory in the order of x's."""
     if autograd.is_fused_by_compiler(x):
-        return reference.keep_each(reference.indices(noise_shape, x.device), p, key.to(x.device))
-    kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
+        kept = reference.keep_each(reference.indices(noise_shape, x.device), p, key.to(x.device))
+    else:
+        kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
     if x.is_contiguous() or 0 in x.stride():
         return kept
     # torch.where gives its result the layout of the mask first, and that of x only where the mask has none.
