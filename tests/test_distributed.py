@@ -1,0 +1,331 @@
+"""DDP, FSDP2, tensor parallel and Megatron's generator states, in two processes: what torch's dropout does there."""
+
+import contextlib
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from workers import WORLD, Workers
+
+import fused_dropout as fd
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+
+
+@pytest.fixture(scope="module")
+def workers():
+    workers = Workers(__name__)
+    yield workers
+    workers.stop()
+
+
+class Model(nn.Module):
+    def __init__(self, dropout=nn.Dropout, checkpointed=None):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(16, 16), nn.Tanh(), dropout(0.5)) for _ in range(2))
+        self.last = nn.Linear(16, 1)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for block in (self.first, self.second):
+            again = {"use_reentrant": self.checkpointed == "reentrant"}
+            x = checkpoint(block, x, **again) if self.checkpointed else block(x)
+        return self.last(x)
+
+
+def made(dropout=nn.Dropout, checkpointed=None):
+    torch.manual_seed(0)
+    return Model(dropout, checkpointed)
+
+
+def batch(rank):
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(100 + rank))
+    return x.requires_grad_(), x.detach().sum(1, keepdim=True)
+
+
+def ddp(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in (model.first, model.second):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WRAPS = {"ddp": ddp, "fsdp": fsdp}
+for_wraps = pytest.mark.parametrize("wrap", WRAPS)
+
+
+def backward(model, rank):
+    x, target = batch(rank)
+    loss = F.mse_loss(model(x), target)
+    loss.backward()
+    return loss.item()
+
+
+def gradients(model):
+    grads = [p.grad for p in model.parameters()]
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+def gradient(rank, wrap, how, checkpointed):
+    model = made(fd.Dropout if how == "module" else nn.Dropout, checkpointed)
+    if how == "convert before":
+        fd.convert(model)
+    model = WRAPS[wrap](model)
+    if how == "convert after":
+        fd.convert(model)
+    with fd.patched() if how == "patch" else contextlib.nullcontext():
+        torch.manual_seed(rank)
+        backward(model, rank)
+    return gradients(model)
+
+
+@for_wraps
+@pytest.mark.parametrize("how", ["module", "convert before", "convert after", "patch"])
+@pytest.mark.parametrize("checkpointed", [None, "reentrant", "non-reentrant"])
+def test_gradient_is_the_mean_over_ranks(workers, wrap, how, checkpointed):
+    """Each rank with the masks of its own seed, as a model of its own would have; recomputation with the same."""
+    alone = []
+    for rank in range(WORLD):
+        model = made(fd.Dropout)
+        torch.manual_seed(rank)
+        backward(model, rank)
+        alone.append(gradients(model))
+    want = [sum(grads) / WORLD for grads in zip(*alone, strict=True)]
+    for got in workers(gradient, wrap, how, checkpointed):
+        torch.testing.assert_close(got, want)
+
+
+def train(rank, wrap, how):
+    model = made()
+    with fd.patched() if how == "patch" else contextlib.nullcontext():
+        model = WRAPS[wrap](model if how == "patch" else fd.convert(model))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        torch.manual_seed(rank)
+
+        def steps(n):
+            losses = []
+            for _ in range(n):
+                optimizer.zero_grad()
+                losses.append(backward(model, rank))
+                optimizer.step()
+            return losses
+
+        def load():
+            weights, moments, rng_state = copy.deepcopy(saved)  # an optimizer goes on in what it loads
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
+            return rng_state
+
+        losses = steps(30)
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+        first = steps(3)
+        load()
+        other_masks = steps(3)
+        torch.set_rng_state(load())
+        resumed = steps(3)
+    return losses, first, resumed, other_masks
+
+
+@for_wraps
+@pytest.mark.parametrize("how", ["convert", "patch"])
+def test_trains_and_resumes(workers, wrap, how):
+    for losses, first, resumed, other_masks in workers(train, wrap, how):
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+        assert resumed == first
+        assert other_masks != first
+
+
+def masks(rank, how):
+    """By the function, the module and torch's own: with one seed on all ranks, with a seed each, with a key each."""
+    x = torch.ones(256)
+    calls = {"fd": lambda: fd.dropout(x), "module": lambda: fd.Dropout(0.5)(x), "torch": lambda: F.dropout(x)}
+    found = {}
+    for (name, call), seed in itertools.product(calls.items(), ("same", "own")):
+        torch.manual_seed(5 + (rank if seed == "own" else 0))
+        with fd.patched() if how == "patch" and name == "torch" else contextlib.nullcontext():
+            found[name, seed] = call().tolist()
+    key = fd.key(5)
+    found["key", "same"] = fd.dropout(x, key=key).tolist()
+    found["key", "own"] = fd.dropout(x, key=fd.fold_in(key, rank)).tolist()
+    return found
+
+
+@pytest.mark.parametrize("how", ["plain", "patch"])
+def test_ranks_agree_where_torchs_do(workers, how):
+    a, b = workers(masks, how)
+    assert len(a) == 8
+    for name, seed in a:
+        assert (a[name, seed] == b[name, seed]) == (seed == "same"), (name, seed)
+
+
+class Tracker:
+    """Megatron's ``get_cuda_rng_tracker()``, for the CPU's generator: named states that take its place in a block."""
+
+    def __init__(self):
+        self.states = {}
+
+    def add(self, name, seed):
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+        self.states[name] = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+    @contextlib.contextmanager
+    def fork(self, name="model-parallel-rng"):
+        before = torch.get_rng_state()
+        torch.set_rng_state(self.states[name])
+        try:
+            yield
+        finally:
+            self.states[name] = torch.get_rng_state()
+            torch.set_rng_state(before)
+
+
+def tracked(rank, dropout):
+    """Residual dropout drawn alike on all ranks, attention's on each its own, as Megatron's layers do."""
+    names = {"fd": fd.dropout, "torch": F.dropout, "patch": F.dropout}
+    x = torch.ones(256)
+
+    def run(tracker):
+        with fd.patched() if dropout == "patch" else contextlib.nullcontext():
+            call = F.dropout if dropout == "patch" else names[dropout]
+            torch.manual_seed(5)
+            outside, inside = [call(x)], []
+            for _ in range(3):
+                with tracker.fork() if tracker else contextlib.nullcontext():
+                    if tracker:
+                        inside.append(call(x))
+                outside.append(call(x))
+        return [y.tolist() for y in outside], [y.tolist() for y in inside]
+
+    tracker = Tracker()
+    tracker.add("model-parallel-rng", 2718 + rank)
+    without, _ = run(None)
+    outside, inside = run(tracker)
+    tracker.add("model-parallel-rng", 2718 + rank)
+    again = run(tracker)
+    # The stream of that name, in one piece.
+    torch.manual_seed(2718 + rank)
+    function = fd.dropout if dropout in ("fd", "patch") else F.dropout
+    stream = [function(x).tolist() for _ in range(3)]
+    return {"without": without, "outside": outside, "inside": inside, "again": again, "stream": stream}
+
+
+@pytest.mark.parametrize("dropout", ["fd", "patch", "torch"])
+def test_megatrons_generator_states(workers, dropout):
+    a, b = workers(tracked, dropout)
+    for rank in (a, b):
+        assert rank["outside"] == rank["without"], "what happens inside does not move the stream outside"
+        assert rank["inside"] == rank["stream"], "and the other way round"
+        assert rank["again"] == (rank["outside"], rank["inside"])
+        masks = rank["inside"] + rank["outside"]
+        assert all(m != n for m, n in itertools.combinations(masks, 2))
+    assert a["outside"] == b["outside"]
+    assert all(m != n for m, n in zip(a["inside"], b["inside"], strict=True))
+
+
+def on_dtensors(rank, placement, how):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    dense = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+    def run(dropout):
+        x = distribute_tensor(dense, mesh, [Replicate() if placement == "replicate" else Shard(0)]).requires_grad_()
+        torch.manual_seed(rank)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            y = dropout(x)
+            y.sum().backward()
+        return [str(w.message) for w in seen], type(y).__name__, y.to_local().tolist(), x.grad.to_local().tolist()
+
+    want = run(F.dropout)  # torch may warn at the first call
+    want = run(F.dropout)
+    if how == "patch":
+        with fd.patched():
+            got = run(nn.Dropout(0.5))
+    else:
+        got = run(fd.Dropout(0.5) if how == "module" else fd.dropout)
+    refused = ""
+    try:
+        fd.dropout(distribute_tensor(dense, mesh, [Shard(0)]), key=fd.key(1))
+    except TypeError as error:
+        refused = str(error)
+    return got == want, want[1], refused
+
+
+@pytest.mark.parametrize("placement", ["replicate", "shard"])
+@pytest.mark.parametrize("how", ["function", "module", "patch"])
+def test_dtensors_go_to_torchs_own(workers, placement, how):
+    """The same values and gradients, and not a warning more."""
+    for same, kind, refused in workers(on_dtensors, placement, how):
+        assert same
+        assert kind == "DTensor"
+        assert "DTensor" in refused
+
+
+def tensor_parallel(rank, sequence, how):
+    """Loss and gradients of two linear layers over both ranks, with dropout between and after."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, parallel
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 16), nn.Dropout(0.5))
+    plan = {"0": parallel.ColwiseParallel(), "3": parallel.RowwiseParallel()}
+    if sequence:
+        plan = {
+            "0": parallel.ColwiseParallel(use_local_output=False),
+            "3": parallel.RowwiseParallel(output_layouts=Shard(0), use_local_output=False),
+            "4": parallel.SequenceParallel(sequence_dim=0),
+        }
+    if how == "convert before":
+        fd.convert(model)
+    model = parallel.parallelize_module(model, mesh, plan)
+    if how == "convert after":
+        fd.convert(model)
+    masks = []
+    model[2].register_forward_hook(lambda _, args, y: masks.append((args[0], y)))
+    model[4].register_forward_hook(lambda _, args, y: masks.append((args[0], y)))
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    with fd.patched() if how == "patch" else contextlib.nullcontext():
+        torch.manual_seed(7)
+        y = model(x)
+        (y.full_tensor() if sequence else y).square().sum().backward()
+    local = [[t.to_local() if hasattr(t, "to_local") else t for t in pair] for pair in masks]
+    kinds = [type(y).__name__ for _, y in masks]
+    grads = [p.grad.full_tensor() for p in model.parameters()]
+    return kinds, [(x.detach(), y.detach()) for x, y in local], grads
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["local", "sequence"])
+@pytest.mark.parametrize("how", ["convert before", "convert after", "patch"])
+def test_tensor_parallel(workers, sequence, how):
+    """Plain local tensors are fused, with one mask on all ranks for one seed, as in torch; DTensors are torch's."""
+    ranks = workers(tensor_parallel, sequence, how)
+    torchs = workers(tensor_parallel, sequence, "torch")
+    for (kinds, dropped, grads), (kinds_, dropped_, grads_) in zip(ranks, torchs, strict=True):
+        assert kinds == kinds_ == ["DTensor" if sequence else "Tensor"] * 2
+        if sequence:
+            torch.testing.assert_close((dropped, grads), (dropped_, grads_), rtol=0, atol=0)
+            continue
+        torch.manual_seed(7)
+        for x, y in dropped:
+            assert torch.equal(y, fd.dropout(x))
+    torch.testing.assert_close(ranks[0][2], ranks[1][2])
+    if not sequence:
+        assert torch.equal(ranks[0][1][1][1], ranks[1][1][1][1]), "replicated activations are dropped alike"

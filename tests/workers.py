@@ -1,0 +1,82 @@
+"""Two processes of one gloo group that run functions of a test file: started once, for all of its tests."""
+
+import datetime
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+
+WORLD = 2
+TIMEOUT = 60  # seconds for a function, and for the collectives inside
+
+
+def _serve(rank, store, connection, hidden, module):
+    for name in hidden:
+        sys.modules[name] = None
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead to itself
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    functions = importlib.import_module(module)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout)
+    while True:
+        name, args = connection.recv()
+        try:
+            result = True, getattr(functions, name)(rank, *args)
+        except BaseException:
+            result = False, traceback.format_exc()
+        # Tensors by value: torch's own way to send them shares memory, which ends with this process.
+        connection.send_bytes(pickle.dumps(result))
+
+
+class Workers:
+    """``workers(function, *args)`` runs ``function(rank, *args)`` in each process and returns the results by rank."""
+
+    def __init__(self, module):
+        self.module = module
+        self.processes = []
+
+    def _start(self):
+        self.folder = tempfile.TemporaryDirectory()
+        hidden = [name for name, loaded in sys.modules.items() if name.startswith("fused_dropout.") and loaded is None]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            args = (rank, os.path.join(self.folder.name, "store"), theirs, hidden, self.module)
+            process = context.Process(target=_serve, args=args, daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append((process, ours))
+
+    def __call__(self, function, *args):
+        if not self.processes:
+            self._start()
+        try:
+            for _, connection in self.processes:
+                connection.send((function.__name__, args))
+            results = []
+            for rank, (_, connection) in enumerate(self.processes):
+                assert connection.poll(TIMEOUT), f"rank {rank} has not answered for {TIMEOUT} s"
+                done, result = pickle.loads(connection.recv_bytes())
+                assert done, f"rank {rank}:\n{result}"
+                results.append(result)
+        except BaseException:
+            self.stop()  # one may wait for the other; the next call starts anew
+            raise
+        return results
+
+    def stop(self):
+        for process, _ in self.processes:
+            process.kill()
+        for process, connection in self.processes:
+            process.join(TIMEOUT)
+            connection.close()
+        if self.processes:
+            self.folder.cleanup()
+        self.processes = []
