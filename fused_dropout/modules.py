@@ -9,6 +9,7 @@ key: a uint64 tensor of shape (2,): with it each call in training applies the sa
     state_dict, and does not move with the module; on the CPU it serves inputs on every device.
 
 Both are for the fused path: a scripted module does without, and an input that goes to torch's own function is an error.
+``torch.export`` and ``torch.jit.trace`` record the mask of a key, and refuse a generator.
 """
 
 from collections.abc import Sequence
