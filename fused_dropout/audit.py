@@ -127,7 +127,9 @@ class _Recorder(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
         if self.inside is None and (namespace == "fused_dropout" or name in _DRAWS) and name != "draw_key":
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+            arguments = func._schema.arguments
+            given = {a.name: a.default_value for a in arguments}  # torch leaves out what is as by default: p = 0.5
+            given |= dict(zip((a.name for a in arguments), args, strict=False)) | (kwargs or {})
             p = given.get("dropout", given.get("p"))
             if p == 0 or given.get("train") is False:
                 return outputs

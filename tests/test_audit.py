@@ -126,6 +126,12 @@ def test_masks_of_ones_own():
         ("", line(OwnMask.forward, "bernoulli"), 0.25, True, True, 4 * 6, "own code, aten::bernoulli_")
     ]
 
+    class Half(nn.Module):
+        def forward(self, x):
+            return x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)  # which is bernoulli_'s own default
+
+    assert [site.p for site in fd.audit(Half(), X).on_in_eval] == [0.5]
+
     class Uniform(nn.Module):
         def forward(self, x):
             return x * (torch.rand_like(x) < 0.5)
