@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TypeVar
 
 import torch
@@ -47,13 +48,19 @@ class ConvertReport:
         return "\n".join(lines)
 
 
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's own; that one is left there by accelerate's hooks."""
+    forward = vars(module).get("forward")
+    return forward is not None and forward != MethodType(type(module).forward, module)
+
+
 def _why_left(name: str, module: nn.Module) -> str | None:
     """Why a module that may be taken for dropout is not swapped; None if nobody would take it for that."""
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
     if type(module) in _to_fused() or type(module) in _to_originals():
-        return f"{kind} whose forward was replaced on the instance" if "forward" in vars(module) else None
+        return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(_to_fused())):
         return f"{type(module).__module__}.{kind}, a subclass"
     if isinstance(module, nn.MultiheadAttention) and module.dropout:
@@ -62,15 +69,21 @@ def _why_left(name: str, module: nn.Module) -> str | None:
         return f"{kind}: drops inside torch's own kernel"
     if isinstance(module, nn.Identity):
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
-    if any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth")):
+    if not isinstance(module, modules.DropPath) and any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth")):
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
 
 
 def _swappable(model: nn.Module, table: dict[type, type]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in table and "forward" not in vars(module):
+        if type(module) in table and not _is_replaced(module):
             yield name, module
+
+
+def _swap(model: nn.Module, table: dict[type, type]) -> None:
+    for _, module in _swappable(model, table):
+        vars(module).pop("forward", None)  # the former class's
+        module.__class__ = table[type(module)]
 
 
 def convert_report(model: nn.Module) -> ConvertReport:
@@ -127,9 +140,7 @@ def convert(model: _Model, dry_run: bool = False) -> _Model:
     if dry_run:
         print(convert_report(model))
         return model
-    table = _to_fused()
-    for _, module in _swappable(model, table):
-        module.__class__ = table[type(module)]
+    _swap(model, _to_fused())
     return model
 
 
@@ -152,7 +163,5 @@ def revert(model: _Model) -> _Model:
         >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
         True
     """
-    table = _to_originals()
-    for _, module in _swappable(model, table):
-        module.__class__ = table[type(module)]
+    _swap(model, _to_originals())
     return model

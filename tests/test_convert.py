@@ -156,6 +156,25 @@ def test_what_is_left_alone():
     assert classes(model) == before
 
 
+@pytest.mark.parametrize("converted_before", [False, True])
+def test_once_a_replaced_forward_is_put_back(converted_before):
+    """accelerate's remove_hook_from_module leaves the class's own forward on the instance."""
+    model = small()
+    if converted_before:
+        fd.convert(model)
+    own, model[1].forward = model[1].forward, lambda x: x
+    assert "1" in fd.convert_report(model).left
+    model[1].forward = own
+    assert not fd.convert_report(model).left
+    fd.convert(model)
+    torch.manual_seed(1)
+    want = fd.dropout(torch.ones(50), 0.3)
+    torch.manual_seed(1)
+    assert torch.equal(model[1](torch.ones(50)), want)
+    assert classes(fd.revert(model)) == classes(small())
+    assert not torch.equal(model[1](torch.ones(50)), want)
+
+
 def test_dry_run(capsys):
     model = small()
     before = classes(model)
