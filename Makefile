@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py
 
-.PHONY: help bench bench-cpu test test-cuda test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-models test-cuda test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## the whole suite; then the core without the eager binding, 
 	$(PY) -m pytest -q
 	$(PY) -m pytest -q --hide=_eager $(CORE) $(DROP_IN) tests/test_compile.py
 	$(PY) -m pytest -q --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py
+
+test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, three minutes
+	$(PY) -m pytest -q tests/models
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
 	cd tests && ../$(CUDA_PY) -m fused_dropout info
@@ -115,6 +118,13 @@ $(INSTALLED): $(PY) $(SOURCES)
 	@$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@cd build 2>/dev/null || mkdir build
 	@$(PY) -m fused_dropout info
+	@touch $@
+
+# For the torch that is there. A torchvision that was built for another one breaks what imports it: without it, timm's tests
+# are skipped.
+build/models$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
+	@$(PY) -m pip install -q --no-build-isolation -e ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
+	@$(PY) -c 'import torchvision' 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
 	@touch $@
 
 # The CPU kernels without torch, under a program that compares them with a scalar loop.

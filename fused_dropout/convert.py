@@ -69,7 +69,8 @@ def _why_left(name: str, module: nn.Module) -> str | None:
         return f"{kind}: drops inside torch's own kernel"
     if isinstance(module, nn.Identity):
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
-    if not isinstance(module, modules.DropPath) and any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth")):
+    looks_like_dropout = any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth"))
+    if looks_like_dropout and type(module) is not modules.DropPath:
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
 

@@ -1,0 +1,175 @@
+"""Shared by the tests of whole models: the ways to swap, training runs to compare, and what a swap leaves as it was."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean, variance
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_dropout as fd
+
+WAYS = ["patched", "converted"]
+for_ways = pytest.mark.parametrize("way", WAYS)
+TORCHS = {(m, name): f for m in (F, torch) for name, f in vars(m).items() if "dropout" in name and callable(f)}
+RUNS, STEPS = 12, 10
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Other work on the machine cannot stall one thread at OpenMP's barriers; the tensors here are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """A model, what it is called with, and where it drops in training: pairs of a module's name and how it drops there.
+
+    module: one of torch's dropout modules, which both ways reach. call: a functional call, which ``patch`` reaches.
+    kernel: inside torch's own, which nobody reaches. own: a mask that the model draws itself.
+    """
+
+    make: Callable[[], nn.Module]
+    inputs: dict[str, Any]
+    sites: Sequence[tuple[str, str]]
+    loss: Callable[[Any], Tensor] = lambda output: output.loss
+    lr: float = 1e-2
+    output: Callable[[Any], Tensor] = field(default=lambda output: output.logits)
+
+    @property
+    def kinds(self) -> set[str]:
+        return {kind for _, kind in self.sites}
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.make().train()
+
+    def step(self, model: nn.Module, seed: int, call: Callable[..., Any] | None = None) -> list[Tensor]:
+        """Loss and gradients of one step, with the masks of a seed; call: what stands for the model, compiled."""
+        model.zero_grad()
+        torch.manual_seed(seed)
+        loss = self.loss((model if call is None else call)(**self.inputs))
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+    """But for the order of sums; another mask gives other numbers."""
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@contextmanager
+def swapped(ways: str, model: nn.Module):
+    """Fused dropout in the model, for the length of a block. ways: names of WAYS; neither is torch's own."""
+    with ExitStack() as stack:
+        if "patched" in ways:
+            stack.enter_context(fd.patched())
+        if "converted" in ways:
+            fd.convert(model)
+            stack.callback(fd.revert, model)
+        yield
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def curve(case: Case, ways: str, seed: int = 1, train: bool = True) -> list[float]:
+    """Losses in training: always the same weights and batch, masks by the seed; train: whether anything is dropped."""
+    model = case.model().train(train)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=case.lr)
+    losses = []
+    torch.manual_seed(seed)
+    with swapped(ways, model):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = case.loss(model(**case.inputs))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def alike(ours: list[float], theirs: list[float]) -> bool:
+    """Means of several runs each: within six standard errors of their difference. With twelve runs each, chance leaves
+    that range 5 times in a million (Student's t, 22 degrees of freedom)."""
+    error = (variance(ours) / len(ours) + (variance(theirs) / len(theirs) if len(theirs) > 1 else 0)) ** 0.5
+    return abs(fmean(ours) - fmean(theirs)) < 6 * error
+
+
+def mean_losses(case: Case, ways: str) -> list[float]:
+    return [fmean(curve(case, ways, seed)) for seed in range(RUNS)]
+
+
+def check_losses(case: Case) -> None:
+    """The loss falls, and its mean over the run is nn.Dropout's. Without dropout it is not: that can be seen."""
+    # Where convert reaches all that patch does, or nothing, its runs are patch's or torch's own: check_one_mask.
+    ways = ["patched", "converted"] if {"module", "call"} <= case.kinds else ["patched"]
+    mean = {way: mean_losses(case, way) for way in ("torch", *ways)}
+    ours = curve(case, "patched")
+    assert fmean(ours[-3:]) < 0.95 * ours[0], ours
+    assert ours != curve(case, "torch")
+    for way in ways:
+        assert alike(mean[way], mean["torch"]), mean
+    without = [fmean(curve(case, "torch", train=False))]
+    assert not alike(mean["torch"], without), (mean, without)
+    assert not alike(mean["patched"], without), (mean, without)
+
+
+def check_one_mask(case: Case) -> None:
+    """Patched and converted is the same as patched alone, and as converted alone where no functional call drops."""
+    patched = curve(case, "patched")
+    assert curve(case, "patched, converted") == patched
+    converted = curve(case, "converted")
+    assert (converted == patched) is ("call" not in case.kinds)
+    assert (converted == curve(case, "torch")) is ("module" not in case.kinds)
+
+
+def check_eval(case: Case, way: str) -> None:
+    model = case.model().eval()
+    with torch.no_grad():
+        want = case.output(model(**case.inputs))
+        with swapped(way, model):
+            state = torch.get_rng_state()
+            assert torch.equal(case.output(model(**case.inputs)), want)
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+def check_undone(case: Case, way: str) -> None:
+    """Afterwards all is as before: classes, attributes, state dict, torch's functions, masks and gradients."""
+    model = case.model()
+
+    def state():
+        return [(name, type(m), set(vars(m))) for name, m in model.named_modules()], list(model.state_dict())
+
+    before, weights, step = state(), [t.clone() for t in model.state_dict().values()], case.step(model, 3)
+    with swapped(way, model):
+        reached = "module" in case.kinds or ("call" in case.kinds and way == "patched")
+        assert same(case.step(model, 3), step) is not reached
+        assert list(model.state_dict()) == before[1]
+    assert all(getattr(*place) is function for place, function in TORCHS.items())
+    assert state() == before
+    assert same(list(model.state_dict().values()), weights)
+    assert same(case.step(model, 3), step)
+
+
+def check_audit(case: Case) -> None:
+    fused = f"fused, {fd.backend_info().devices['cpu']}"
+    model = case.model()
+    for ways, reached in (("torch", ""), ("converted", "module"), ("patched", "module call")):
+        with swapped(ways, model):
+            report = fd.audit(model, **case.inputs)
+        paths = {"module": "torch", "call": "torch", "kernel": "torch, out of reach", "own": "own code"}
+        paths |= dict.fromkeys(reached.split(), fused)
+        got = [(site.module, site.path.partition(", aten::")[0]) for site in report.sites if site.train]
+        assert sorted(got) == sorted((name, paths[kind]) for name, kind in case.sites), f"{ways}\n{report}"
+        assert all(site.saved <= 32 for site in report.sites if site.path == fused), f"a key a call\n{report}"
+        assert not report.on_in_eval, report

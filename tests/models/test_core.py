@@ -1,0 +1,155 @@
+"""Models written out here, patched and converted: trained, evaluated, undone and audited."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swapping import (
+    Case,
+    alike,
+    check_audit,
+    check_eval,
+    check_losses,
+    check_one_mask,
+    check_undone,
+    for_ways,
+    mean_losses,
+    one_thread,  # noqa: F401
+)
+from torch import nn
+
+import fused_dropout as fd
+
+
+class Translator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.source, self.target = nn.Embedding(20, 16), nn.Embedding(20, 16)
+        self.transformer = nn.Transformer(16, 2, 1, 1, 32, dropout=0.3, batch_first=True)
+        self.head = nn.Linear(16, 20)
+
+    def forward(self, source, target):
+        return self.head(self.transformer(self.source(source), self.target(target)))
+
+
+class LanguageModel(nn.Module):
+    """Layers of LSTM with a functional dropout between them, as in AWD-LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.dropout = nn.Embedding(20, 24), nn.Dropout(0.4)
+        self.layers = nn.ModuleList(nn.LSTM(24, 24, batch_first=True) for _ in range(2))
+        self.top = nn.LSTM(24, 24, 2, batch_first=True, dropout=0.3)
+        self.head = nn.Linear(24, 20)
+
+    def forward(self, ids):
+        x = self.dropout(self.embedding(ids))
+        for layer in self.layers:
+            x = F.dropout(layer(x)[0], 0.4, self.training)
+        return self.head(self.top(x)[0])
+
+
+def bias_dropout_add(x, bias, residual, p: float, training: bool):
+    """As in Megatron-LM, where the linear layer leaves its bias to this function."""
+    return residual + F.dropout(x + bias.expand_as(residual), p=p, training=training)
+
+
+class MegatronBlock(nn.Module):
+    def __init__(self, bias_dropout_add=bias_dropout_add):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(20, 24), nn.LayerNorm(24)
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24, bias=False)
+        self.bias, self.head = nn.Parameter(torch.zeros(24)), nn.Linear(24, 20)
+        self.bias_dropout_add = bias_dropout_add
+
+    def forward(self, ids):
+        residual = self.embedding(ids)
+        x = self.down(F.gelu(self.up(self.norm(residual)), approximate="tanh"))
+        return self.head(self.bias_dropout_add(x, self.bias, residual, 0.5, self.training))
+
+
+class ConvNet(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 16, 3, stride=2),
+            nn.ReLU(),
+            nn.Dropout2d(0.3),
+            nn.Conv2d(16, 16, 3, stride=2),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(144, 32),
+            nn.Dropout(0.3, inplace=True),
+            nn.Linear(32, 5),
+        )
+
+
+generator = torch.Generator().manual_seed(0)
+IDS = torch.randint(20, (8, 6), generator=generator)
+OTHERS = torch.randint(20, (8, 5), generator=generator)
+IMAGES = torch.randn(8, 3, 16, 16, generator=generator)
+
+
+def case(make, inputs, labels, *sites, lr=1e-2):
+    def loss(y):
+        return F.cross_entropy(y.flatten(0, -2), labels.flatten())
+
+    return Case(make, inputs, sites, loss, lr, output=lambda y: y)
+
+
+CASES = {
+    "transformer": case(
+        Translator,
+        {"source": IDS, "target": OTHERS},
+        OTHERS.flip(1),
+        *[(f"transformer.encoder.layers.0.dropout{i}", "module") for i in ("", 1, 2)],
+        *[(f"transformer.decoder.layers.0.dropout{i}", "module") for i in ("", 1, 2, 3)],
+        ("transformer.encoder.layers.0.self_attn", "kernel"),
+        ("transformer.decoder.layers.0.self_attn", "kernel"),
+        ("transformer.decoder.layers.0.multihead_attn", "kernel"),
+    ),
+    "lstm": case(
+        LanguageModel, {"ids": IDS}, IDS.roll(1, 1), ("dropout", "module"), ("", "call"), ("top", "kernel"), lr=3e-2
+    ),
+    "megatron": case(MegatronBlock, {"ids": IDS}, IDS, ("", "call")),
+    "conv": case(ConvNet, {"input": IMAGES}, torch.arange(8) % 5, ("2", "module"), ("7", "module")),
+}
+for_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@for_cases
+def test_the_loss_falls_as_with_torchs(case):
+    check_losses(case)
+
+
+@for_cases
+def test_both_ways_draw_the_same_masks(case):
+    check_one_mask(case)
+
+
+@for_cases
+@for_ways
+def test_eval_is_as_before(case, way):
+    check_eval(case, way)
+
+
+@for_cases
+@for_ways
+def test_undone_it_is_as_before(case, way):
+    check_undone(case, way)
+
+
+@for_cases
+def test_audit_names_every_site(case):
+    check_audit(case)
+
+
+def test_the_comparison_of_losses_can_fail(monkeypatch):
+    """Half as much dropout again is not alike, nor is dropout whose kept elements are not scaled."""
+    case, fused = CASES["megatron"], fd.functional.dropout
+    faults = {
+        "p": lambda x, p=0.5, training=True, inplace=False: fused(x, 1.5 * p, training, inplace),
+        "scale": lambda x, p=0.5, training=True, inplace=False: fused(x, p, training, inplace) * (1 - p),
+    }
+    torchs = mean_losses(case, "torch")
+    for name, fault in faults.items():
+        monkeypatch.setattr(F, "dropout", fault)
+        assert not alike(mean_losses(case, "torch"), torchs), name

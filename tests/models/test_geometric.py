@@ -1,0 +1,89 @@
+"""A graph attention network of PyTorch Geometric: dropout of the attention's weights is a functional call."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swapping import (
+    Case,
+    check_audit,
+    check_eval,
+    check_losses,
+    check_one_mask,
+    check_undone,
+    for_ways,
+    one_thread,  # noqa: F401
+)
+from torch import nn
+
+geometric = pytest.importorskip("torch_geometric.nn")
+
+
+class GAT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.4)
+        self.first = geometric.GATConv(16, 8, heads=2, dropout=0.4)
+        self.second = geometric.GATConv(16, 4, heads=1, dropout=0.4)
+
+    def forward(self, x, edge_index):
+        x = F.elu(self.first(self.dropout(x), edge_index))
+        return self.second(F.dropout(x, 0.4, self.training), edge_index)
+
+
+generator = torch.Generator().manual_seed(0)
+INPUTS = {
+    "x": torch.randn(30, 16, generator=generator),
+    "edge_index": torch.randint(30, (2, 120), generator=generator),
+}
+LABELS = torch.arange(30) % 4
+
+
+def model_of_the_library():
+    return geometric.GAT(16, 8, num_layers=2, out_channels=4, heads=2, dropout=0.2)
+
+
+CASES = {
+    "layers": Case(
+        GAT,
+        INPUTS,
+        [("dropout", "module"), ("first", "call"), ("", "call"), ("second", "call")],
+        lambda y: F.cross_entropy(y, LABELS),
+        output=lambda y: y,
+    ),
+    "library": Case(
+        model_of_the_library,
+        INPUTS,
+        [("dropout", "module"), ("convs.0", "call"), ("convs.1", "call")],
+        lambda y: F.cross_entropy(y, LABELS),
+        lr=3e-2,
+        output=lambda y: y,
+    ),
+}
+for_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@for_cases
+def test_the_loss_falls_as_with_torchs(case):
+    check_losses(case)
+
+
+@for_cases
+def test_both_ways_draw_the_same_masks(case):
+    check_one_mask(case)
+
+
+@for_cases
+@for_ways
+def test_eval_is_as_before(case, way):
+    check_eval(case, way)
+
+
+@for_cases
+@for_ways
+def test_undone_it_is_as_before(case, way):
+    check_undone(case, way)
+
+
+@for_cases
+def test_audit_names_every_site(case):
+    check_audit(case)

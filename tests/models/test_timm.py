@@ -1,0 +1,107 @@
+"""timm's ViT: dropout of modules and drop path, which is timm's own, with fused and with plain attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from swapping import (
+    Case,
+    check_audit,
+    check_eval,
+    check_losses,
+    check_one_mask,
+    check_undone,
+    for_ways,
+    one_thread,  # noqa: F401
+)
+
+import fused_dropout as fd
+
+# A torchvision that was built for another torch raises a RuntimeError.
+timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+
+P = 0.3
+
+
+def vit(fused_attention):
+    def make():
+        from timm.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(
+            img_size=16,
+            patch_size=4,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            num_classes=4,
+            pos_drop_rate=P,
+            proj_drop_rate=P,
+            attn_drop_rate=P,
+            drop_path_rate=P,
+        )
+        for block in model.blocks:
+            block.attn.fused_attn = fused_attention
+        return model
+
+    # The rate of drop path grows with depth, from 0, where timm puts an Identity.
+    sites = [("pos_drop", "module"), ("blocks.1.drop_path1", "own"), ("blocks.1.drop_path2", "own")]
+    for i in range(2):
+        sites += [(f"blocks.{i}.{name}", "module") for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
+        sites.append((f"blocks.{i}.attn", "kernel") if fused_attention else (f"blocks.{i}.attn.attn_drop", "module"))
+    images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % 4
+    return Case(make, {"x": images}, sites, lambda y: F.cross_entropy(y, labels), lr=3e-3, output=lambda y: y)
+
+
+CASES = {"fused attention": vit(True), "plain attention": vit(False)}
+for_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@for_cases
+def test_the_loss_falls_as_with_torchs(case):
+    check_losses(case)
+
+
+@for_cases
+def test_both_ways_draw_the_same_masks(case):
+    check_one_mask(case)
+
+
+@for_cases
+@for_ways
+def test_eval_is_as_before(case, way):
+    check_eval(case, way)
+
+
+@for_cases
+@for_ways
+def test_undone_it_is_as_before(case, way):
+    check_undone(case, way)
+
+
+@for_cases
+def test_audit_names_every_site(case):
+    check_audit(case)
+
+
+def test_drop_path_is_left_alone_and_said_so():
+    report = fd.convert_report(fd.convert(CASES["plain attention"].model()))
+    paths = {name: reason for name, reason in report.left.items() if "drop_path" in name}
+    assert paths == {
+        "blocks.0.drop_path1": "Identity: drops nothing",
+        "blocks.0.drop_path2": "Identity: drops nothing",
+        "blocks.1.drop_path1": "timm.layers.drop.DropPath, not torch's",
+        "blocks.1.drop_path2": "timm.layers.drop.DropPath, not torch's",
+    }
+
+
+def test_drop_path_drops_as_timms():
+    """Of samples: the same scale and, over many, the same rate."""
+    theirs, ours = timm.layers.DropPath(P).train(), fd.DropPath(P).train()
+    x = torch.ones(20000, 3)
+    for seed, drop_path in enumerate((theirs, ours)):
+        torch.manual_seed(seed)
+        y = drop_path(x)
+        assert torch.equal(y, y[:, :1].expand_as(y))
+        assert y.unique().tolist() == pytest.approx([0, 1 / (1 - P)])
+        assert (y[:, 0] == 0).float().mean() == pytest.approx(P, abs=0.016)  # five standard deviations
+    assert torch.equal(theirs.eval()(x), ours.eval()(x))
