@@ -17,7 +17,7 @@ X = torch.randn(32, 16, generator=generator)
 DATA = TensorDataset(X, X[:, :4].argmax(1))
 
 
-class Classifier(L.LightningModule if L else nn.Module):
+class Classifier(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 4))
