@@ -35,7 +35,7 @@ test: $(INSTALLED) ## the whole suite; then the core without the eager binding, 
 	$(PY) -m pytest -q --hide=_eager $(CORE) $(DROP_IN) tests/test_compile.py
 	$(PY) -m pytest -q --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py
 
-test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, three minutes
+test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
 	$(PY) -m pytest -q tests/models
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
