@@ -33,7 +33,8 @@ class Case:
     """A model, what it is called with, and where it drops in training: pairs of a module's name and how it drops there.
 
     module: one of torch's dropout modules, which both ways reach. call: a functional call, which ``patch`` reaches.
-    kernel: inside torch's own, which nobody reaches. own: a mask that the model draws itself.
+    path: timm's drop path, which ``convert`` reaches. kernel: inside torch's own, which nobody reaches. own: a mask that
+    the model draws itself.
     """
 
     make: Callable[[], nn.Module]
@@ -112,7 +113,7 @@ def mean_losses(case: Case, ways: str) -> list[float]:
 def check_losses(case: Case) -> None:
     """The loss falls, and its mean over the run is nn.Dropout's. Without dropout it is not: that can be seen."""
     # Where convert reaches all that patch does, or nothing, its runs are patch's or torch's own: check_one_mask.
-    ways = ["patched", "converted"] if {"module", "call"} <= case.kinds else ["patched"]
+    ways = ["patched", "converted"] if {"module", "call"} <= case.kinds or "path" in case.kinds else ["patched"]
     mean = {way: mean_losses(case, way) for way in ("torch", *ways)}
     ours = curve(case, "patched")
     assert fmean(ours[-3:]) < 0.95 * ours[0], ours
@@ -125,11 +126,10 @@ def check_losses(case: Case) -> None:
 
 
 def check_one_mask(case: Case) -> None:
-    """Patched and converted is the same as patched alone, and as converted alone where no functional call drops."""
-    patched = curve(case, "patched")
-    assert curve(case, "patched, converted") == patched
-    converted = curve(case, "converted")
-    assert (converted == patched) is ("call" not in case.kinds)
+    """Patched and converted is the same as one of them alone, where that reaches all that the other does."""
+    patched, converted, both = curve(case, "patched"), curve(case, "converted"), curve(case, "patched, converted")
+    assert (both == patched) is ("path" not in case.kinds)
+    assert (both == converted) is ("call" not in case.kinds)
     assert (converted == curve(case, "torch")) is ("module" not in case.kinds)
 
 
@@ -164,10 +164,16 @@ def check_undone(case: Case, way: str) -> None:
 def check_audit(case: Case) -> None:
     fused = f"fused, {fd.backend_info().devices['cpu']}"
     model = case.model()
-    for ways, reached in (("torch", ""), ("converted", "module"), ("patched", "module call")):
+    for ways, reached in (("torch", ""), ("converted", "module path"), ("patched", "module call")):
         with swapped(ways, model):
             report = fd.audit(model, **case.inputs)
-        paths = {"module": "torch", "call": "torch", "kernel": "torch, out of reach", "own": "own code"}
+        paths = {
+            "module": "torch",
+            "call": "torch",
+            "kernel": "torch, out of reach",
+            "path": "own code",
+            "own": "own code",
+        }
         paths |= dict.fromkeys(reached.split(), fused)
         got = [(site.module, site.path.partition(", aten::")[0]) for site in report.sites if site.train]
         assert sorted(got) == sorted((name, paths[kind]) for name, kind in case.sites), f"{ways}\n{report}"

@@ -1,4 +1,4 @@
-"""timm's ViT: dropout of modules and drop path, which is timm's own, with fused and with plain attention."""
+"""timm's ViT: dropout of modules and drop path, with fused and with plain attention."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def vit(fused_attention):
         return model
 
     # The rate of drop path grows with depth, from 0, where timm puts an Identity.
-    sites = [("pos_drop", "module"), ("blocks.1.drop_path1", "own"), ("blocks.1.drop_path2", "own")]
+    sites = [("pos_drop", "module"), ("blocks.1.drop_path1", "path"), ("blocks.1.drop_path2", "path")]
     for i in range(2):
         sites += [(f"blocks.{i}.{name}", "module") for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
         sites.append((f"blocks.{i}.attn", "kernel") if fused_attention else (f"blocks.{i}.attn.attn_drop", "module"))
@@ -83,15 +83,16 @@ def test_audit_names_every_site(case):
     check_audit(case)
 
 
-def test_drop_path_is_left_alone_and_said_so():
-    report = fd.convert_report(fd.convert(CASES["plain attention"].model()))
-    paths = {name: reason for name, reason in report.left.items() if "drop_path" in name}
-    assert paths == {
+def test_drop_path_is_converted_and_back():
+    model = fd.convert(CASES["plain attention"].model())
+    report = fd.convert_report(model)
+    assert type(model.blocks[1].drop_path1) is fd.DropPath
+    assert {"blocks.1.drop_path1", "blocks.1.drop_path2"} <= report.fused.keys()
+    assert {name: reason for name, reason in report.left.items() if "drop_path" in name} == {
         "blocks.0.drop_path1": "Identity: drops nothing",
         "blocks.0.drop_path2": "Identity: drops nothing",
-        "blocks.1.drop_path1": "timm.layers.drop.DropPath, not torch's",
-        "blocks.1.drop_path2": "timm.layers.drop.DropPath, not torch's",
     }
+    assert type(fd.revert(model).blocks[1].drop_path1) is timm.layers.DropPath
 
 
 def test_drop_path_drops_as_timms():
