@@ -114,8 +114,7 @@ def _dropout(
         key = _draw_key(input, p, transformed, generator)
     if not inplace:
         return autograd.apply(input, p, key, transformed)
-    if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
-        # copy_ keeps autograd's and the transforms' rules for in-place changes, and raises torch's own errors.
+    if transformed or _needs_copy(input):
         return input.copy_(autograd.apply(input, p, key, transformed))
     operators.apply_(input, p, key)
     torch.autograd.graph.increment_version(input)
@@ -153,11 +152,17 @@ def _dropout_broadcast(
         key = _draw_key(input, p, transformed, generator)
     if not inplace:
         return broadcast.apply(input, p, key, shape, scale)
-    if transformed or input.is_inference() or (input.requires_grad and torch.is_grad_enabled()):
+    if transformed or _needs_copy(input):
         return input.copy_(broadcast.apply(input, p, key, shape, scale))
     operators.apply_broadcast_(input, p, key, shape, scale)
     torch.autograd.graph.increment_version(input)
     return input
+
+
+def _needs_copy(x: Tensor) -> bool:
+    """Whether copy_ has to write to x: it keeps autograd's and the transforms' rules for in-place changes, raises
+    torch's own errors, and knows negated views (``z.conj().imag``)."""
+    return x.is_inference() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled())
 
 
 def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, ...]:
@@ -368,7 +373,9 @@ def _alpha(
         return dropout(input, p, inplace=inplace)
     p = float(p)
     noise_shape = None if lead is None else _channels(input, lead)
-    output = dropout(input + _SELU_SATURATION, p, generator=generator, key=key, noise_shape=noise_shape)
+    # torch.func.jvp gives x + 1.5 a float64 tangent if x has no dimension (torch 2.13).
+    shifted = input + _SELU_SATURATION if input.dim() else input.clone().add_(_SELU_SATURATION)
+    output = dropout(shifted, p, generator=generator, key=key, noise_shape=noise_shape)
     scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
     factor, shift = scale * (1 - p), -scale * (1 - p) * _SELU_SATURATION
     # Selective checkpointing may hold dropout's result, which then must not change.

@@ -25,7 +25,11 @@ def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor
     fresh one at each replay, though not the one that an eager call would take.
     """
     if generator is None and device == _CPU and draw_cpu_key is not None:
-        return draw_cpu_key()
+        try:
+            return draw_cpu_key()
+        except RuntimeError:
+            torch.rand((), device=_CPU)  # under torch's older vmap: raises, in words that the operator lacks
+            raise
     if eager is not None and eager.serves(device.type):
         return eager.draw_key(device, generator)
     return _draw_key_in_python(device, generator)

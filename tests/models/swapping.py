@@ -33,8 +33,8 @@ class Case:
     """A model, what it is called with, and where it drops in training: pairs of a module's name and how it drops there.
 
     module: one of torch's dropout modules, which both ways reach. call: a functional call, which ``patch`` reaches.
-    path: timm's drop path, which ``convert`` reaches. kernel: inside torch's own, which nobody reaches. own: a mask that
-    the model draws itself.
+    path: timm's drop path, which ``convert`` reaches. kernel: inside torch's own, which nobody reaches. own: a mask
+    that the model draws itself.
     """
 
     make: Callable[[], nn.Module]
