@@ -1,6 +1,6 @@
 """Writes the README's tables of measurements from benchmarks/results/*.json; --check says whether they are up to date.
 
-A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench`` (saved bytes).
+A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench --full`` (model and memory).
 """
 
 import json
@@ -25,15 +25,35 @@ def cpu_table(result):
     return "\n".join(lines)
 
 
-def saved(result):
-    of = result["saved_bytes"][0]
-    return f"Saved for backward of 2^20 floats: {of['torch']:,} bytes by `nn.Dropout`, {of['fd']} here."
+def size(n):
+    return f"{n / 2**20:,.0f} MiB" if n >= 2**20 else f"{n:,} B"
+
+
+def models_table(result):
+    """One machine: what whole models gain."""
+    environment = result["environment"]
+    speed = {(r["workload"], r["compiled"]): r["ratio"] for r in result["model"] if r["module"] == "fd.Dropout"}
+    memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}
+    lines = [
+        f"Whole training steps with `fd.Dropout` for `nn.Dropout`, {environment['threads']} threads, torch"
+        f" {environment['torch']}, {environment['date'][:10]}: medians of",
+        "interleaved ratios; bytes kept for backward, and the peak of a step, before and after.",
+        "",
+        "| model | eager | compiled | kept for backward | peak |",
+        "|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys([workload for workload, _ in (*speed, *memory)]):
+        times = [f"{speed[name, c]:.2f}x" if (name, c) in speed else "" for c in (False, True)]
+        both = [memory.get((name, module)) for module in ("nn.Dropout", "fd.Dropout")]
+        bytes_ = [" to ".join(size(r[what]) for r in both) if all(both) else "" for what in ("saved", "peak")]
+        lines.append(f"| {' | '.join((name, *times, *bytes_))} |")
+    return "\n".join(lines)
 
 
 def tables():
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     return [cpu_table(result) for result in results if "rows" in result] + [
-        saved(result) for result in results if "saved_bytes" in result
+        models_table(result) for result in results if "model" in result
     ]
 
 

@@ -293,6 +293,12 @@ class DropPath(_Keyed):
         return f"drop_prob={round(self.drop_prob, 3):0.3f}" + super().extra_repr()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            if self.drop_prob == 0.0 or not self.training:
+                return x
+            kept = torch.rand([x.size(0)] + [1] * (x.dim() - 1), device=x.device) >= self.drop_prob
+            scaled = x / (1.0 - self.drop_prob) if self.scale_by_keep and self.drop_prob < 1.0 else x
+            return torch.where(kept, scaled, torch.zeros_like(x))
         if isinstance(x, Proxy) and self._is_leaf(x):
             return self._recorded(x)
         return functional.drop_path(

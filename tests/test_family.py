@@ -293,6 +293,16 @@ class TestModules:
 
 
 class TestDropPath:
+    def test_scripted(self):
+        x = torch.ones(2000, 3)
+        for scale_by_keep, kept in [(True, 1 / (1 - P)), (False, 1.0)]:
+            scripted = torch.jit.script(fd.DropPath(P, scale_by_keep))
+            y = scripted(x)
+            assert y.unique().tolist() == pytest.approx([0, kept])
+            assert torch.equal(y[:, :1].expand_as(y), y)
+            assert (y[:, 0] == 0).float().mean() == pytest.approx(P, abs=0.06)
+            assert torch.equal(scripted.eval()(x), x)
+
     def test_is_timms(self):
         assert list(inspect.signature(fd.drop_path).parameters)[:4] == ["x", "drop_prob", "training", "scale_by_keep"]
         assert repr(fd.DropPath(0.25)) == "DropPath(drop_prob=0.250)"

@@ -187,6 +187,32 @@ def test_64_bits_only_where_needed(start):
     assert f"{WIDE if start > 2**34 else NARROW}>(" in fake_gpu.launches[-1][0]
 
 
+@for_dtypes
+@for_inplace
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("noise_shape", [(37, 9, 1), (37, 1, 49), (1, 9, 49), (1, 1, 1)], ids=str)
+def test_broadcast_in_one_launch(dtype, inplace, offset, noise_shape):
+    """All is stored once and read at most once, as vectors but for the last elements, or a misaligned tensor's."""
+    n, size = 37 * 9 * 49, dtype.itemsize
+    x = values(n + offset, dtype, "cuda")[offset:].view(37, 9, 49)
+    arguments = (x, P, key_tensor(*KEY), noise_shape, 2.0)
+    want = torch.ops.fused_dropout.apply_broadcast(x.cpu(), *arguments[1:])
+    if inplace:
+        launched(torch.ops.fused_dropout.apply_broadcast_, *arguments)
+    y = x if inplace else launched(torch.ops.fused_dropout.apply_broadcast, *arguments)
+    in_vectors = n // 8 * 8 if not offset * size % 16 else 0
+    for kind, t in (("st", y), ("ld", x)):
+        pointer, buffer = memory(t)
+        first = (pointer - buffer.base) // size
+        counts = buffer.byte_counts(kind).reshape(-1, size)
+        assert not counts[:first].any()
+        assert (counts[first : first + n] == 1).all() if kind == "st" else counts.max() == 1
+        widths = {width: times.sum() * width for (k, width), times in buffer.counts.items() if k == kind}
+        assert widths.pop(16, 0) == in_vectors * size
+        assert set(widths) <= {size}
+    assert_same(y, want)
+
+
 # --------------------------------------------------------------------------------- grids that no host code would choose
 
 
