@@ -17,7 +17,7 @@ CUDA_PY := .venv-cuda/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
-DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py
+DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
 .PHONY: help bench bench-cpu test test-models test-cuda test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
@@ -31,9 +31,11 @@ bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table a
 	$(PY) benchmarks/cpu_targets.py
 
 test: $(INSTALLED) ## the whole suite; then the core without the eager binding, and without any compiled part
-	$(PY) -m pytest -q
-	$(PY) -m pytest -q --hide=_eager $(CORE) $(DROP_IN) tests/test_compile.py
-	$(PY) -m pytest -q --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py
+	@# Side by side, for the second core.
+	@for layer in _eager _C; do \
+		$(PY) -m pytest -q -p no:cacheprovider --hide=$$layer $(CORE) $(DROP_IN) tests/test_compile.py || exit; \
+	done >build/test-layers.log 2>&1 & \
+	$(PY) -m pytest -q; whole=$$?; wait $$!; layers=$$?; cat build/test-layers.log; exit $$((whole | layers))
 
 test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
 	$(PY) -m pytest -q tests/models

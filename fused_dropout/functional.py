@@ -373,9 +373,7 @@ def _alpha(
         return dropout(input, p, inplace=inplace)
     p = float(p)
     noise_shape = None if lead is None else _channels(input, lead)
-    # torch.func.jvp gives x + 1.5 a float64 tangent if x has no dimension (torch 2.13).
-    shifted = input + _SELU_SATURATION if input.dim() else input.clone().add_(_SELU_SATURATION)
-    output = dropout(shifted, p, generator=generator, key=key, noise_shape=noise_shape)
+    output = dropout(input + _SELU_SATURATION, p, generator=generator, key=key, noise_shape=noise_shape)
     scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
     factor, shift = scale * (1 - p), -scale * (1 - p) * _SELU_SATURATION
     # Selective checkpointing may hold dropout's result, which then must not change.

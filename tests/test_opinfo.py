@@ -126,14 +126,6 @@ def test_derivatives(name, ops):
 
 
 @for_names
-def test_tangents_have_the_inputs_dtype(name, ops):
-    with fd.patched():
-        for f, _, x in samples(ops, torch.float32):
-            y, tangent = torch.func.jvp(f, (x,), (torch.ones_like(x),))
-            assert (tangent.shape, tangent.dtype) == (y.shape, x.dtype)
-
-
-@for_names
 @pytest.mark.parametrize("randomness", ["error", "same", "different"])
 def test_vmap(name, randomness, ops):
     for f, _, x in samples(ops, torch.float32):
