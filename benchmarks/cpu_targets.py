@@ -95,6 +95,16 @@ def in_place_sizes(low: int, high: int) -> list[Contender]:
     return [_in_place(x, partial(fd.dropout, x, P, True, True)) for x in tensors]
 
 
+def channels(*shape: int, dtype: str = "float32", inplace: bool = False, last: bool = False) -> list[Contender]:
+    x = torch.ones(shape, dtype=getattr(torch, dtype))
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def run(dropout2d: Callable[..., Tensor]) -> Contender:
+        return Contender(partial(dropout2d, x, P, True, inplace), partial(x.fill_, 1.0) if inplace else lambda: None)
+
+    return [run(fd.dropout2d), run(F.dropout2d)]
+
+
 def threads(log2: int, *counts: int) -> list[Contender]:
     call = partial(fd.dropout, _values(log2), P)
 
@@ -141,6 +151,8 @@ def at(make: Callable[..., list[Contender]], *log2s: int, **options: object) -> 
 HALVES = at(forward, 20, 24, dtype="bfloat16") + at(forward, 20, 24, dtype="float16")
 SMALL = at(forward, 6) + at(forward_backward, 6)
 SMALL_NO_EAGER = at(forward, 6) + at(forward, 6, grad=True) + at(forward_backward, 6)
+CHANNELS = [partial(channels, 32, 64, n, n, **more) for n in (7, 56) for more in ({}, {"dtype": "bfloat16"})]
+CHANNELS += [partial(channels, 32, 64, 56, 56, **more) for more in ({"inplace": True}, {"last": True})]
 SIZES = [partial(in_place_sizes, 12, 26)]
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
 AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
@@ -160,6 +172,14 @@ ROWS = (
     Row("sizes", "ns an element in place, 2^12 to 2^26: worst", "its own best", "<=", (1.6,), SIZES, seconds=25),
     Row("small", "64 floats: forward, forward + backward", "F.dropout", "<=", (0.7, 0.9), SMALL),
     Row("no-eager", "the same and with grad, no eager binding", "F.dropout", "<=", (1.5,), SMALL_NO_EAGER, NO_EAGER),
+    Row(
+        "channels",
+        "dropout2d, (32, 64, n, n): n = 7, 56 as float32, bfloat16; 56 in place, channels_last",
+        "F.dropout2d",
+        "<=",
+        (1.1,),
+        CHANNELS,
+    ),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )
 

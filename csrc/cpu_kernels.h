@@ -27,7 +27,7 @@ struct CpuKernels {
   void (*float16)(const Half* x, Half* y, uint64_t index, int64_t n, const Draw& draw);
   void (*bfloat16)(const BFloat16* x, BFloat16* y, uint64_t index, int64_t n, const Draw& draw);
   void (*mask)(bool* y, uint64_t index, int64_t n, const Draw& draw);
-  // The same by flags of 16 bits for each element, all of them set where it is kept.
+  // The same by flags of 16 bits for each element, all of them set where it is kept; with no flags all are kept.
   void (*select_float32)(const float* x, float* y, const uint16_t* flags, int64_t n, double scale);
   void (*select_float64)(const double* x, double* y, const uint16_t* flags, int64_t n, double scale);
   void (*select_float16)(const Half* x, Half* y, const uint16_t* flags, int64_t n, double scale);

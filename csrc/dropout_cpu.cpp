@@ -103,28 +103,25 @@ class Broadcast {
     }
   }
 
-  // The flags of the next elements, up to n: as many as one element of the mask, or several that lie together, decide
-  // for, if that is a good number, or else those of shorter runs one after the other.
-  int64_t next(int64_t n, const uint16_t*& flags, bool& dropped) {
+  // What the next elements have in common, up to n: the flags of several that lie together, or, if one of the mask's
+  // decides for many, whether they are kept (no flags) or dropped. Shorter runs are laid out one after the other.
+  struct Next {
+    int64_t n;
+    const uint16_t* flags;
+    bool dropped;
+  };
+
+  Next next(int64_t n) {
     const auto [size, stride] = dims_[0];
     const int64_t run = std::min(n, size - at_[0]);
-    dropped = false;
-    if (run < kFlags / 8 || stride > 1) {
+    if (run < kFlags / 16 || stride > 1) {
       n = std::min(n, kFlags);
       lay_out(n);
-      flags = buffer_;
-      return n;
+      return {n, buffer_, false};
     }
-    flags = mask_;
-    n = run;
-    if (stride == 0) {
-      static const std::vector<uint16_t> all(kFlags, 0xFFFF);
-      dropped = *mask_ == 0;
-      flags = all.data();
-      if (!dropped) n = std::min(n, kFlags);
-    }
-    advance(n);
-    return n;
+    const Next found = {run, stride == 0 ? nullptr : mask_, stride == 0 && *mask_ == 0};
+    advance(run);
+    return found;
   }
 
  private:
@@ -137,8 +134,14 @@ class Broadcast {
       } else {
         for (int64_t i = 0; i < run; ++i) flags[i] = mask_[i * stride];
       }
-      flags += run;
-      n -= run;
+      int64_t done = run;
+      if (run == size && dims_.size() > 1 && dims_[1].stride == 0) {  // the same once more, several times over
+        const int64_t times = std::min(n / size, dims_[1].size - at_[1]);
+        for (; done < times * size; ++done) flags[done] = flags[done - size];
+        at_[1] += times - 1;
+      }
+      flags += done;
+      n -= done;
       advance(run);
     }
   }
@@ -166,9 +169,7 @@ void drop_broadcast(const Job& job, const uint16_t* mask,
   in_parallel(job.numel(), [&](int64_t begin, int64_t end) {
     Broadcast broadcast(*job.noise, mask, begin);
     while (begin < end) {
-      const uint16_t* flags = nullptr;
-      bool dropped = false;
-      const int64_t n = broadcast.next(end - begin, flags, dropped);
+      const auto [n, flags, dropped] = broadcast.next(end - begin);
       T* y = static_cast<T*>(job.y) + begin;
       if (dropped) {
         std::memset(y, 0, n * sizeof(T));

@@ -172,14 +172,17 @@ void write_mask(bool* y, uint64_t index, int64_t n, const Draw& draw) {
 template <typename T, typename Compute>
 void select(const T* x, T* y, const uint16_t* flags, int64_t n, double scale) {
   constexpr int kAtOnce = kGroup / 2;
+  uint16_t last[kAtOnce];
+  std::fill_n(last, kAtOnce, 0xFFFF);
+  const Kept all = kept_of(last);
+  const Compute s = static_cast<Compute>(scale);
   int64_t i = 0;
-  for (; n - i >= kAtOnce; i += kAtOnce) write(x + i, y + i, kept_of(flags + i), static_cast<Compute>(scale));
+  for (; n - i >= kAtOnce; i += kAtOnce) write(x + i, y + i, flags ? kept_of(flags + i) : all, s);
   if (i == n) return;
   T buffer[kAtOnce] = {};
-  uint16_t last[kAtOnce] = {};
   std::memcpy(buffer, x + i, (n - i) * sizeof(T));
-  std::memcpy(last, flags + i, (n - i) * sizeof(uint16_t));
-  write(buffer, buffer, kept_of(last), static_cast<Compute>(scale));
+  if (flags) std::memcpy(last, flags + i, (n - i) * sizeof(uint16_t));
+  write(buffer, buffer, kept_of(last), s);
   std::memcpy(y + i, buffer, (n - i) * sizeof(T));
 }
 

@@ -299,6 +299,12 @@ class Tester {
       Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
                                  reinterpret_cast<const uint16_t*>(flags), n, draw_.scale);
       compare(y, wanted, n);
+      // All are kept if there are no flags.
+      if (std::find(kept_.begin() + first, kept_.begin() + first + n, 0) == kept_.begin() + first + n) {
+        if (in_place) std::memcpy(x, input, bytes);
+        Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n, draw_.scale);
+        compare(y, wanted, n);
+      }
     }
     if (!in_place && !kMask) {
       if (std::memcmp(x, input, bytes)) fail("its input was written to");
