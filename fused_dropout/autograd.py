@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import native, operators, reference
 
@@ -132,7 +133,7 @@ def is_transformed() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether torch.export or torch.jit.trace records a graph: of operations, whose derivatives are then taken."""
+    """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package."""
     return torch.compiler.is_exporting() or (not _is_compiling() and _tracing_state() is not None)
 
 
@@ -140,6 +141,15 @@ def _is_functionalized() -> bool:
     from torch._C._functorch import TransformType, get_interpreter_stack
 
     return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
+
+
+def _is_traced() -> bool:
+    """Whether a graph of operations is recorded whose derivatives are then taken, where an autograd Function is lost."""
+    if _is_compiling():
+        return is_recorded()
+    if _in_functorch() and _is_functionalized():
+        return True
+    return is_recorded() or (_dispatch_modes() > 0 and get_proxy_mode() is not None)
 
 
 def _compose(x: Tensor, p: float, key: Tensor) -> Tensor:
@@ -154,7 +164,7 @@ def apply(x: Tensor, p: float, key: Tensor, transformed: bool) -> Tensor:
     strides of ``torch.empty_like(x)``.
     """
     if transformed:
-        if is_recorded() or (not _is_compiling() and _in_functorch() and _is_functionalized()):
+        if _is_traced():
             return _compose(x, p, key)
         dual = not _is_compiling() and forward_ad._current_level >= 0
         return (DropoutForwardAD if dual else Dropout).apply(x, p, key)

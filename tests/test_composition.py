@@ -272,6 +272,19 @@ class TestTracers:
         for _ in range(3):
             assert torch.equal(traced(torch.ones(99)), fd.dropout(torch.ones(99), generator=other))
 
+    @pytest.mark.parametrize("options", [{}, {"noise_shape": (5, 1)}], ids=["", "noise_shape"])
+    def test_gradients_through_what_make_fx_traced(self, options):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def drop(x):
+            return fd.dropout(x * 2, 0.3, key=KEY, **options)
+
+        x = torch.ones(5, 8, requires_grad=True)
+        traced = make_fx(drop)(x.detach())
+        (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (traced, drop))
+        assert torch.equal(got, want)
+        assert 0 < got.count_nonzero() < 40
+
     def test_fake_tensors_with_a_key(self):
         from torch._subclasses import FakeTensorMode
 
