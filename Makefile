@@ -74,7 +74,7 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
 
 inductor: build/installed-cuda ## what torch.compile makes of dropout for a GPU, from Inductor and Triton without one: kernels, instructions
-	cd benchmarks && ../$(CUDA_PY) -W ignore inductor.py
+	cd benchmarks && ../$(CUDA_PY) -W ignore inductor.py | tee results/inductor.md
 
 sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
 	cd benchmarks && ../$(CUDA_PY) sass.py

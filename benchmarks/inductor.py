@@ -50,6 +50,13 @@ H100 = SimpleNamespace(
     L2_cache_size=50 << 20,
     gcnArchName="",
 )
+HEADER = """# What torch.compile makes of dropout on a GPU
+
+Written by `make inductor`, without a GPU: counts, no times. nn.Dropout's other call draws its seeds. fd's key, 16 bytes,
+is an input here: one more operator draws it and takes it to the device. Kernels with XBLOCK elements have 4 warps.
+
+torch {torch}, triton {triton}, for sm_90; p = {p}, {rows} x {columns}
+"""
 CUDA, TARGET = torch.device("cuda", 0), GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ROWS, COLUMNS, P = 1 << 14, 1 << 10, 0.1
@@ -184,7 +191,7 @@ def main() -> None:
     if sys.argv[1:]:  # for tests/test_triton.py
         folder, dtype, numel = sys.argv[1:]
         return write_ptx(Path(folder), getattr(torch, dtype), int(numel))
-    print(f"torch {torch.__version__}, triton {triton.__version__}, for sm_90; p = {P}, {ROWS} x {COLUMNS}\n")
+    print(HEADER.format(torch=torch.__version__, triton=triton.__version__, p=P, rows=ROWS, columns=COLUMNS))
     print("| block | dtype | dropout | Triton kernels | other calls | instructions an element: XBLOCK 1024, 512 |")
     print("|---|---|---|---|---|---|")
     for block, make in BLOCKS.items():
