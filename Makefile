@@ -30,7 +30,7 @@ bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fuse
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
 	$(PY) benchmarks/cpu_targets.py
 
-test: $(INSTALLED) ## the whole suite; then the core without the eager binding, and without any compiled part
+test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
 	@# Side by side, for the second core.
 	@for layer in _eager _C; do \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=$$layer $(CORE) $(DROP_IN) tests/test_compile.py || exit; \

@@ -52,8 +52,8 @@ H100 = SimpleNamespace(
 )
 HEADER = """# What torch.compile makes of dropout on a GPU
 
-Written by `make inductor`, without a GPU: counts, no times. nn.Dropout's other call draws its seeds. fd's key, 16 bytes,
-is an input here: one more operator draws it and takes it to the device. Kernels with XBLOCK elements have 4 warps.
+Written by `make inductor`, without a GPU: counts, no times. nn.Dropout's other call draws its seeds. fd's key is an
+input here: one more operator draws it and takes its 16 bytes to the device. Kernels of XBLOCK elements have 4 warps.
 
 torch {torch}, triton {triton}, for sm_90; p = {p}, {rows} x {columns}
 """

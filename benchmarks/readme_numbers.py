@@ -36,8 +36,8 @@ def models_table(result):
     memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}
     lines = [
         f"Whole training steps with `fd.Dropout` for `nn.Dropout`, {environment['threads']} threads, torch"
-        f" {environment['torch']}, {environment['date'][:10]}: medians of",
-        "interleaved ratios; bytes kept for backward, and the peak of a step, before and after.",
+        f" {environment['torch']}, {environment['date'][:10]}: how many",
+        "times as fast (medians of interleaved ratios); bytes kept for backward, and peak of a step, before and after.",
         "",
         "| model | eager | compiled | kept for backward | peak |",
         "|---|---|---|---|---|",

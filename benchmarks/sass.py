@@ -124,16 +124,20 @@ def steady_state(lines: list[tuple[int, str, str]], width: int) -> list[str]:
     return min(loops, key=len)
 
 
-def parse(library: Path) -> list[Kernel]:
-    tool = find_tool()
+def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """Registers, stack and so on, by architecture and the kernel's name."""
     usage: dict[tuple[str, str], dict[str, int]] = {}
     arch = name = ""
-    for line in output(tool, "--dump-resource-usage", str(library)).splitlines():
+    for line in output(find_tool(), "--dump-resource-usage", str(library)).splitlines():
         arch = found[1] if (found := re.search(r"arch = (sm_\w+)", line)) else arch
         name = found[1] if (found := re.match(r"\s*Function (\S+?):?\s*$", line)) else name
         if "REG:" in line:
             usage[arch, name] = {what: int(n) for what, n in re.findall(r"(\w+):(\d+)", line)}
-    kernels = []
+    return usage
+
+
+def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> list[Kernel]:
+    tool, kernels = find_tool(), []
     for image in re.split(r"(?=code for sm_|arch = sm_)", output(tool, "--dump-sass", str(library)))[1:]:
         arch = re.search(r"sm_\w+", image)[0]
         for code in image.split("Function : ")[1:]:
@@ -169,7 +173,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
-def report(kernels: list[Kernel]) -> str:
+def report(kernels: list[Kernel], broadcasts: list[dict[str, int]]) -> str:
     rows = [
         ["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "16-byte loads, stores"]
     ]
@@ -190,6 +194,7 @@ def report(kernels: list[Kernel]) -> str:
     return (
         "# The CUDA kernels' machine code\n\nWritten by `make sass`. The steady state, per element:\n\n"
         f"{table(rows)}\n\n"
+        f"Those for broadcast masks take {max(used['REG'] for used in broadcasts)} registers at most, and no stack.\n\n"
         "## A model, nothing measured\n\n"
         "What a large tensor's dropout is bound by, from the counts above and from data sheets (bandwidth, processors\n"
         "and boost clock; 128 instructions a clock and processor; 32 wide multiplies, which is not documented): the\n"
@@ -202,12 +207,19 @@ def main() -> None:
     library = (
         Path(sys.argv[1]) if len(sys.argv) > 1 else next(Path(find_spec("fused_dropout").origin).parent.glob("_C*.so"))
     )
-    kernels = parse(library)
-    text = report(kernels)
+    usage = resources(library)
+    kernels, broadcasts = (
+        parse(library, usage),
+        [used for (_, name), used in usage.items() if "broadcast_kernel" in name],
+    )
+    text = report(kernels, broadcasts)
     print(text)
     Path(__file__).parent.joinpath("results", "sass.md").write_text(text)
     images = output(find_tool(), "--list-ptx", str(library))
     faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
+    faults += [
+        f"stack or local memory in a broadcast kernel: {used}" for used in broadcasts if used["STACK"] or used["LOCAL"]
+    ]
     newest = max((k.arch for k in kernels), key=lambda arch: int(re.sub(r"\D", "", arch)))
     if newest not in images:
         faults.append(f"no PTX for {newest}, from which a later GPU's driver would compile")

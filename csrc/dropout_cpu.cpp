@@ -91,6 +91,7 @@ void write_mask(const Job& job, const Draw& draw) {
 }
 
 constexpr int64_t kFlags = 1024;  // as many flags of elements stay in the first cache
+constexpr int64_t kLongRun = 64;  // elements that are worth a call of their own
 
 // Goes through memory, and says of each element what the mask, of the noise's shape, has for it.
 class Broadcast {
@@ -114,7 +115,7 @@ class Broadcast {
   Next next(int64_t n) {
     const auto [size, stride] = dims_[0];
     const int64_t run = std::min(n, size - at_[0]);
-    if (run < kFlags / 16 || stride > 1) {
+    if (run < kLongRun || stride > 1) {
       n = std::min(n, kFlags);
       lay_out(n);
       return {n, buffer_, false};

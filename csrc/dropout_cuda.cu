@@ -1,5 +1,5 @@
 // The operators on a CUDA device: a thread draws a block, eight elements, and goes on to the next with a stride of the
-// grid.
+// grid. Where a mask is broadcast, in a kernel of its own, it takes eight elements and draws what decides for them.
 #include "operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Noise for the device. No tensor has more dimensions of two elements and more.
+// Noise for the device. With more dimensions of two elements and more a tensor would have 2^64 of them.
 template <typename Index>
 struct NoiseDims {
   int count;

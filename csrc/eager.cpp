@@ -152,7 +152,7 @@ Tensor select_scaled(const Tensor& x, double p, const Tensor& key, const std::op
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::keep_mask");
   const Tensor kept = op.call(noise ? at::empty(noise->shape, x.options().dtype(at::kBool)) : x, p, key, 0);
-  return at::where(kept, x.mul(noise ? noise->scale : 1.0 / (1.0 - p)), 0);
+  return at::where(kept, x.mul(noise ? noise->scale : p < 1 ? 1.0 / (1.0 - p) : 0.0), 0);
 }
 
 // Straight to the kernel where nothing else is looking; a gradient batched by vmap still needs its own rule.

@@ -144,12 +144,10 @@ def _is_functionalized() -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a graph of operations is recorded whose derivatives are then taken, where an autograd Function is lost."""
-    if _is_compiling():
+    """Whether operations are recorded whose derivatives are then taken, so that an autograd Function is lost."""
+    if is_recorded() or _is_compiling():
         return is_recorded()
-    if _in_functorch() and _is_functionalized():
-        return True
-    return is_recorded() or (_dispatch_modes() > 0 and get_proxy_mode() is not None)
+    return (_in_functorch() and _is_functionalized()) or (_dispatch_modes() > 0 and get_proxy_mode() is not None)
 
 
 def _compose(x: Tensor, p: float, key: Tensor) -> Tensor:

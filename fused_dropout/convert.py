@@ -18,9 +18,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def _to_fused() -> dict[type, type]:
     """The classes that are swapped: torch's, and timm's ``DropPath``, which is there if a model has one."""
     found = {getattr(nn, name): getattr(modules, name) for name in FAMILY.values()}
-    if timm := sys.modules.get("timm.layers.drop"):
-        found[timm.DropPath] = modules.DropPath
-    return found
+    drop_path = getattr(sys.modules.get("timm.layers.drop"), "DropPath", None)
+    return found if drop_path is None else {**found, drop_path: modules.DropPath}
 
 
 def _to_originals() -> dict[type, type]:
@@ -59,9 +58,10 @@ def _why_left(name: str, module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
-    if type(module) in _to_fused() or type(module) in _to_originals():
+    table = _to_fused()
+    if type(module) in table or type(module) in table.values():
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
-    if isinstance(module, tuple(_to_fused())):
+    if isinstance(module, tuple(table)):
         return f"{type(module).__module__}.{kind}, a subclass"
     if isinstance(module, nn.MultiheadAttention) and module.dropout:
         return f"{kind}: calls torch's functions, which fd.patch() reaches where weights are asked for"

@@ -133,19 +133,19 @@ def _dropout_broadcast(
     """``dropout`` with a mask of this shape; scaled: whether kept elements are multiplied by 1 / (1 - p)."""
     p = float(p)
     scale = reference.scale(p) if scaled else 1.0
-    if _eager_dropout_broadcast is not None and not _is_compiling():
+    transformed = autograd.is_transformed()
+    if not transformed and scaled and shape == input.shape and input.is_contiguous():
+        return dropout(input, p, inplace=inplace, generator=generator, key=key)
+    if _eager_dropout_broadcast is not None and not transformed:
         output = _eager_dropout_broadcast(input, p, inplace, generator, key, shape, scale)
         if output is not None:
             return output
-    transformed = autograd.is_transformed()
     if not _is_covered(input, transformed, generator, key):
         noise = _torch_dropout(input.new_ones(shape), p)
         noise = noise if scaled else noise != 0
         return input.mul_(noise) if inplace else input * noise
     if input.numel() == 0:
         return input
-    if scaled and shape == tuple(input.shape) and input.is_contiguous():
-        return dropout(input, p, inplace=inplace, generator=generator, key=key)
     if inplace:
         _check_no_overlap(input)
     if key is None:
@@ -452,7 +452,7 @@ def _is_fusable(x: object) -> bool:
     return (type(x) is Tensor or type(x) is Parameter) and _has_kernel(x)
 
 
-def _has_kernel(x: Tensor) -> bool:
+def _has_kernel(x: Any) -> bool:
     return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is _STRIDED and not x.is_nested
 
 

@@ -41,7 +41,8 @@ class _Keyed(nn.Module):
         return isinstance(proxy.tracer, Tracer) and proxy.tracer.root is not self
 
     def _recorded(self, proxy: Proxy) -> Proxy:
-        return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), (proxy,), {})
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
 
     def extra_repr(self) -> str:
         shown = {"generator": self.generator, "key": self.key, "noise_shape": getattr(self, "noise_shape", None)}

@@ -87,7 +87,7 @@ def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
     Indices of int32 let it see that neighbours have a block in common. The key is expanded, or it would compute what
     depends on that alone in kernels of their own.
     """
-    seed, offset = (word.expand(index.shape) for word in key.view(torch.int64).unbind())
+    seed, offset = (word.expand(index.shape) for word in key.to(torch.int64).unbind())
     block, slot = (index >> 3).to(torch.int64), index & 7
     counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
     w0, w1, w2, w3 = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
@@ -98,8 +98,10 @@ def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
 
 def indices(shape: Sequence[int], device: torch.device) -> Tensor:
     """0, 1, 2, ... in row-major order."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a second, with sympy
+
     numel = prod(shape)
-    dtype = torch.int32 if numel < 2**31 else torch.int64
+    dtype = torch.int32 if guard_or_false(numel < 2**31) else torch.int64
     return torch.arange(numel, dtype=dtype, device=device).view(shape)
 
 

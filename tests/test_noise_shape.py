@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers import assert_same, for_dtypes, key_tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
-from fused_dropout import native, reference
+from fused_dropout import broadcast, functional, native, reference
 
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
 SHAPE = (4, 6, 3, 5)
@@ -133,13 +134,22 @@ ORDERS = {
 }
 
 
+@pytest.fixture
+def two_threads():
+    """Whatever the machine has: a thread begins in the midst of a tensor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 class TestOperator:
     """``apply_broadcast`` itself and its reference: every order of runs that share a draw and runs that do not."""
 
     @for_runs
     @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
     @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
-    def test_every_order_of_runs(self, ops, order, shape, noise_shape, key, device):
+    def test_every_order_of_runs(self, ops, order, shape, noise_shape, key, device, two_threads):
         numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).view(shape)
         x = order(numbers).to(device)
         want = expected(numbers, noise_shape, scale=1.25)
@@ -260,6 +270,18 @@ class TestMemory:
         with Masks():
             fd.dropout(torch.ones(512, 512), P, noise_shape=(512, 1))
         assert set(bytes_of_masks) == {512}
+
+    def test_a_mask_of_the_inputs_shape_is_plain_dropouts(self, monkeypatch, key):
+        """Which lays out no mask in memory."""
+        monkeypatch.setattr(functional, "_eager_dropout_broadcast", None)
+        monkeypatch.setattr(broadcast, "apply", None)
+        x = torch.ones(6, 8)
+        for y in (
+            fd.dropout(x, P, key=key, noise_shape=(None, 8)),
+            fd.drop_path(x[:, 0].contiguous(), P, training=True, key=key),
+            fd.feature_alpha_dropout(x, P, training=True, key=key),
+        ):
+            assert y.shape in (x.shape, x.shape[:1])
 
 
 class TestInPlace:
@@ -388,6 +410,17 @@ class TestCompile:
         x = torch.rand(4, 3, 7)
         for got, want in zip(run(compiled, x), run(f, x), strict=True):
             torch.testing.assert_close(got, want)
+
+    @pytest.mark.parametrize("keys", [(), (fd.key(3),)], ids=["", "key"])
+    def test_make_fx_keeps_sizes_open(self, keys):
+        def drop(x, *keys):
+            options = dict(zip(("key",), keys, strict=False))
+            return fd.drop_path(x, 0.5, training=True, **options), fd.dropout(x, P, noise_shape=(None, 1), **options)
+
+        traced = make_fx(drop, tracing_mode="symbolic")(torch.ones(5, 8), *keys)
+        for y in traced(torch.ones(7, 8), *keys):
+            assert y.shape == (7, 8)
+            assert torch.equal(y[:, :1].expand_as(y), y)
 
     def test_is_seen_by_fx_as_it_is(self):
         graph = torch.fx.symbolic_trace(fd.Dropout(P, noise_shape=(1, None))).graph
