@@ -14,12 +14,13 @@ VENV := $(or $(ACTIVE),.venv)
 PY := $(VENV)/bin/python
 INSTALLED := build/installed$(subst /,-,$(VENV))
 CUDA_PY := .venv-cuda/bin/python
+OLDEST_PY := .venv-oldest/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
-.PHONY: help bench bench-cpu test test-models test-cuda test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-models test-cuda test-oldest test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -43,6 +44,9 @@ test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, P
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
 	cd tests && ../$(CUDA_PY) -m fused_dropout info
 	cd tests && ../$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE:tests/%=%) test_dropin.py
+
+test-oldest: build/installed-oldest ## build and test under the oldest torch that the kernels serve
+	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_patch.py
 
 test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one torch under another: masks and gradients
 	$(CUDA_PY) -W ignore -c 'import fused_dropout as fd, torch; i = fd.backend_info(); print(i); \
@@ -108,9 +112,9 @@ format: build/linters ## rewrite the sources as lint wants them
 	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp
 
 clean: ## remove what was built, and the environments
-	rm -rf build dist .venv .venv-cuda *.egg-info fused_dropout/*.so fused_dropout/_build.json
+	rm -rf build dist .venv .venv-cuda .venv-oldest *.egg-info fused_dropout/*.so fused_dropout/_build.json
 
-.venv/bin/python .venv-cuda/bin/python:
+.venv/bin/python .venv-cuda/bin/python .venv-oldest/bin/python:
 	$(PYTHON) -m venv $(@:%/bin/python=%)
 
 $(INSTALLED): $(PY) $(SOURCES)
@@ -171,6 +175,12 @@ build/torch-cuda: $(CUDA_PY)
 build/installed-cuda: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
 	$(COPY)
 	cd build/source && FUSED_DROPOUT_BUILD=cuda ../../$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+build/installed-oldest: $(OLDEST_PY) $(SOURCES) $(wildcard fused_dropout/*.py)
+	$(OLDEST_PY) -m pip install -q torch==2.11.0 "setuptools>=77" wheel ninja pytest hypothesis numpy
+	$(COPY)
+	cd build/source && FUSED_DROPOUT_BUILD=cpu ../../$(OLDEST_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
 build/installed-fakegpu: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)

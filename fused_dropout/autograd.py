@@ -31,9 +31,14 @@ def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
     return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
+def _is_exporting() -> bool:
+    # Not torch.compiler.is_exporting(), which Dynamo takes for true whenever it compiles (torch 2.11).
+    return torch.compiler._is_exporting_flag
+
+
 def is_fused_by_compiler(x: Tensor) -> bool:
     """Whether a compiler is at work and is to be given the mask's arithmetic, and not the operator."""
-    if not _is_compiling() or torch.compiler.is_exporting():
+    if not _is_compiling() or _is_exporting():
         return False
     return native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
 
@@ -134,7 +139,7 @@ def is_transformed() -> bool:
 
 def is_recorded() -> bool:
     """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package."""
-    return torch.compiler.is_exporting() or (not _is_compiling() and _tracing_state() is not None)
+    return _is_exporting() or (not _is_compiling() and _tracing_state() is not None)
 
 
 def _is_functionalized() -> bool:
