@@ -53,12 +53,11 @@ def _is_replaced(module: nn.Module) -> bool:
     return forward is not None and forward != MethodType(type(module).forward, module)
 
 
-def _why_left(name: str, module: nn.Module) -> str | None:
+def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | None:
     """Why a module that may be taken for dropout is not swapped; None if nobody would take it for that."""
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
-    table = _to_fused()
     if type(module) in table or type(module) in table.values():
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(table)):
@@ -105,10 +104,11 @@ def convert_report(model: nn.Module) -> ConvertReport:
         left   2  LSTM: drops inside torch's own kernel
     """
     every = list(model.named_modules(remove_duplicate=False))
-    reasons = {name: _why_left(name, module) for name, module in every}
+    table = _to_fused()
+    reasons = {name: _why_left(name, module, table) for name, module in every}
     return ConvertReport(
         fused={name: repr(module) for name, module in _swappable(model, _to_originals())},
-        torch={name: repr(module) for name, module in _swappable(model, _to_fused())},
+        torch={name: repr(module) for name, module in _swappable(model, table)},
         left={name: reason for name, reason in reasons.items() if reason is not None},
     )
 

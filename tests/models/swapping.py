@@ -110,72 +110,73 @@ def mean_losses(case: Case, ways: str) -> list[float]:
     return [fmean(curve(case, ways, seed)) for seed in range(RUNS)]
 
 
-def check_losses(case: Case) -> None:
-    """The loss falls, and its mean over the run is nn.Dropout's. Without dropout it is not: that can be seen."""
-    # Where convert reaches all that patch does, or nothing, its runs are patch's or torch's own: check_one_mask.
-    ways = ["patched", "converted"] if {"module", "call"} <= case.kinds or "path" in case.kinds else ["patched"]
-    mean = {way: mean_losses(case, way) for way in ("torch", *ways)}
-    ours = curve(case, "patched")
-    assert fmean(ours[-3:]) < 0.95 * ours[0], ours
-    assert ours != curve(case, "torch")
-    for way in ways:
-        assert alike(mean[way], mean["torch"]), mean
-    without = [fmean(curve(case, "torch", train=False))]
-    assert not alike(mean["torch"], without), (mean, without)
-    assert not alike(mean["patched"], without), (mean, without)
+class Promises:
+    """What is tested of each case: a file's class inherits it, and is parametrized with its cases."""
 
+    def test_the_loss_falls_as_with_torchs(self, case: Case) -> None:
+        """The loss falls, and its mean over the run is nn.Dropout's. Without dropout it is not: that can be seen."""
+        # Where convert reaches all that patch does, or nothing, its runs are patch's or torch's own: the next test.
+        ways = ["patched", "converted"] if {"module", "call"} <= case.kinds or "path" in case.kinds else ["patched"]
+        mean = {way: mean_losses(case, way) for way in ("torch", *ways)}
+        ours = curve(case, "patched")
+        assert fmean(ours[-3:]) < 0.95 * ours[0], ours
+        assert ours != curve(case, "torch")
+        for way in ways:
+            assert alike(mean[way], mean["torch"]), mean
+        without = [fmean(curve(case, "torch", train=False))]
+        assert not alike(mean["torch"], without), (mean, without)
+        assert not alike(mean["patched"], without), (mean, without)
 
-def check_one_mask(case: Case) -> None:
-    """Patched and converted is the same as one of them alone, where that reaches all that the other does."""
-    patched, converted, both = curve(case, "patched"), curve(case, "converted"), curve(case, "patched, converted")
-    assert (both == patched) is ("path" not in case.kinds)
-    assert (both == converted) is ("call" not in case.kinds)
-    assert (converted == curve(case, "torch")) is ("module" not in case.kinds)
+    def test_both_ways_draw_the_same_masks(self, case: Case) -> None:
+        """Patched and converted is the same as one of them alone, where that reaches all that the other does."""
+        patched, converted, both = curve(case, "patched"), curve(case, "converted"), curve(case, "patched, converted")
+        assert (both == patched) is ("path" not in case.kinds)
+        assert (both == converted) is ("call" not in case.kinds)
+        assert (converted == curve(case, "torch")) is ("module" not in case.kinds)
 
+    @for_ways
+    def test_eval_is_as_before(self, case: Case, way: str) -> None:
+        model = case.model().eval()
+        with torch.no_grad():
+            want = case.output(model(**case.inputs))
+            with swapped(way, model):
+                state = torch.get_rng_state()
+                assert torch.equal(case.output(model(**case.inputs)), want)
+                assert torch.equal(torch.get_rng_state(), state)
 
-def check_eval(case: Case, way: str) -> None:
-    model = case.model().eval()
-    with torch.no_grad():
-        want = case.output(model(**case.inputs))
+    @for_ways
+    def test_undone_it_is_as_before(self, case: Case, way: str) -> None:
+        """Afterwards all is as before: classes, attributes, state dict, torch's functions, masks and gradients."""
+        model = case.model()
+
+        def state():
+            return [(name, type(m), set(vars(m))) for name, m in model.named_modules()], list(model.state_dict())
+
+        before, weights, step = state(), [t.clone() for t in model.state_dict().values()], case.step(model, 3)
         with swapped(way, model):
-            state = torch.get_rng_state()
-            assert torch.equal(case.output(model(**case.inputs)), want)
-            assert torch.equal(torch.get_rng_state(), state)
+            reached = "module" in case.kinds or ("call" in case.kinds and way == "patched")
+            assert same(case.step(model, 3), step) is not reached
+            assert list(model.state_dict()) == before[1]
+        assert all(getattr(*place) is function for place, function in TORCHS.items())
+        assert state() == before
+        assert same(list(model.state_dict().values()), weights)
+        assert same(case.step(model, 3), step)
 
-
-def check_undone(case: Case, way: str) -> None:
-    """Afterwards all is as before: classes, attributes, state dict, torch's functions, masks and gradients."""
-    model = case.model()
-
-    def state():
-        return [(name, type(m), set(vars(m))) for name, m in model.named_modules()], list(model.state_dict())
-
-    before, weights, step = state(), [t.clone() for t in model.state_dict().values()], case.step(model, 3)
-    with swapped(way, model):
-        reached = "module" in case.kinds or ("call" in case.kinds and way == "patched")
-        assert same(case.step(model, 3), step) is not reached
-        assert list(model.state_dict()) == before[1]
-    assert all(getattr(*place) is function for place, function in TORCHS.items())
-    assert state() == before
-    assert same(list(model.state_dict().values()), weights)
-    assert same(case.step(model, 3), step)
-
-
-def check_audit(case: Case) -> None:
-    fused = f"fused, {fd.backend_info().devices['cpu']}"
-    model = case.model()
-    for ways, reached in (("torch", ""), ("converted", "module path"), ("patched", "module call")):
-        with swapped(ways, model):
-            report = fd.audit(model, **case.inputs)
-        paths = {
-            "module": "torch",
-            "call": "torch",
-            "kernel": "torch, out of reach",
-            "path": "own code",
-            "own": "own code",
-        }
-        paths |= dict.fromkeys(reached.split(), fused)
-        got = [(site.module, site.path.partition(", aten::")[0]) for site in report.sites if site.train]
-        assert sorted(got) == sorted((name, paths[kind]) for name, kind in case.sites), f"{ways}\n{report}"
-        assert all(site.saved <= 32 for site in report.sites if site.path == fused), f"a key a call\n{report}"
-        assert not report.on_in_eval, report
+    def test_audit_names_every_site(self, case: Case) -> None:
+        fused = f"fused, {fd.backend_info().devices['cpu']}"
+        model = case.model()
+        for ways, reached in (("torch", ""), ("converted", "module path"), ("patched", "module call")):
+            with swapped(ways, model):
+                report = fd.audit(model, **case.inputs)
+            paths = {
+                "module": "torch",
+                "call": "torch",
+                "kernel": "torch, out of reach",
+                "path": "own code",
+                "own": "own code",
+            }
+            paths |= dict.fromkeys(reached.split(), fused)
+            got = [(site.module, site.path.partition(", aten::")[0]) for site in report.sites if site.train]
+            assert sorted(got) == sorted((name, paths[kind]) for name, kind in case.sites), f"{ways}\n{report}"
+            assert all(site.saved <= 32 for site in report.sites if site.path == fused), f"a key a call\n{report}"
+            assert not report.on_in_eval, report

@@ -5,13 +5,8 @@ import torch
 import torch.nn.functional as F
 from swapping import (
     Case,
+    Promises,
     alike,
-    check_audit,
-    check_eval,
-    check_losses,
-    check_one_mask,
-    check_undone,
-    for_ways,
     mean_losses,
     one_thread,  # noqa: F401
 )
@@ -112,34 +107,11 @@ CASES = {
     "megatron": case(MegatronBlock, {"ids": IDS}, IDS, ("", "call")),
     "conv": case(ConvNet, {"input": IMAGES}, torch.arange(8) % 5, ("2", "module"), ("7", "module")),
 }
-for_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@for_cases
-def test_the_loss_falls_as_with_torchs(case):
-    check_losses(case)
-
-
-@for_cases
-def test_both_ways_draw_the_same_masks(case):
-    check_one_mask(case)
-
-
-@for_cases
-@for_ways
-def test_eval_is_as_before(case, way):
-    check_eval(case, way)
-
-
-@for_cases
-@for_ways
-def test_undone_it_is_as_before(case, way):
-    check_undone(case, way)
-
-
-@for_cases
-def test_audit_names_every_site(case):
-    check_audit(case)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+class TestPromises(Promises):
+    pass
 
 
 def test_the_comparison_of_losses_can_fail(monkeypatch):

@@ -4,12 +4,7 @@ import pytest
 import torch
 from swapping import (
     Case,
-    check_audit,
-    check_eval,
-    check_losses,
-    check_one_mask,
-    check_undone,
-    for_ways,
+    Promises,
     one_thread,  # noqa: F401
 )
 from torch import nn
@@ -51,26 +46,9 @@ CASE = Case(
 )
 
 
-def test_the_loss_falls_as_with_torchs():
-    check_losses(CASE)
-
-
-def test_both_ways_draw_the_same_masks():
-    check_one_mask(CASE)
-
-
-@for_ways
-def test_eval_is_as_before(way):
-    check_eval(CASE, way)
-
-
-@for_ways
-def test_undone_it_is_as_before(way):
-    check_undone(CASE, way)
-
-
-def test_audit_names_every_site():
-    check_audit(CASE)
+@pytest.mark.parametrize("case", [CASE], ids=["lora"])
+class TestPromises(Promises):
+    pass
 
 
 def test_adapters_added_since_are_converted_the_second_time():

@@ -5,12 +5,7 @@ import torch
 import torch.nn.functional as F
 from swapping import (
     Case,
-    check_audit,
-    check_eval,
-    check_losses,
-    check_one_mask,
-    check_undone,
-    for_ways,
+    Promises,
     one_thread,  # noqa: F401
 )
 
@@ -53,34 +48,11 @@ def vit(fused_attention):
 
 
 CASES = {"fused attention": vit(True), "plain attention": vit(False)}
-for_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@for_cases
-def test_the_loss_falls_as_with_torchs(case):
-    check_losses(case)
-
-
-@for_cases
-def test_both_ways_draw_the_same_masks(case):
-    check_one_mask(case)
-
-
-@for_cases
-@for_ways
-def test_eval_is_as_before(case, way):
-    check_eval(case, way)
-
-
-@for_cases
-@for_ways
-def test_undone_it_is_as_before(case, way):
-    check_undone(case, way)
-
-
-@for_cases
-def test_audit_names_every_site(case):
-    check_audit(case)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+class TestPromises(Promises):
+    pass
 
 
 def test_drop_path_is_converted_and_back():

@@ -7,12 +7,8 @@ import pytest
 import torch
 from swapping import (
     Case,
+    Promises,
     assert_close,
-    check_audit,
-    check_eval,
-    check_losses,
-    check_one_mask,
-    check_undone,
     for_ways,
     one_thread,  # noqa: F401
     same,
@@ -176,31 +172,8 @@ for_some = pytest.mark.parametrize("case", [CASES[name] for name in ("bert", "gp
 
 
 @for_cases
-def test_the_loss_falls_as_with_torchs(case):
-    check_losses(case)
-
-
-@for_cases
-def test_both_ways_draw_the_same_masks(case):
-    check_one_mask(case)
-
-
-@for_cases
-@for_ways
-def test_eval_is_as_before(case, way):
-    check_eval(case, way)
-
-
-@for_cases
-@for_ways
-def test_undone_it_is_as_before(case, way):
-    check_undone(case, way)
-
-
-@for_cases
-def test_audit_names_every_site(case):
+class TestPromises(Promises):
     """Eager attention drops in a functional call, which patch reaches; that of torch's kernel is out of reach."""
-    check_audit(case)
 
 
 @for_some
