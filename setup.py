@@ -1,99 +1,103 @@
-"""Decides what to compile by what is there, builds it, and says so in three lines.
+"""What is compiled, for what, and what is left out and why: said in three lines, and in fused_dropout/_build.json.
 
-FUSED_DROPOUT_BUILD=auto|cuda|cpu|none (auto), FUSED_DROPOUT_CUDART=static|shared (static), TORCH_CUDA_ARCH_LIST.
-With "auto" the fallback is installed when something is missing or does not compile; "cuda" and "cpu" then fail."""
+FUSED_DROPOUT_BUILD=auto|cuda|cpu|none (auto), FUSED_DROPOUT_CUDART=static|shared (static), TORCH_CUDA_ARCH_LIST,
+VERBOSE=1. With "auto" what does not compile is left out, and the fallback serves; "cuda" and "cpu" fail then.
+"""
 
-import importlib.util
 import json
+import logging
 import os
-import re
-import shutil
-import subprocess
 import sys
-import sysconfig
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-SITE = Path(sysconfig.get_paths()["purelib"])
-sys.path.append(str(SITE))  # under build isolation too: the torch to build for is the one that will run
-torch = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+sys.path.append("csrc")
+from toolchain import BUILD, CUDART, OLDEST, VERBOSE, compile_alone, compiler, toolkit, torch, why_nothing
+
+SOURCES = {
+    "_C": ["csrc/library.cpp", *map(str, Path("csrc").glob("*cpu*.cpp"))],
+    "_cuda": ["csrc/dropout_cuda.cu"],
+    "_eager": ["csrc/eager.cpp"],
+}
+ABI3_WHEEL = "--py-limited-api" in " ".join(sys.argv)
+left_out = dict.fromkeys(SOURCES, why) if (why := why_nothing() or ("" if torch else "there is no torch")) else {}
+if not toolkit.folder or BUILD == "cpu":
+    left_out.setdefault("_cuda", toolkit.why_not or "FUSED_DROPOUT_BUILD=cpu")
+if ABI3_WHEEL:
+    left_out.setdefault("_eager", "it serves one Python and one torch, and this wheel all")
+places = tempfile.TemporaryDirectory(prefix="fused_dropout-")  # nothing of another build is taken for this one's
 
 
-def setting(name, *allowed):
-    if (value := os.environ.get(name, allowed[0])) not in allowed:
-        raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
-    return value
+def extension(name, version):
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    flags = ["-O3", f"-DFUSED_DROPOUT_VERSION={version}", f"-DFUSED_DROPOUT_TORCH={torch['__version__']}"]
+    flags += ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * ("_cuda" not in left_out)
+    flags += [f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"] * (name != "_eager")
+    options = {"cxx": [*flags, "-g0", "-fvisibility=hidden"], "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden"]}
+    make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
+    made = make(f"fused_dropout.{name}", SOURCES[name], extra_compile_args=options, py_limited_api=name != "_eager")
+    if "cudart" in made.libraries and CUDART == "static":
+        at = made.libraries.index("cudart")
+        made.libraries[at : at + 1] = ["cudart_static", "rt", "dl", "pthread"]
+    return made
 
 
-def find_toolkit():
-    """The CUDA toolkit's folder, asked of nvcc itself: on PATH it may be a wrapper. PyPI's packages come last."""
-    folders = [os.environ.get("CUDA_HOME", "") + "/bin", os.environ.get("PATH", ""), *SITE.glob("nvidia/cu*/bin")]
-    if nvcc := shutil.which("nvcc", path=os.pathsep.join(map(str, folders))):
-        said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
-        return os.path.realpath(re.search(r"^#\$ TOP=(.+)$", said, re.M)[1])
-
-
-BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
-CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
-compiler = shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
-missing = "no torch was found" if not torch else "no C++ compiler was found" if not compiler else ""
-missing = "FUSED_DROPOUT_BUILD=none" if BUILD == "none" else missing
-cuda = torch.version.cuda if torch else None
-toolkit = find_toolkit() if cuda and BUILD in ("auto", "cuda") else None
-no_cuda = "" if toolkit or BUILD == "cpu" else "no nvcc was found" if cuda else "this torch is built without it"
-if BUILD in ("cuda", "cpu") and (missing or (BUILD == "cuda" and no_cuda)):
-    raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD}, but this cannot be built: {missing or no_cuda}")
-info = {"left_out": f"everything: {missing}" if missing else no_cuda and f"CUDA: {no_cuda}"}
-extensions = []
-
-
-def write_info(command, info):
-    """Beside the modules, for fused_dropout/native.py: what was built for what, and what was not."""
-    folder = Path("." if command.editable_mode else command.build_lib, "fused_dropout")
-    folder.joinpath("_build.json").write_text(json.dumps({name: said for name, said in info.items() if said}) + "\n")
+def report(package):
+    """To whoever looks, and to ``fused_dropout/native.py``. Ends a build that was told to have what is left out."""
+    built = [name for name in SOURCES if name not in left_out]
+    info = {"built": built, "left_out": left_out, "torch": torch["__version__"] if built else None}
+    if "_cuda" in built:
+        info |= {"cuda": toolkit.version, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    Path(package, "_build.json").write_text(json.dumps(info) + "\n")
+    found = f"torch {torch and torch['__version__']}, compiler {compiler}, CUDA toolkit {toolkit.folder}"
+    without = "; ".join(f"{name}, since {why}" for name, why in left_out.items())
+    for line in (f"found {found}", f"built {', '.join(built) or 'nothing'}", f"left out {without or 'nothing'}"):
+        print("fused_dropout:", line, file=sys.stderr)
+    demanded = {"cpu": ["_C", "_eager"], "cuda": ["_C", "_cuda", "_eager"]}.get(BUILD, [])
+    if [name for name in demanded if name in left_out and not (name == "_eager" and ABI3_WHEEL)]:
+        raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD} asks for what is left out")
 
 
 class BuildPy(build_py):
     def run(self):
         super().run()
-        write_info(self, info)
+        package = "fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout"
+        for library in [file for name in SOURCES for file in Path(package).glob(f"{name}.*")]:
+            library.unlink()  # of an earlier build
+        if not self.distribution.ext_modules:
+            report(package)
 
 
-commands = {"build_py": BuildPy}
-if not missing:
-    if toolkit:
-        os.environ["CUDA_HOME"] = toolkit  # cpp_extension reads it when it is imported
-        said = subprocess.run([f"{toolkit}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-        common = ";".join(a for a in ("8.0", "9.0", "10.0") if "compute_" + a.replace(".", "") in said.split())
-        native = "editable_wheel" in sys.argv and torch.cuda.is_available()  # for this machine's own use only
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "native" if native else common + "+PTX")
-        info |= {"cuda": cuda, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    info["torch"] = torch.__version__
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+class Build(build_ext):
+    """Compiles each extension by itself, side by side: one that does not compile costs no other."""
 
-    class Build(BuildExtension):
-        def run(self):
-            try:
-                super().run()
-            except Exception as error:
-                if BUILD != "auto":
-                    raise
-                write_info(self, {"left_out": f"everything: compiling failed ({error})"})
+    def run(self):
+        os.environ.update(CXX=compiler, CC=os.environ.get("CC", compiler))
+        if "_cuda" not in left_out:
+            os.environ["CUDA_HOME"] = toolkit.folder  # cpp_extension reads it when it is imported
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures(self.editable_mode))
+        names = [name for name in SOURCES if name not in left_out]
+        extensions = self.distribution.ext_modules = [extension(n, self.distribution.get_version()) for n in names]
+        with ThreadPoolExecutor() as side_by_side:
+            messages = list(side_by_side.map(lambda each: compile_alone(each, self, places.name), extensions))
+        for name, message in [pair for pair in zip(names, messages, strict=True) if pair[1]]:
+            print(message, file=sys.stderr)
+            left_out[name] = next((line for line in message.splitlines() if "error" in line), message)
+        report("fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout")
 
-    commands["build_ext"] = Build
-    Extension = CUDAExtension if toolkit else CppExtension
-    flags = ["-O3", "-g0", "-fvisibility=hidden"] + ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * bool(toolkit)
-    stable = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest whose stable ABI the kernels are kept to
-    sources = ["csrc/library.cpp", *map(str, Path("csrc").glob("*cpu*.cpp")), *["csrc/dropout_cuda.cu"] * bool(toolkit)]
-    options = {"cxx": [*flags, stable], "nvcc": ["-O3", "-DUSE_CUDA", stable]}
-    kernels = Extension("fused_dropout._C", sources, extra_compile_args=options, py_limited_api=True)
-    extensions = [kernels, Extension("fused_dropout._eager", ["csrc/eager.cpp"], extra_compile_args={"cxx": flags})]
-    for libraries in [extension.libraries for extension in extensions if toolkit and CUDART == "static"]:
-        libraries[libraries.index("cudart") : libraries.index("cudart") + 1] = ["cudart_static", "rt", "dl", "pthread"]
 
-print(f"fused_dropout: found torch {torch and torch.__version__}, compiler {compiler}, CUDA {toolkit}", file=sys.stderr)
-built = [extension.name for extension in extensions] or "nothing"
-print(f"fused_dropout: compiles {built}\nfused_dropout: leaves out {info['left_out'] or 'nothing'}", file=sys.stderr)
-setup(ext_modules=extensions, cmdclass=commands, setup_requires=[] if torch else ["torch"])
+if not VERBOSE:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+setup(
+    ext_modules=[Extension(f"fused_dropout.{name}", SOURCES[name]) for name in SOURCES if name not in left_out],
+    cmdclass={"build_py": BuildPy, "build_ext": Build},
+    options={"build": {"build_base": places.name}, "egg_info": {"egg_base": places.name}},
+)

@@ -204,9 +204,8 @@ def report(kernels: list[Kernel], broadcasts: list[dict[str, int]]) -> str:
 
 
 def main() -> None:
-    library = (
-        Path(sys.argv[1]) if len(sys.argv) > 1 else next(Path(find_spec("fused_dropout").origin).parent.glob("_C*.so"))
-    )
+    installed = Path(find_spec("fused_dropout").origin).parent
+    library = Path(sys.argv[1]) if len(sys.argv) > 1 else next(installed.glob("_cuda.*"))
     usage = resources(library)
     kernels, broadcasts = (
         parse(library, usage),

@@ -1,6 +1,9 @@
 // The operators on a CUDA device: a thread draws a block, eight elements, and goes on to the next with a stride of the
 // grid. Where a mask is broadcast, in a kernel of its own, it takes eight elements and draws what decides for them.
+#include <Python.h>
+
 #include "operators.h"
+#include "version.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -374,3 +377,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CUDA, m) {
 }
 
 }  // namespace fused_dropout
+
+// The module `fused_dropout._cuda`: importing it registers what stands above.
+PyMODINIT_FUNC PyInit__cuda(void) {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", FUSED_DROPOUT_BUILT("_cuda"), 0, nullptr};
+  return PyModule_Create(&definition);
+}

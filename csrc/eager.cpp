@@ -13,6 +13,8 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "version.h"
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -61,7 +63,9 @@ void apply_(const Tensor& x, double p, const Tensor& key, const Noise& noise) {
 
 bool serves(c10::DeviceType device) {
 #ifdef FUSED_DROPOUT_CUDA
-  if (device == at::kCUDA) return true;
+  static const bool has_cuda_kernels =
+      c10::Dispatcher::singleton().findSchema({"fused_dropout::write_captured_key", ""}).has_value();
+  if (device == at::kCUDA) return has_cuda_kernels;
 #endif
   return device == at::kCPU;
 }
@@ -258,6 +262,7 @@ std::optional<Tensor> dropout_broadcast(const Tensor& x, double p, bool inplace,
 }  // namespace
 
 PYBIND11_MODULE(_eager, m) {
+  m.doc() = FUSED_DROPOUT_BUILT("_eager") " for torch " FUSED_DROPOUT_EXPANDED(FUSED_DROPOUT_TORCH) ";";
   m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
   m.def("dropout_broadcast", torch::wrap_pybind_function_no_gil(dropout_broadcast));
   m.def("serves", [](const std::string& device) { return serves(c10::Device(device).type()); });

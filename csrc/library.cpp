@@ -3,9 +3,10 @@
 #include <Python.h>
 
 #include "cpu_kernels.h"
+#include "version.h"
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", FUSED_DROPOUT_BUILT("_C"), 0, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module) PyModule_AddStringConstant(module, "cpu_isa", fused_dropout::cpu_kernels().isa);
   return module;

@@ -1,5 +1,7 @@
 """Fused dropout for PyTorch: one pass, 16 bytes saved for backward, one mask on every device and path."""
 
+__version__ = "0.1.0"
+
 from .audit import AuditReport, audit
 from .convert import ConvertReport, convert, convert_report, revert
 from .functional import (
@@ -18,7 +20,6 @@ from .patching import patch, patched, unpatch
 from .rng import fold_in, key, split
 from .uncertainty import mc_dropout, mc_predict
 
-__version__ = "0.1.0"
 __all__ = [
     "AlphaDropout",
     "AuditReport",

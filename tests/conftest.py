@@ -1,6 +1,7 @@
 """Fixtures, and the layers that a run does without.
 
     pytest --hide=_eager     no eager binding: the kernels behind the Python autograd Function
+    pytest --hide=_cuda      no CUDA kernels: the reference on CUDA devices
     pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
 
 On the fake GPU the tests marked gpu run too, but for those in which torch itself copies inside an operator.
@@ -13,7 +14,7 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--hide", default="", help="extension modules to do without: _eager or _C")
+    parser.addoption("--hide", default="", help="extension modules to do without: _eager, _cuda or _C")
 
 
 def pytest_configure(config):

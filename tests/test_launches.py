@@ -218,7 +218,7 @@ def test_broadcast_in_one_launch(dtype, inplace, offset, noise_shape):
 
 @functools.cache
 def module():
-    return Module.from_library(native.kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+    return Module.from_library(native.cuda_kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
 
 
 @functools.cache

@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import fused_dropout as fd
-from fused_dropout import native
 
 # What a user does: train a step, draw with a generator and a key, in place, several layouts; as a digest of all bits.
 SCRIPT = """
@@ -103,45 +99,4 @@ def test_unknown_setting_is_an_error(name, allowed, value):
 def test_native_demanded_but_missing_is_an_error():
     hidden = "import sys; sys.modules['fused_dropout._C'] = None; import fused_dropout"
     done = run(code=hidden, FUSED_DROPOUT_BACKEND="native")
-    assert "ImportError: FUSED_DROPOUT_BACKEND=native, but the compiled kernels are not built" in done.stderr
-
-
-def test_library_that_does_not_load(monkeypatch, tmp_path):
-    """A truncated library: the reason, what it was built for and what is here; then the fallback."""
-    broken = tmp_path / "_C.abi3.so"
-    broken.write_bytes(b"\x7fELF")
-    code = f"""
-import sys, importlib.util, importlib.machinery
-class Finder:
-    def find_spec(name, path=None, target=None):
-        if name == "fused_dropout._C":
-            loader = importlib.machinery.ExtensionFileLoader(name, {str(broken)!r})
-            return importlib.util.spec_from_file_location(name, {str(broken)!r}, loader=loader)
-sys.meta_path.insert(0, Finder)
-import torch, fused_dropout as fd
-print(fd.backend_info().devices["cpu"], fd.dropout(torch.ones(3)).shape)
-"""
-    done = run(code=code)
-    assert done.stdout.startswith("reference torch.Size([3])"), done.stderr
-    assert done.stderr.count("RuntimeWarning") == 1
-    for part in ("does not load", "it was built for torch", f"this is torch {torch.__version__}"):
-        assert part in done.stderr
-
-
-def test_eager_binding_of_another_torch_is_left_out(monkeypatch):
-    if native.kernels is None:
-        pytest.skip("no kernels")
-    monkeypatch.setattr(native, "_built", lambda: {"torch": "2.10.0"})
-    kernels, eager, notes = native._load_all()
-    assert kernels is not None
-    assert eager is None
-    assert "2.10.0" in notes[0]
-    assert torch.__version__ in notes[0]
-
-
-def test_info():
-    info = fd.backend_info()
-    assert set(info.devices.values()) <= {"native", "reference"}
-    assert fd.__version__ in str(info)
-    done = run(code="from fused_dropout.__main__ import main; main(['info'])")
-    assert done.stdout.strip() == str(info)
+    assert "ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built" in done.stderr

@@ -1,0 +1,152 @@
+"""What there is to build with: the torch that will run, a C++ compiler, a CUDA toolkit; and how an extension is built.
+
+As the backend of the build (PEP 517) it asks for what is missing of them, and leaves the rest to setuptools.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+from setuptools.errors import ExecError
+
+OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
+PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0")
+
+
+def setting(name, *allowed):
+    """An environment variable's value; the first of those allowed if it is not set."""
+    if (value := os.environ.get(name, allowed[0])) not in allowed:
+        raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
+    return value
+
+
+def release(version):
+    """(2, 11) of "2.11.0a0+abc": what comes before a release counts as it."""
+    return tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
+
+
+def find_torch():
+    """The names in torch/version.py, or None; torch can be imported then.
+
+    A build in isolation does not see the environment of its interpreter, but the torch there is the one that will run.
+    """
+    if not find_spec("torch"):
+        seen_there = {n: value for n, value in os.environ.items() if n not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+        command = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+        said = subprocess.run(command, env=seen_there, capture_output=True, text=True, check=True).stdout
+        sys.path += [path for path in said.splitlines() if path not in sys.path]
+    spec = find_spec("torch")
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py"))) if spec and spec.origin else None
+
+
+def find_compiler():
+    compilers = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, compilers)), None)
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit; without a folder, why there is none."""
+
+    folder: str | None
+    version: str = ""
+    why_not: str = ""
+
+    def architectures(self, for_this_machine):
+        import torch
+
+        if for_this_machine and torch.cuda.is_available():
+            return "native"
+        said = subprocess.run([f"{self.folder}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+        known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in said.split()]
+        return ";".join(known) + "+PTX"  # newer ones compile that when they first run
+
+
+def find_toolkit(torch):
+    """The first of this torch's major version of CUDA. What nvcc says counts: that on PATH may be a wrapper."""
+    if not torch or not torch["cuda"]:
+        return Toolkit(None, why_not="this torch is built without CUDA")
+    major, others = torch["cuda"].split(".")[0], []
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    installed = [folder for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin")]
+    for place in (*(f"{home}/bin" for home in homes), os.environ.get("PATH"), "/usr/local/cuda/bin", *installed):
+        if nvcc := shutil.which("nvcc", path=place):
+            said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+            version, top = re.search(r"release ([\d.]+)", said), re.search(r"^#\$ TOP=(.+)$", dry, re.M)
+            if version and top and version[1].split(".")[0] == major:
+                return Toolkit(os.path.realpath(top[1]), version[1])
+            others.append(f"; {nvcc} is of CUDA {version[1] if version else '?'}")
+    return Toolkit(None, why_not=f"there is no nvcc of CUDA {major}" + "".join(dict.fromkeys(others)))
+
+
+BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
+CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
+VERBOSE = bool(os.environ.get("VERBOSE"))
+torch, compiler = find_torch(), find_compiler()
+toolkit = find_toolkit(torch)
+
+
+def compile_alone(extension, command, folder):
+    """Builds one of the extensions of this ``build_ext``; the compiler's message if that fails, else "".
+
+    Safe to call side by side: the compiler is set up anew, and the objects go to a folder of the extension's own.
+    """
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Alone(BuildExtension):
+        def build_extensions(self):
+            self.compiler.spawn = _spawn
+            super().build_extensions()
+
+    try:
+        alone = Alone(command.distribution, use_ninja=False)  # whose output would go past us
+        alone.inplace, alone.editable_mode = command.inplace, command.editable_mode
+        alone.build_temp, alone.force = f"{folder}/{extension.name}", True
+        alone.ensure_finalized()
+        alone.extensions = [extension]
+        alone.run()
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _spawn(command, **_):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if VERBOSE:
+        print(*command, done.stdout, file=sys.stderr)
+    if done.returncode:
+        raise ExecError(done.stdout)
+
+
+def why_nothing():
+    if BUILD == "none":
+        return "FUSED_DROPOUT_BUILD=none"
+    if torch and release(torch["__version__"]) < OLDEST:
+        return f"torch {torch['__version__']} is older than {'.'.join(map(str, OLDEST))}"
+    return "" if compiler else "there is no C++ compiler"  # then no torch is asked for either
+
+
+def _missing():
+    if why_nothing():
+        return []
+    wanted = BUILD == "cuda" and not toolkit.folder
+    if not torch:
+        return ["torch", PYPI_TOOLKIT] if wanted else ["torch"]  # which toolkit, torch's own requirements settle
+    return [f"{PYPI_TOOLKIT}=={torch['cuda']}.*"] if wanted and release(torch["cuda"] or "0.0") >= (13, 0) else []
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _missing()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _missing()

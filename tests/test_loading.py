@@ -1,0 +1,287 @@
+"""What is loaded and what is refused: never a library that is not whole, not ours, or not for this torch; and ``info``.
+
+Each test imports a copy of the package, with libraries that were tampered with, in a process of its own.
+"""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_dropout as fd
+from fused_dropout import native
+
+REPORT = """
+import json, sys, warnings
+import torch
+{before}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fused_dropout as fd
+y = fd.dropout(torch.ones(1000), 0.5, key=fd.key(7))
+info = fd.backend_info()
+print(json.dumps({{"folder": fd.__path__[0], "kept": y.count_nonzero().item(), "cpu": info.devices["cpu"],
+                  "eager": info.eager, "notes": info.notes, "improve": info.improve, "text": str(info),
+                  "warnings": [str(w.message) for w in caught if "fused_dropout" in str(w.message)]}}))
+"""
+KEPT = fd.keep_mask((1000,), 0.5, fd.key(7)).sum().item()
+needs_kernels = pytest.mark.skipif(native.kernels is None, reason="no compiled kernels")
+
+
+@pytest.fixture
+def package(tmp_path):
+    """The installed package, copied to where it can be changed."""
+    shutil.copytree(Path(fd.__file__).parent, tmp_path / "fused_dropout", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "fused_dropout"
+
+
+def library(package, name):
+    return next(package.glob(f"{name}.*so"))
+
+
+def outcome(package, before="", code=REPORT, **environment):
+    """What a process that imports this copy finds. It ends well, and its masks are the contract's, whatever serves."""
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(before=before)],
+        env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    found = json.loads(done.stdout)
+    assert Path(found["folder"]) == package
+    assert found["kept"] == KEPT
+    return found
+
+
+def is_refused(found, *why):
+    """One warning that says why; the reference serves."""
+    assert found["cpu"] == "reference"
+    assert not found["eager"]
+    assert len(found["warnings"]) == 1
+    for part in ("CPU kernels", *why, "pure-PyTorch reference", "Better by: ", "pip install"):
+        assert part in found["warnings"][0]
+    assert any(part in note for note in found["notes"] for part in why)
+
+
+@needs_kernels
+def test_untouched_copy_is_loaded(package):
+    found = outcome(package)
+    assert found["cpu"] == "native"
+    assert found["eager"] == (native.eager is not None)
+    assert found["warnings"] == []
+
+
+@needs_kernels
+def test_truncated_library(package):
+    """The loader itself dies of this one, of a bus error."""
+    whole = library(package, "_C").read_bytes()
+    library(package, "_C").write_bytes(whole[: len(whole) // 2])
+    is_refused(outcome(package), "is truncated")
+    for part in (4, 63, 64, 65, 100, 1000, *range(4096, len(whole) * 9 // 10, 4096)):
+        assert native._why_refused("_C", whole[:part]) == "is truncated"
+    assert native._why_refused("_C", b"") == f"is of version unknown, and this is {fd.__version__}"
+    assert native._why_refused("_C", whole) == ""
+
+
+@needs_kernels
+def test_library_of_another_architecture(package):
+    bytes_ = bytearray(library(package, "_C").read_bytes())
+    assert bytes_[:4] == b"\x7fELF"
+    bytes_[18:20] = (183 if bytes_[18] != 183 else 62).to_bytes(2, sys.byteorder)  # e_machine: aarch64, or x86-64
+    library(package, "_C").write_bytes(bytes_)
+    is_refused(outcome(package), "does not load", "built for torch", torch.__version__)
+
+
+@needs_kernels
+def test_library_of_another_version(package):
+    here, other = f"fused_dropout._C {fd.__version__};".encode(), b"fused_dropout._C 9.9.9;"
+    whole = library(package, "_C").read_bytes()
+    assert whole.count(here) == 1
+    library(package, "_C").write_bytes(whole.replace(here, other))
+    is_refused(outcome(package), "is of version 9.9.9", f"this is {fd.__version__}")
+
+
+@needs_kernels
+def test_library_that_is_not_ours(package):
+    import math
+
+    shutil.copy(getattr(math, "__file__", torch._C.__file__), library(package, "_C"))
+    is_refused(outcome(package), "is of version unknown")
+
+
+@needs_kernels
+def test_no_library(package):
+    library(package, "_C").unlink()
+    is_refused(outcome(package), "not built")
+
+
+@needs_kernels
+def test_no_library_elsewhere_is_taken(package, tmp_path):
+    """One of that name on sys.path, in the working directory or in a package of that name further on."""
+    elsewhere = tmp_path / "elsewhere" / "fused_dropout"
+    elsewhere.mkdir(parents=True)
+    shutil.move(library(package, "_C"), elsewhere)
+    shutil.copy(next(elsewhere.iterdir()), elsewhere.parent)
+    is_refused(outcome(package, before=f"sys.path.append({str(elsewhere.parent)!r})"), "not built")
+
+
+def test_eager_binding_of_another_torch(package):
+    if native.eager is None:
+        pytest.skip("no eager binding")
+    whole = library(package, "_eager").read_bytes()
+    here = f"; for torch {torch.__version__};".encode()
+    assert whole.count(here) == 1
+    library(package, "_eager").write_bytes(whole.replace(here, b"; for torch 2.1.0;".ljust(len(here), b" ")))
+    found = outcome(package)
+    assert found["cpu"] == "native"
+    assert not found["eager"]
+    (warning,) = found["warnings"]
+    for part in ("eager binding", "built for torch 2.1.0", f"this is {torch.__version__}", "pip install"):
+        assert part in warning
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("version", "served"), [("2.10.1", False), ("2.11.0a0+b5c9cb3ab8.nv26.01", True), ("2.11.0.dev20260102", True)]
+)
+def test_floor_of_the_kernels(package, version, served):
+    """Below it the reference, above it the kernels; a preview of 2.11 counts as 2.11."""
+    before = f"torch.__version__ = torch.torch_version.TorchVersion({version!r})"
+    found = outcome(package, before)
+    assert found["cpu"] == ("native" if served else "reference")
+    assert not found["eager"]
+    assert len(found["warnings"]) == 1
+    if not served:
+        is_refused(found, "they need torch 2.11", version)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "here", "fits"),
+    [
+        ("2.13.0", "2.13.1", True),
+        ("2.13.0+cpu", "2.13.0+cu130", True),  # whether it loads is another question
+        ("2.13.0", "2.12.0", False),
+        ("2.1.0", "2.11.0", False),
+        ("2.11.0a0+abc", "2.11.0a0+abc", True),
+        ("2.11.0a0+abc", "2.11.0", False),
+        ("2.12.0.dev20260101", "2.12.0.dev20260102", False),
+        ("2.13.0rc1", "2.13.0", False),
+    ],
+)
+def test_torch_that_an_eager_binding_fits(built_for, here, fits):
+    assert native._fits(built_for, here) == fits
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "driver", "refused"),
+    [
+        ("13.0", "12.8", (12, 4), True),
+        ("13.0", "12.8", (0, 0), True),
+        ("13.0", "12.8", (13, 0), False),
+        ("12.8", "13.0", (0, 0), False),
+        ("13.2", "13.0", (13, 0), False),
+    ],
+)
+def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver, refused):
+    monkeypatch.setattr(native, "_built", lambda: {"cuda": built})
+    monkeypatch.setattr(torch.version, "cuda", here)
+    monkeypatch.setattr(native, "_driver", lambda: driver)
+    why = native._why_refused("_cuda", f"fused_dropout._cuda {fd.__version__};".encode())
+    assert ("driver" in why) == refused
+    assert native._why_refused("_C", f"fused_dropout._C {fd.__version__};".encode()) == ""
+
+
+def test_nothing_is_written_and_nothing_asked_of_home(package, tmp_path):
+    """A package that cannot be written to, no home directory: it imports, and leaves no file and no change."""
+    for path in [package, *package.rglob("*")]:
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    before = "import os; environment = dict(os.environ); os.environ.pop('HOME', None); environment.pop('HOME', None)"
+    code = REPORT + "\nassert dict(os.environ) == environment\n"
+    files = sorted(package.rglob("*"))
+    outcome(package, before, code, HOME="/nonexistent", TMPDIR="/nonexistent", PYTHONDONTWRITEBYTECODE="1")
+    assert sorted(package.rglob("*")) == files
+
+
+def test_path_with_spaces_and_letters(tmp_path, package):
+    odd = tmp_path / "ein Ordner, größer" / "日本"
+    odd.mkdir(parents=True)
+    moved = Path(shutil.move(package, odd))
+    assert outcome(moved)["cpu"] == fd.backend_info().devices["cpu"]
+
+
+def test_two_processes_at_once(package):
+    command = [sys.executable, "-c", "import fused_dropout as fd; print(fd.backend_info().devices['cpu'])"]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd="/") for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in both] == [fd.backend_info().devices["cpu"]] * 2
+
+
+def test_importing_starts_nothing(package):
+    """No CUDA context, no compiler, no thread; nor does the first call."""
+    code = """
+import json, sys, threading
+import torch
+threads = threading.active_count()
+import fused_dropout as fd
+x = torch.ones(1000, requires_grad=True)
+y = fd.dropout(x, 0.5, key=fd.key(7))
+y.sum().backward()
+assert not torch.cuda.is_initialized()
+assert threading.active_count() == threads
+assert not {"torch._inductor", "torch._dynamo", "triton", "numpy.testing"} & set(sys.modules) - before, "imported"
+print(json.dumps({"folder": fd.__path__[0], "kept": y.count_nonzero().item()}))
+"""
+    code = code.replace("import fused_dropout", "before = set(sys.modules)\nimport fused_dropout", 1)
+    outcome(package, code=code.replace("{", "{{").replace("}", "}}"))
+
+
+def test_info_says_what_serves_and_why():
+    info = fd.backend_info()
+    assert set(info.devices.values()) <= {"native", "reference", "compiled reference"}
+    for part in (fd.__version__, torch.__version__, *info.notes, *filter(None, [info.improve, info.cpu_isa])):
+        assert part in str(info)
+    assert (info.improve is None) == (not info.notes)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fused_dropout", "info"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    as_json = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fused_dropout", "info", "--json"], capture_output=True, text=True
+    )
+    said = json.loads(as_json.stdout)
+    assert {"version", "torch", "cuda", "python", "devices", "notes", "improve", "built", "gpus"} <= set(said)
+    assert str(said["torch"]) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "--no-cache-dir --no-binary fused-dropout fused-dropout"),
+        ({"url": "file:///a%20b", "dir_info": {}}, "--no-cache-dir '/a b'"),
+        ({"url": "file:///a", "dir_info": {"editable": True}}, "install -e /a"),
+        ({"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/x.git@abc"),
+    ],
+)
+def test_command_that_rebuilds(monkeypatch, origin, command):
+    """It names where the package came from, and no cache: pip's would give the same library again."""
+
+    class Distribution:
+        @staticmethod
+        def read_text(name):
+            return origin and json.dumps(origin)
+
+    monkeypatch.setattr(native.metadata, "distribution", lambda name: Distribution)
+    monkeypatch.setattr(native, "_missing", {"_eager": "not built"})
+    assert command in native.how_to_improve()
+    monkeypatch.setattr(native, "_missing", {"_cuda": "not built"})
+    assert native.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install")
+    monkeypatch.setattr(native, "_missing", {})
+    assert native.how_to_improve() is None
