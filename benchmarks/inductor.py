@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_dropout import compiled as compiled_reference
 from fused_dropout import reference
 
 H100 = SimpleNamespace(
@@ -164,6 +165,12 @@ def fused(x: Tensor, key: Tensor) -> Tensor:
     return reference.apply_each(x, P, key)
 
 
+def alone(x: Tensor, key: Tensor) -> Tensor:
+    """What an eager call runs where there are no CUDA kernels."""
+    scale, bound = torch.tensor(reference.scale(P), dtype=torch.float32), torch.tensor(reference.threshold(P))
+    return compiled_reference._apply(x, bound, key, 0, scale)
+
+
 def kernel(x: Tensor, key: Tensor) -> Tensor:
     return torch.ops.fused_dropout.apply(x, P, key)
 
@@ -177,10 +184,10 @@ BLOCKS = {
 }
 
 
-def write_ptx(folder: Path, dtype: torch.dtype, numel: int) -> None:
-    """fused.ptx and fused.json, the kinds of its parameters: dropout alone, XBLOCK 1024."""
+def write_ptx(folder: Path, dtype: torch.dtype, numel: int, drop: str) -> None:
+    """fused.ptx and fused.json, the kinds of its parameters: of this dropout's one kernel, XBLOCK 1024."""
     key, x = torch.zeros(2, dtype=torch.uint64), torch.empty(1, dtype=dtype).expand(numel)
-    ((name, kernel),) = KERNEL_IN_SOURCE.findall(source(BLOCKS["dropout"](fused), key, x))
+    ((name, kernel),) = KERNEL_IN_SOURCE.findall(source(BLOCKS["dropout"](globals()[drop]), key, x))
     signature = ast.literal_eval(SIGNATURE_IN_SOURCE.search(kernel)[1])
     (folder / "fused.json").write_text(json.dumps([kind for kind in signature.values() if kind != "constexpr"]))
     (folder / "fused.ptx").write_text(compiled(name, kernel, 1024, 4, folder)["ptx"])
@@ -189,8 +196,8 @@ def write_ptx(folder: Path, dtype: torch.dtype, numel: int) -> None:
 def main() -> None:
     pretend_there_is_a_gpu()
     if sys.argv[1:]:  # for tests/test_triton.py
-        folder, dtype, numel = sys.argv[1:]
-        return write_ptx(Path(folder), getattr(torch, dtype), int(numel))
+        folder, dtype, numel, drop = sys.argv[1:]
+        return write_ptx(Path(folder), getattr(torch, dtype), int(numel), drop)
     print(HEADER.format(torch=torch.__version__, triton=triton.__version__, p=P, rows=ROWS, columns=COLUMNS))
     print("| block | dtype | dropout | Triton kernels | other calls | instructions an element: XBLOCK 1024, 512 |")
     print("|---|---|---|---|---|---|")

@@ -31,7 +31,8 @@ class BroadcastDropout(torch.autograd.Function):
 def _keep_mask(x: Tensor, p: float, key: Tensor, noise_shape: tuple[int, ...]) -> Tensor:
     """True where an element is kept, of shape noise_shape, with its dimensions in memory in the order of x's."""
     if autograd.is_fused_by_compiler(x):
-        kept = reference.keep_each(reference.indices(noise_shape, x.device), p, key.to(x.device))
+        index = reference.indices(noise_shape, x.device)
+        kept = reference.keep_each(index, reference.threshold(p), key.to(x.device))
     else:
         kept = operators.keep_mask(torch.empty(noise_shape, dtype=torch.bool, device=x.device), p, key)
     if x.is_contiguous() or 0 in x.stride():

@@ -81,8 +81,10 @@ def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.devic
     return kept.flatten()[skip : skip + numel]
 
 
-def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
+def keep_each(index: Tensor, bound: int | Tensor, key: Tensor) -> Tensor:
     """The mask of the elements with these indices, one by one: for a compiler, which fuses it with others.
+
+    ``bound`` is the drop probability's ``threshold``.
 
     Indices of int32 let it see that neighbours have a block in common. The key is expanded, or it would compute what
     depends on that alone in kernels of their own.
@@ -93,16 +95,16 @@ def keep_each(index: Tensor, p: float, key: Tensor) -> Tensor:
     w0, w1, w2, w3 = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
     word = torch.where(slot < 4, torch.where(slot < 2, w0, w1), torch.where(slot < 6, w2, w3))
     draw = (word >> ((slot & 1) << 4)) & 0xFFFF
-    return (draw << 32 | (w0 ^ w1 ^ w2 ^ w3 ^ word)) < threshold(p)
+    return (draw << 32 | (w0 ^ w1 ^ w2 ^ w3 ^ word)) < bound
 
 
-def indices(shape: Sequence[int], device: torch.device) -> Tensor:
-    """0, 1, 2, ... in row-major order."""
+def indices(shape: Sequence[int], device: torch.device, start: int = 0) -> Tensor:
+    """start, start + 1, ... in row-major order."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a second, with sympy
 
-    numel = prod(shape)
-    dtype = torch.int32 if guard_or_false(numel < 2**31) else torch.int64
-    return torch.arange(numel, dtype=dtype, device=device).view(shape)
+    end = start + prod(shape)
+    dtype = torch.int32 if guard_or_false(end < 2**31) else torch.int64
+    return torch.arange(start, end, dtype=dtype, device=device).view(shape)
 
 
 def apply_each(x: Tensor, p: float, key: Tensor) -> Tensor:
@@ -111,7 +113,8 @@ def apply_each(x: Tensor, p: float, key: Tensor) -> Tensor:
     order = order_by_stride(x)[::-1] if is_dense(x) else list(range(x.dim()))
     in_order = x.permute(*order)
     product = in_order * scale(p) if x.dtype == torch.float64 else (in_order.float() * scale(p)).to(x.dtype)
-    dropped = torch.where(keep_each(indices(in_order.shape, x.device), p, key.to(x.device)), product, 0.0)
+    kept = keep_each(indices(in_order.shape, x.device), threshold(p), key.to(x.device))
+    dropped = torch.where(kept, product, 0.0)
     return dropped.permute(*(order.index(d) for d in range(x.dim())))
 
 

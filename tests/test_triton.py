@@ -22,17 +22,18 @@ SEED, OFFSET, P, BLOCK = 0xFEDC_BA98_7654_3210, 0x8000_0001_FFFF_FFFF, 0.1, 1024
 
 
 @pytest.mark.parametrize(
-    ("dtype", "numel", "first_block"),
+    ("drop", "dtype", "numel", "first_block"),
     [
-        ("float16", 5000, 0),
-        ("float32", 5000, 0),
-        ("float32", 2**31 - 8, 2**21 - 3),
-        ("float16", 2**35 + 4096, 2**25 - 1),  # the number of a mask's block goes from 32 bits to 33
+        ("fused", "float16", 5000, 0),
+        ("fused", "float32", 5000, 0),
+        ("fused", "float32", 2**31 - 8, 2**21 - 3),
+        ("fused", "float16", 2**35 + 4096, 2**25 - 1),  # the number of a mask's block goes from 32 bits to 33
+        ("alone", "float32", 5000, 0),
     ],
 )
-def test_is_the_contracts_mask(dtype, numel, first_block, tmp_path):
+def test_is_the_contracts_mask(drop, dtype, numel, first_block, tmp_path):
     without_fake = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [sys.executable, "-W", "ignore", INDUCTOR, tmp_path, dtype, str(numel)]
+    command = [sys.executable, "-W", "ignore", INDUCTOR, tmp_path, dtype, str(numel), drop]
     made = subprocess.run(command, env=without_fake, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     first = first_block * BLOCK

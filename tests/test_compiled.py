@@ -1,0 +1,95 @@
+"""The reference as Inductor's kernel, for a GPU without the CUDA kernels: here as the kernel for the CPU that it makes.
+
+What Triton makes of it is in test_triton.py; that it is what serves such a GPU, in the test marked gpu.
+"""
+
+import warnings
+
+import pytest
+import torch
+from test_compile import LAYOUTS
+
+import fused_dropout as fd
+from fused_dropout import compiled, native, reference
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    torch._dynamo.reset()
+    compiled._compiled.cache_clear()
+    monkeypatch.setattr(compiled, "_failed", set())
+
+
+def both(name, x, *arguments):
+    """The function's result from the reference and from the compiled reference."""
+    results = []
+    for module in (reference, compiled):
+        own = x.clone(memory_format=torch.preserve_format)
+        result = getattr(module, name)(own, *arguments)
+        results.append(own if result is None else result)
+    return results
+
+
+def test_is_the_reference(dtype, key):
+    """Every layout, p and start; one warning; and one kernel for them all but for indices beyond 32 bits."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        both("apply", torch.randn(100).to(dtype), 0.3, key)
+        both("apply", torch.randn(100).to(dtype), 0.3, key, 2**33 + 3)
+    assert sum("there are no CUDA kernels" in str(warning.message) for warning in said) == 1
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for layout in LAYOUTS.values():
+            for p, start in ((0.3, 0), (0.1, 5), (0.0, 0), (1.0, 2), (1e-6, 2**33 + 4)):
+                expected, got = both("apply", layout(torch.randn(24, 40).to(dtype)), p, key, start)
+                assert torch.equal(*(y.contiguous().view(torch.uint8) for y in (got, expected)))
+                assert got.stride() == expected.stride()
+        for n in (0, 1, 2, 1001):
+            expected, got = both("apply", torch.randn(n).to(dtype), 0.3, key)
+            assert torch.equal(got, expected)
+    assert not compiled._failed
+
+
+@pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
+def test_the_other_operators(key):
+    x = torch.randn(24, 40)
+    for name, arguments in {
+        "apply_": (0.3, key),
+        "keep_mask": (0.3, key, 3),
+        "apply_broadcast": (0.3, key, (24, 1), 1.5),
+        "apply_broadcast_": (0.3, key, (1, 40), 1.5),
+    }.items():
+        expected, got = both(name, x.t().contiguous().t(), *arguments)
+        assert torch.equal(got, expected), name
+        assert got.stride() == expected.stride()
+    assert not compiled._failed
+
+
+@pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
+def test_where_it_does_not_compile(monkeypatch, key):
+    """No compiler for Triton's launcher, say: one warning, no second try, and the reference as it is."""
+    tries = []
+
+    def fails(function):
+        tries.append(function)
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(compiled, "_compiled", fails)
+    with pytest.warns(RuntimeWarning, match="does not compile here, and stays slow: no C compiler") as said:
+        results = [both("apply", torch.randn(100), 0.3, key) for _ in range(3)]
+    assert all(torch.equal(*pair) for pair in results)
+    assert len(said) == len(tries) == 1
+
+
+@pytest.mark.gpu
+def test_serves_where_there_are_no_cuda_kernels(key):
+    if native.cuda_kernels or not torch.cuda.is_available():
+        pytest.skip("CUDA kernels")
+    assert fd.backend_info().devices["cuda"] == "compiled reference"
+    x = torch.randn(1000, requires_grad=True)
+    on_gpu = x.detach().cuda().requires_grad_()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fd.dropout(x, 0.3, key=key).sum().backward()
+        fd.dropout(on_gpu, 0.3, key=key).sum().backward()
+    assert any("there are no CUDA kernels" in str(warning.message) for warning in said)
+    assert torch.equal(on_gpu.grad.cpu(), x.grad)
