@@ -5,11 +5,9 @@ VERBOSE=1. With "auto" what does not compile is left out, and the fallback serve
 """
 
 import json
-import logging
 import os
 import sys
 import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.append("csrc")
-from toolchain import BUILD, CUDART, OLDEST, VERBOSE, compile_alone, compiler, toolkit, torch, why_nothing
+from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_nothing
 
 SOURCES = {
     "_C": ["csrc/library.cpp", *map(str, Path("csrc").glob("*cpu*.cpp"))],
@@ -57,7 +55,8 @@ def report(package):
         info |= {"cuda": toolkit.version, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     Path(package, "_build.json").write_text(json.dumps(info) + "\n")
     found = f"torch {torch and torch['__version__']}, compiler {compiler}, CUDA toolkit {toolkit.folder}"
-    without = "; ".join(f"{name}, since {why}" for name, why in left_out.items())
+    reasons = {why: ", ".join(name for name in left_out if left_out[name] == why) for why in left_out.values()}
+    without = "; ".join(f"{names}, since {why}" for why, names in reasons.items())
     for line in (f"found {found}", f"built {', '.join(built) or 'nothing'}", f"left out {without or 'nothing'}"):
         print("fused_dropout:", line, file=sys.stderr)
     demanded = {"cpu": ["_C", "_eager"], "cuda": ["_C", "_cuda", "_eager"]}.get(BUILD, [])
@@ -93,9 +92,6 @@ class Build(build_ext):
         report("fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout")
 
 
-if not VERBOSE:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
 setup(
     ext_modules=[Extension(f"fused_dropout.{name}", SOURCES[name]) for name in SOURCES if name not in left_out],
     cmdclass={"build_py": BuildPy, "build_ext": Build},

@@ -3,16 +3,19 @@
 As the backend of the build (PEP 517) it asks for what is missing of them, and leaves the rest to setuptools.
 """
 
+import logging
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 from setuptools.errors import ExecError
@@ -20,6 +23,10 @@ from setuptools.errors import ExecError
 OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
 PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
 ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0")
+
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml; without isolation nobody else asks
+    raise SystemExit(f"this setuptools ({setuptools.__version__}) is too old: pip install 'setuptools>=77'")
 
 
 def setting(name, *allowed):
@@ -91,6 +98,9 @@ def find_toolkit(torch):
 BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
 CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 VERBOSE = bool(os.environ.get("VERBOSE"))
+if not VERBOSE:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 torch, compiler = find_torch(), find_compiler()
 toolkit = find_toolkit(torch)
 
@@ -104,7 +114,7 @@ def compile_alone(extension, command, folder):
 
     class Alone(BuildExtension):
         def build_extensions(self):
-            self.compiler.spawn = _spawn
+            self.compiler.call = self.compiler.spawn = _run  # the one is newer, the other deprecated
             super().build_extensions()
 
     try:
@@ -119,7 +129,7 @@ def compile_alone(extension, command, folder):
     return ""
 
 
-def _spawn(command, **_):
+def _run(command, **_):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if VERBOSE:
         print(*command, done.stdout, file=sys.stderr)

@@ -33,6 +33,9 @@ def pytest_report_header(config):
     return str(config.stash[_INFO]).splitlines()
 
 
+collect_ignore = ["installs"]  # by name alone: make test-install
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
         if not torch.cuda.is_available():

@@ -126,7 +126,7 @@ def kernels_of(dropout):
 def test_fuses_with_its_neighbours(monkeypatch):
     """linear, dropout, residual, layer norm and their backward: as many kernels as with nn.Dropout."""
     monkeypatch.setattr(native, "compile_as", "fuse")
-    with torch.compiler.config.patch(force_disable_caches=True):  # what is cached generates no kernel
+    with torch._inductor.config.patch(force_disable_caches=True):  # what is cached generates no kernel
         assert kernels_of(fd.Dropout) == kernels_of(nn.Dropout)
 
 

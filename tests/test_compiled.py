@@ -81,9 +81,10 @@ def test_where_it_does_not_compile(monkeypatch, key):
 
 
 @pytest.mark.gpu
+@pytest.mark.torch_copies
 def test_serves_where_there_are_no_cuda_kernels(key):
     if native.cuda_kernels or not torch.cuda.is_available():
-        pytest.skip("CUDA kernels")
+        pytest.skip("there are CUDA kernels")
     assert fd.backend_info().devices["cuda"] == "compiled reference"
     x = torch.randn(1000, requires_grad=True)
     on_gpu = x.detach().cuda().requires_grad_()
