@@ -4,8 +4,6 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Pinned: a new linter must not fail a commit that changed nothing.
-LINTERS := ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 FAKEGPU ?= ../shared/fakegpu
 
 ACTIVE := $(shell [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c \
@@ -15,12 +13,13 @@ PY := $(VENV)/bin/python
 INSTALLED := build/installed$(subst /,-,$(VENV))
 CUDA_PY := .venv-cuda/bin/python
 OLDEST_PY := .venv-oldest/bin/python
+FLOOR_PY := .venv-floor/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
-.PHONY: help bench bench-cpu test test-models test-cuda test-oldest test-abi test-fakegpu test-qemu inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help bench bench-cpu test test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,6 +54,21 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 
 FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
+test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
+	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
+
+wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
+	rm -rf dist build/wheel
+	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel \
+		-C--build-option=--py-limited-api=cp310 .
+	PATH="$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
+	PYTHONPATH=csrc $(PY) -c 'import toolchain; toolchain.build_sdist("dist")'
+	$(PY) -m abi3audit --strict dist/*.whl
+	$(PY) -m twine check --strict dist/*
+
+import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch": less than 30 ms
+	@$(PY) -W ignore -c "$$IMPORT_TIME"
+
 test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
 	$(FAKE) $(FAKE_PYTEST) .
 	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_cuda.py test_mask.py test_noise_shape.py
@@ -84,7 +98,7 @@ sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an el
 	cd benchmarks && ../$(CUDA_PY) sass.py
 
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
-	@$(PY) -m pytest -q -m gpu; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
+	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda,_eager tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
 
 statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; ten minutes
 	$(PY) tests/statistics/long.py
@@ -99,28 +113,28 @@ sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels u
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
 	$(PY) benchmarks/readme_numbers.py
 
-lint: build/linters ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
+lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
 	$(PY) benchmarks/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp
 	$(PY) -m mypy
 
-format: build/linters ## rewrite the sources as lint wants them
+format: build/dev$(subst /,-,$(VENV)) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp
 
 clean: ## remove what was built, and the environments
-	rm -rf build dist .venv .venv-cuda .venv-oldest *.egg-info fused_dropout/*.so fused_dropout/_build.json
+	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
 
-.venv/bin/python .venv-cuda/bin/python .venv-oldest/bin/python:
+.venv/bin/python .venv-cuda/bin/python .venv-oldest/bin/python .venv-floor/bin/python:
 	$(PYTHON) -m venv $(@:%/bin/python=%)
 
 $(INSTALLED): $(PY) $(SOURCES)
 	@echo "installing into $(VENV): torch, the test and bench extras, and this package, compiled if there is a compiler"
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	@$(PY) -m pip install -q "setuptools>=77" wheel ninja
+	@$(PY) -m pip install -q "setuptools>=77"
 	@$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@cd build 2>/dev/null || mkdir build
 	@$(PY) -m fused_dropout info
@@ -158,34 +172,54 @@ print("ok fused_dropout with", fd.backend_info().cpu_isa)
 endef
 export ON_THIS_CPU
 
-build/linters: $(INSTALLED) Makefile
-	$(PY) -m pip install -q $(LINTERS)
+# What "import fused_dropout" takes in processes that have torch; 11 of them, since a machine has its moments.
+define IMPORT_TIME
+import statistics, subprocess, sys
+code = "import time, torch; t = time.perf_counter(); import fused_dropout; print(time.perf_counter() - t)"
+runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(11)]
+took = 1000 * statistics.median(float(run.stdout) for run in runs)
+print(f"import fused_dropout adds {took:.0f} ms")
+sys.exit(took >= 30)
+endef
+export IMPORT_TIME
+
+define DEV_EXTRA
+try:
+    import tomllib
+except ImportError:
+    from pip._vendor import tomli as tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")
+endef
+export DEV_EXTRA
+
+build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
+	@$(PY) -c "$$DEV_EXTRA" >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
 	@touch $@
 
-# Compiled from a copy, so that nothing of another environment's build is taken for this one's.
-COPY = rm -rf build/source && mkdir -p build/source && cp -r setup.py pyproject.toml README.md LICENSE csrc fused_dropout build/source \
-	&& rm -f build/source/fused_dropout/*.so build/source/fused_dropout/_build.json
-
 build/torch-cuda: $(CUDA_PY)
-	$(CUDA_PY) -m pip install -q torch "setuptools>=77" wheel ninja pytest hypothesis numpy
+	$(CUDA_PY) -m pip install -q torch "setuptools>=77" pytest hypothesis numpy
 	command -v nvcc >/dev/null || $(CUDA_PY) -m pip install -q \
 		"cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$($(CUDA_PY) -c 'import torch; print(torch.version.cuda)').*"
 	@mkdir -p build && touch $@
 
 build/installed-cuda: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
-	$(COPY)
-	cd build/source && FUSED_DROPOUT_BUILD=cuda ../../$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-build/installed-oldest: $(OLDEST_PY) $(SOURCES) $(wildcard fused_dropout/*.py)
-	$(OLDEST_PY) -m pip install -q torch==2.11.0 "setuptools>=77" wheel ninja pytest hypothesis numpy
-	$(COPY)
-	cd build/source && FUSED_DROPOUT_BUILD=cpu ../../$(OLDEST_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
+build/torch-oldest: $(OLDEST_PY)
+	$(OLDEST_PY) -m pip install -q torch==2.11.0 "setuptools>=77" pytest hypothesis numpy
+	@mkdir -p build && touch $@
+
+build/torch-floor: $(FLOOR_PY)
+	$(FLOOR_PY) -m pip install -q torch==2.8.0 "setuptools>=77" pytest hypothesis numpy
+	@mkdir -p build && touch $@
+
+build/installed-oldest: build/torch-oldest $(SOURCES) $(wildcard fused_dropout/*.py)
+	FUSED_DROPOUT_BUILD=cpu $(OLDEST_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
 build/installed-fakegpu: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
-	$(COPY)
 	rm -rf build/fakegpu
-	cd build/source && FUSED_DROPOUT_BUILD=cuda FUSED_DROPOUT_CUDART=shared TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0+PTX" \
-		../../$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --target ../fakegpu .
+	FUSED_DROPOUT_BUILD=cuda FUSED_DROPOUT_CUDART=shared TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0+PTX" \
+		$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --target build/fakegpu .
 	@touch $@

@@ -169,12 +169,16 @@ def _load_all() -> tuple[dict[str, ModuleType | None], dict[str, str], list[str]
         return modules, {"_C": why}, ["_C"]
     missing, said = {}, []
     for name in _LIBRARIES:
-        if name == "_C" or (modules["_C"] and (name != "_cuda" or torch.version.cuda)):
-            modules[name], why, expected = _load(name)
-            if why:
-                missing[name] = why
-            if why and (name == "_C" or not expected):
-                said.append(name)
+        if name == "_cuda" and not torch.version.cuda:
+            continue
+        if "_C" in missing:
+            missing[name] = "not used without the CPU kernels"
+            continue
+        modules[name], why, expected = _load(name)
+        if why:
+            missing[name] = why
+        if why and (name == "_C" or not expected):
+            said.append(name)
     return modules, missing, said
 
 

@@ -39,13 +39,17 @@ def folder():
 
 @pytest.fixture
 def sources(folder, request):
-    return copy_of_the_sources(folder / f"source of {request.node.name}")
+    return copy_of_the_sources(folder / f"source of {plain_name(request)}")
+
+
+def plain_name(request):
+    return re.sub(r"[^\w.]+", "-", request.node.name)  # pip takes brackets for extras
 
 
 def fresh(folder, request, like=sys.prefix):
     if not Path(like, "bin/python").exists():
         pytest.skip(f"there is no {like}")
-    return Environment(folder / f"venv-{request.node.name}-{time.time_ns()}", like)
+    return Environment(folder / f"venv-{plain_name(request)}-{time.time_ns()}", like)
 
 
 @pytest.fixture
@@ -337,20 +341,10 @@ def test_12_no_torch_is_replaced(cpu, sources, version):
     assert "Collecting torch" not in done.stdout
     assert cpu.run("-c", "from importlib.metadata import version; print(version('torch'))").stdout.strip() == version
     cpu.pip("install", "-q", "uv")
-    command = (
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "--dry-run",
-        "--python",
-        str(cpu.python),
-        "--no-build-isolation",
-        str(sources),
-    )
-    assert "torch" not in cpu.run(*command, FUSED_DROPOUT_BUILD="none").stderr.replace(str(sources), "").replace(
-        "fused-dropout", ""
-    )
+    uv = ("-m", "uv", "pip", "install", "--dry-run", "--python", str(cpu.python), "--no-build-isolation", str(sources))
+    planned = cpu.run(*uv, FUSED_DROPOUT_BUILD="none").stderr
+    assert re.search(r"^ [-+~] fused-dropout==", planned, re.M)
+    assert not re.search(r"^ [-+~] torch==", planned, re.M)
 
 
 def test_12_a_torch_that_the_kernels_do_not_serve(folder, request, sources):
