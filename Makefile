@@ -60,7 +60,7 @@ test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor
 wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
 	rm -rf dist build/wheel
 	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel \
-		-C--build-option=--py-limited-api=cp310 .
+		--config-settings=--build-option=--py-limited-api=cp310 .
 	PATH="$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	PYTHONPATH=csrc $(PY) -c 'import toolchain; toolchain.build_sdist("dist")'
 	$(PY) -m abi3audit --strict dist/*.whl
@@ -174,7 +174,8 @@ export ON_THIS_CPU
 
 # What "import fused_dropout" takes in processes that have torch; 11 of them, since a machine has its moments.
 define IMPORT_TIME
-import statistics, subprocess, sys
+import os, statistics, subprocess, sys
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it
 code = "import time, torch; t = time.perf_counter(); import fused_dropout; print(time.perf_counter() - t)"
 runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(11)]
 took = 1000 * statistics.median(float(run.stdout) for run in runs)

@@ -72,7 +72,7 @@ def wheels(folder):
     build = ("wheel", "--no-build-isolation", "--no-deps", "-w")
     settings = {"FUSED_DROPOUT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
     environment.pip(*build, folder / "own", source, **settings)
-    environment.pip(*build, folder / "all", "-C--build-option=--py-limited-api=cp310", source, **settings)
+    environment.pip(*build, folder / "all", "--config-settings=--build-option=--py-limited-api=cp310", source, **settings)
     return next((folder / "own").glob("*.whl")), next((folder / "all").glob("*.whl"))
 
 
