@@ -52,8 +52,6 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
 	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE)
 
-FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
-FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
 test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
 
@@ -69,6 +67,8 @@ wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for ev
 import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch": less than 30 ms
 	@$(PY) -W ignore -c "$$IMPORT_TIME"
 
+FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
+FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
 test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
 	$(FAKE) $(FAKE_PYTEST) .
 	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_cuda.py test_mask.py test_noise_shape.py
@@ -98,7 +98,7 @@ sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an el
 	cd benchmarks && ../$(CUDA_PY) sass.py
 
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
-	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda,_eager tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
+	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda $(CORE) tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
 
 statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; ten minutes
 	$(PY) tests/statistics/long.py

@@ -24,11 +24,12 @@ SOURCES = {
     "_eager": ["csrc/eager.cpp"],
 }
 ABI3_WHEEL = "--py-limited-api" in " ".join(sys.argv)
-left_out = dict.fromkeys(SOURCES, why) if (why := why_nothing() or ("" if torch else "there is no torch")) else {}
+left_out = dict.fromkeys(SOURCES, why_nothing()) if why_nothing() else {}
 if not toolkit.folder or BUILD == "cpu":
     left_out.setdefault("_cuda", toolkit.why_not or "FUSED_DROPOUT_BUILD=cpu")
 if ABI3_WHEEL:
     left_out.setdefault("_eager", "it serves one Python and one torch, and this wheel all")
+planned = [name for name in SOURCES if name not in left_out]
 places = tempfile.TemporaryDirectory(prefix="fused_dropout-")  # nothing of another build is taken for this one's
 
 
@@ -42,24 +43,24 @@ def extension(name, version):
     make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
     made = make(f"fused_dropout.{name}", SOURCES[name], extra_compile_args=options, py_limited_api=name != "_eager")
     if "cudart" in made.libraries and CUDART == "static":
-        at = made.libraries.index("cudart")
-        made.libraries[at : at + 1] = ["cudart_static", "rt", "dl", "pthread"]
+        made.libraries += ["cudart_static", "rt", "dl", "pthread"]
+        made.libraries.remove("cudart")
     return made
 
 
 def report(package):
     """To whoever looks, and to ``fused_dropout/native.py``. Ends a build that was told to have what is left out."""
     built = [name for name in SOURCES if name not in left_out]
-    info = {"built": built, "left_out": left_out, "torch": torch["__version__"] if built else None}
+    info = {"built": built, "left_out": left_out} | ({"torch": torch["__version__"]} if built else {})
     if "_cuda" in built:
         info |= {"cuda": toolkit.version, "architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     Path(package, "_build.json").write_text(json.dumps(info) + "\n")
     found = f"torch {torch and torch['__version__']}, compiler {compiler}, CUDA toolkit {toolkit.folder}"
     reasons = {why: ", ".join(name for name in left_out if left_out[name] == why) for why in left_out.values()}
     without = "; ".join(f"{names}, since {why}" for why, names in reasons.items())
-    for line in (f"found {found}", f"built {', '.join(built) or 'nothing'}", f"left out {without or 'nothing'}"):
-        print("fused_dropout:", line, file=sys.stderr)
-    demanded = {"cpu": ["_C", "_eager"], "cuda": ["_C", "_cuda", "_eager"]}.get(BUILD, [])
+    for what, those in (("found", found), ("built", ", ".join(built)), ("left out", without)):
+        print("fused_dropout:", what, those or "nothing", file=sys.stderr)
+    demanded = {"cpu": ["_C", "_eager"], "cuda": SOURCES}.get(BUILD, [])
     if [name for name in demanded if name in left_out and not (name == "_eager" and ABI3_WHEEL)]:
         raise SystemExit(f"FUSED_DROPOUT_BUILD={BUILD} asks for what is left out")
 
@@ -78,22 +79,21 @@ class Build(build_ext):
     """Compiles each extension by itself, side by side: one that does not compile costs no other."""
 
     def run(self):
-        os.environ.update(CXX=compiler, CC=os.environ.get("CC", compiler))
         if "_cuda" not in left_out:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures(self.editable_mode)
             os.environ["CUDA_HOME"] = toolkit.folder  # cpp_extension reads it when it is imported
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures(self.editable_mode))
-        names = [name for name in SOURCES if name not in left_out]
-        extensions = self.distribution.ext_modules = [extension(n, self.distribution.get_version()) for n in names]
-        with ThreadPoolExecutor() as side_by_side:
+        extensions = self.distribution.ext_modules = [extension(n, self.distribution.get_version()) for n in planned]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(planned))) as side_by_side:
             messages = list(side_by_side.map(lambda each: compile_alone(each, self, places.name), extensions))
-        for name, message in [pair for pair in zip(names, messages, strict=True) if pair[1]]:
+        self.extensions = [each for each, message in zip(extensions, messages, strict=True) if not message]
+        for name, message in filter(all, zip(planned, messages, strict=True)):
             print(message, file=sys.stderr)
             left_out[name] = next((line for line in message.splitlines() if "error" in line), message)
         report("fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout")
 
 
 setup(
-    ext_modules=[Extension(f"fused_dropout.{name}", SOURCES[name]) for name in SOURCES if name not in left_out],
+    ext_modules=[Extension(f"fused_dropout.{name}", [], py_limited_api=name != "_eager") for name in planned],
     cmdclass={"build_py": BuildPy, "build_ext": Build},
     options={"build": {"build_base": places.name}, "egg_info": {"egg_base": places.name}},
 )

@@ -22,7 +22,8 @@ from setuptools.errors import ExecError
 
 OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
 PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
-ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0")
+NO_TORCH = "there is no torch"
+ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0")
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml; without isolation nobody else asks
@@ -56,8 +57,14 @@ def find_torch():
 
 
 def find_compiler():
-    compilers = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"]
-    return next(filter(None, map(shutil.which, compilers)), None)
+    """The one that CXX names, after a wrapper and before options, if it is there; else the system's."""
+    asked = [found for word in os.environ.get("CXX", "").split() if (found := shutil.which(word))]
+    found = asked[-1:] or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
+    if found and not asked:
+        os.environ["CXX"] = found[0]
+    if found:
+        os.environ.setdefault("CC", found[0])  # what nvcc is told to use
+    return found[0] if found else None
 
 
 class Toolkit(NamedTuple):
@@ -70,6 +77,8 @@ class Toolkit(NamedTuple):
     def architectures(self, for_this_machine):
         import torch
 
+        if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            return asked
         if for_this_machine and torch.cuda.is_available():
             return "native"
         said = subprocess.run([f"{self.folder}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -82,16 +91,17 @@ def find_toolkit(torch):
     if not torch or not torch["cuda"]:
         return Toolkit(None, why_not="this torch is built without CUDA")
     major, others = torch["cuda"].split(".")[0], []
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    installed = [folder for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin")]
-    for place in (*(f"{home}/bin" for home in homes), os.environ.get("PATH"), "/usr/local/cuda/bin", *installed):
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    system = [*os.environ.get("PATH", "").split(os.pathsep), *map(str, Path("/usr/local").glob("cuda*/bin"))]
+    installed = [str(folder) for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin")]
+    for place in homes + system + installed:
         if nvcc := shutil.which("nvcc", path=place):
             said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
             version, top = re.search(r"release ([\d.]+)", said), re.search(r"^#\$ TOP=(.+)$", dry, re.M)
             if version and top and version[1].split(".")[0] == major:
                 return Toolkit(os.path.realpath(top[1]), version[1])
-            others.append(f"; {nvcc} is of CUDA {version[1] if version else '?'}")
+            others.append(f"; {nvcc} is of CUDA {version[1]}" if version else f"; {nvcc} does not say its version")
     return Toolkit(None, why_not=f"there is no nvcc of CUDA {major}" + "".join(dict.fromkeys(others)))
 
 
@@ -142,12 +152,14 @@ def why_nothing():
         return "FUSED_DROPOUT_BUILD=none"
     if torch and release(torch["__version__"]) < OLDEST:
         return f"torch {torch['__version__']} is older than {'.'.join(map(str, OLDEST))}"
-    return "" if compiler else "there is no C++ compiler"  # then no torch is asked for either
+    if not compiler:
+        return "there is no C++ compiler"
+    return "" if torch else NO_TORCH
 
 
 def _missing():
-    if why_nothing():
-        return []
+    if why_nothing() not in ("", NO_TORCH):
+        return []  # no torch is fetched to build nothing with
     wanted = BUILD == "cuda" and not toolkit.folder
     if not torch:
         return ["torch", PYPI_TOOLKIT] if wanted else ["torch"]  # which toolkit, torch's own requirements settle

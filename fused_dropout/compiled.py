@@ -19,6 +19,8 @@ _failed: set[tuple[Any, ...]] = set()  # what did not compile here: then the ref
 
 
 def _keep(numel: int, bound: Tensor, key: Tensor, start: int) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise RuntimeError("torch.compile is switched off")  # as it stands it would take forty bytes an element
     return reference.keep_each(reference.indices((numel,), key.device, start), bound, key)
 
 
@@ -28,13 +30,18 @@ def _apply(x: Tensor, bound: Tensor, key: Tensor, start: int, scale: Tensor) -> 
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _say_once() -> None:
+    better = f" Better by: {how_to_improve()}" if how_to_improve() else ""
     warnings.warn(
         "fused_dropout: there are no CUDA kernels. The reference serves, for which torch.compile makes a kernel now, "
-        f"in some seconds. Better by: {how_to_improve()}",
+        f"in some seconds.{better}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
@@ -42,8 +49,10 @@ def _try(function: Callable[..., Tensor], numel: int, dtype: torch.dtype, *argum
     """What the compiled function gives; None if it does not compile here, or would for this size alone."""
     if numel < 2 or (function, dtype) in _failed:
         return None
+    _say_once()
     try:
-        with torch.no_grad():
+        # Each dtype, device and mode has a kernel of its own, and eight would be the limit.
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
             return _compiled(function)(*arguments)
     except torch.OutOfMemoryError:
         raise
@@ -62,11 +71,16 @@ def _keep_flat(numel: int, p: float, key: Tensor, device: torch.device, start: i
     return reference.keep_flat(numel, p, key, start, device) if kept is None else kept
 
 
+def _over(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The elements of x in another shape, but no view: autograd and the compiler treat those otherwise."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)
+
+
 def _in_layout_of(x: Tensor, flat: Tensor) -> Tensor:
     """Of elements in the order in which those of x are numbered: a tensor of x's shape, strided as its empty_like."""
     strides = torch.empty_like(x, device="meta").stride()
     if reference.is_dense(x):
-        return flat.as_strided(x.shape, strides)
+        return _over(flat, x.shape, strides)
     return torch.empty_strided(x.shape, strides, dtype=flat.dtype, device=flat.device).copy_(flat.view(x.shape))
 
 
@@ -78,8 +92,7 @@ def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
 def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
     """``reference.apply``."""
     dense = x.detach() if reference.is_dense(x) else x.detach().contiguous()
-    # Not a view: a compiled function is made anew for what stands behind one.
-    flat = dense.new_empty(0).set_(dense.untyped_storage(), dense.storage_offset(), (x.numel(),), (1,))
+    flat = _over(dense, (x.numel(),), (1,))
     scale = torch.tensor(reference.scale(p), dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
     applied = _try(_apply, x.numel(), x.dtype, flat, _bound(p), key.to(x.device), start, scale)
     return reference.apply(x, p, key, start) if applied is None else _in_layout_of(x, applied)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, ModuleSpec
-from importlib.util import module_from_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,7 @@ _SETTINGS = {
 _FOLDER = Path(__file__).parent
 _LIBRARIES = {"_C": "CPU kernels", "_cuda": "CUDA kernels", "_eager": "eager binding"}
 _OLDEST_TORCH = (2, 11)  # whose stable ABI the kernels are kept to
+_OLDEST_FOR_THE_REFERENCE = (2, 8)  # as in pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,18 @@ def _why_refused(name: str, library: bytes) -> str:
         return f"is of version {version or 'unknown'}, and this is {__version__}"
     if built_for and not _fits(built_for, torch.__version__):
         return f"was built for torch {built_for}, and this is {torch.__version__}"
-    cuda = str(_built().get("cuda", "0"))
-    if name == "_cuda" and _release(cuda)[0] > _release(torch.version.cuda or "")[0] and _driver() < _release(cuda):
-        return f"needs a driver of CUDA {cuda}, and this torch is of CUDA {torch.version.cuda}"
+    major = _release(_built().get("cuda") or "0")[0]
+    if name == "_cuda" and major > _release(torch.version.cuda or "0")[0] and 0 < _driver() < major:
+        return f"needs a driver of CUDA {major}, and this torch is of CUDA {torch.version.cuda}"
     return ""
 
 
-def _driver() -> tuple[int, int]:
-    """The version of CUDA that the driver is made for; (0, 0) without one."""
+def _driver() -> int:
+    """The major version of CUDA that the driver is made for; 0 without one."""
     version = ctypes.c_int(0)
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value // 1000, version.value % 1000 // 10
+    return version.value // 1000
 
 
 def _load(name: str) -> tuple[ModuleType | None, str, bool]:
@@ -188,7 +189,7 @@ def _note(name: str) -> str:
 
 
 def how_to_improve() -> str | None:
-    """The command that would give what is missing here, from where this package was installed from."""
+    """The command that would give what is missing here, from the sources that this package was installed from."""
     if not _missing:
         return None
     if _backend == "python":
@@ -200,12 +201,14 @@ def how_to_improve() -> str | None:
         origin = {}
     if "vcs_info" in origin:
         source = f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
-    elif "dir_info" in origin:
+    elif origin.get("url", "").endswith(".whl"):
+        source = "SOURCES"  # which only the user knows
+    elif origin:
         source = shlex.quote(unquote(urlparse(origin["url"]).path))
-        again = "-e" if origin["dir_info"].get("editable") else again
-    command = f"pip install {again} {source}"
-    if "_cuda" in _missing:
-        command = f"FUSED_DROPOUT_BUILD=cuda {command}"  # brings nvcc from PyPI where there is none
+        again = "-e" if origin.get("dir_info", {}).get("editable") else again
+    command = f"{'pip install' if find_spec('pip') else 'uv pip install --no-build-isolation'} {again} {source}"
+    if "_cuda" in _missing and (_release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
+        command = f"FUSED_DROPOUT_BUILD=cuda {command}"  # brings nvcc from PyPI where there is none, from CUDA 13 on
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         command = f"with a C++ compiler on PATH (apt-get install g++): {command}"
     if _release(torch.__version__) < _OLDEST_TORCH:
@@ -213,6 +216,8 @@ def how_to_improve() -> str | None:
     return command
 
 
+if _release(torch.__version__) < _OLDEST_FOR_THE_REFERENCE:
+    raise ImportError(f"fused_dropout needs torch 2.8 or later, and this is {torch.__version__}")
 _backend = _setting("FUSED_DROPOUT_BACKEND")
 _setting("FUSED_DROPOUT_CPU_ISA")  # the library reads it when it is loaded
 # What torch.compile is given: the mask's arithmetic, to fuse with the neighbours, or the kernel as it is.
@@ -228,6 +233,17 @@ if _said:
         f"fused_dropout: {'; '.join(map(_note, _said))}. Better by: {how_to_improve()}", RuntimeWarning, stacklevel=2
     )
 
+
+def _has_triton() -> bool:
+    with suppress(ValueError):  # a module of that name that is none
+        return find_spec("triton") is not None
+    return False
+
+
+# Whether Inductor makes the kernel for a GPU of NVIDIA's or AMD's.
+compiles_reference: bool = (
+    _backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
+)
 # A key from the CPU's default generator in one call; None without the kernels.
 draw_cpu_key = torch.ops.fused_dropout.draw_cpu_key.default if kernels else None
 

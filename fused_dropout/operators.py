@@ -5,7 +5,6 @@ All are pure functions of an explicit key, but for ``draw_key``, which takes one
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ _implement("apply_", _uncounted(reference.apply_), lambda x, p, key, start=0: No
 _implement("keep_mask", _keep_mask, lambda x, p, key, start=0: torch.empty_like(x, dtype=torch.bool))
 _implement("apply_broadcast", reference.apply_broadcast, lambda x, p, key, noise_shape, scale: torch.empty_like(x))
 _implement("apply_broadcast_", _uncounted(reference.apply_broadcast_), lambda x, p, key, noise_shape, scale: None)
-if not native.cuda_kernels and (torch.version.cuda or torch.version.hip) and find_spec("triton"):
+if native.compiles_reference:
     for _name in ("apply", "apply_", "keep_mask", "apply_broadcast", "apply_broadcast_"):
         _kernel = getattr(compiled, _name)
         _library.impl(_name, _uncounted(_kernel) if _name.endswith("_") else _kernel, "CUDA")

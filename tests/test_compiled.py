@@ -17,6 +17,7 @@ from fused_dropout import compiled, native, reference
 def _fresh(monkeypatch):
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
+    compiled._say_once.cache_clear()
     monkeypatch.setattr(compiled, "_failed", set())
 
 
@@ -43,6 +44,7 @@ def test_is_the_reference(dtype, key):
                 expected, got = both("apply", layout(torch.randn(24, 40).to(dtype)), p, key, start)
                 assert torch.equal(*(y.contiguous().view(torch.uint8) for y in (got, expected)))
                 assert got.stride() == expected.stride()
+                assert not got._is_view()  # or nobody could change it in place after a dropout with a gradient
         for n in (0, 1, 2, 1001):
             expected, got = both("apply", torch.randn(n).to(dtype), 0.3, key)
             assert torch.equal(got, expected)
@@ -61,6 +63,7 @@ def test_the_other_operators(key):
         expected, got = both(name, x.t().contiguous().t(), *arguments)
         assert torch.equal(got, expected), name
         assert got.stride() == expected.stride()
+        assert not got._is_view()
     assert not compiled._failed
 
 
@@ -77,7 +80,27 @@ def test_where_it_does_not_compile(monkeypatch, key):
     with pytest.warns(RuntimeWarning, match="does not compile here, and stays slow: no C compiler") as said:
         results = [both("apply", torch.randn(100), 0.3, key) for _ in range(3)]
     assert all(torch.equal(*pair) for pair in results)
-    assert len(said) == len(tries) == 1
+    assert sum("stays slow" in str(warning.message) for warning in said) == len(tries) == 1
+
+
+@pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
+def test_where_torch_compile_is_switched_off(key):
+    """Not the arithmetic that is meant for a compiler, which takes forty bytes an element as it stands."""
+    x = torch.randn(100)
+    with torch.compiler.set_stance("force_eager"), pytest.warns(RuntimeWarning, match="torch.compile is switched off"):
+        got = compiled.apply(x, 0.3, key)
+    assert torch.equal(got, reference.apply(x, 0.3, key))
+
+
+@pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
+def test_more_variants_than_dynamo_compiles_by_itself(key):
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for start in (0, 5, 2**33):
+            expected, got = both("apply", torch.randn(100).to(dtype), 0.3, key, start)
+            assert torch.equal(got, expected)
+    with torch.inference_mode():
+        both("apply", torch.randn(100), 0.3, key)
+    assert not compiled._failed
 
 
 @pytest.mark.gpu
@@ -91,6 +114,6 @@ def test_serves_where_there_are_no_cuda_kernels(key):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fd.dropout(x, 0.3, key=key).sum().backward()
-        fd.dropout(on_gpu, 0.3, key=key).sum().backward()
+        fd.dropout(on_gpu, 0.3, key=key).add_(1).sum().backward()
     assert any("there are no CUDA kernels" in str(warning.message) for warning in said)
     assert torch.equal(on_gpu.grad.cpu(), x.grad)

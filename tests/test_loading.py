@@ -45,11 +45,11 @@ def library(package, name):
     return next(package.glob(f"{name}.*so"))
 
 
-def outcome(package, before="", code=REPORT, **environment):
+def outcome(package, before="", code=REPORT, inherited=os.environ, **environment):
     """What a process that imports this copy finds. It ends well, and its masks are the contract's, whatever serves."""
     done = subprocess.run(
         [sys.executable, "-c", code.format(before=before)],
-        env={**os.environ, "PYTHONPATH": str(package.parent), **environment},
+        env={**inherited, "PYTHONPATH": str(package.parent), **environment},
         capture_output=True,
         text=True,
         cwd="/",
@@ -163,6 +163,13 @@ def test_floor_of_the_kernels(package, version, served):
         is_refused(found, "they need torch 2.11", version)
 
 
+def test_torch_that_is_too_old_for_all(package):
+    code = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.7.1'); import fused_dropout"
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ImportError: fused_dropout needs torch 2.8 or later, and this is 2.7.1" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("built_for", "here", "fits"),
     [
@@ -183,11 +190,11 @@ def test_torch_that_an_eager_binding_fits(built_for, here, fits):
 @pytest.mark.parametrize(
     ("built", "here", "driver", "refused"),
     [
-        ("13.0", "12.8", (12, 4), True),
-        ("13.0", "12.8", (0, 0), True),
-        ("13.0", "12.8", (13, 0), False),
-        ("12.8", "13.0", (0, 0), False),
-        ("13.2", "13.0", (13, 0), False),
+        ("13.0", "12.8", 12, True),
+        ("13.0", "12.8", 0, False),  # no driver, no GPU to serve
+        ("13.2", "12.8", 13, False),
+        ("12.8", "13.0", 12, False),
+        ("13.2", "13.0", 13, False),
     ],
 )
 def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver, refused):
@@ -205,9 +212,9 @@ def test_nothing_is_written_and_nothing_asked_of_home(package, tmp_path):
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = "import os; environment = dict(os.environ); os.environ.pop('HOME', None); environment.pop('HOME', None)"
     code = REPORT + "\nassert dict(os.environ) == environment\n"
-    files = sorted(package.rglob("*"))
-    outcome(package, before, code, HOME="/nonexistent", TMPDIR="/nonexistent", PYTHONDONTWRITEBYTECODE="1")
-    assert sorted(package.rglob("*")) == files
+    files = {path: path.stat().st_mtime_ns for path in package.rglob("*")}
+    outcome(package, before, code, {}, HOME="/nonexistent", TMPDIR="/nonexistent", PYTHONDONTWRITEBYTECODE="1")
+    assert {path: path.stat().st_mtime_ns for path in package.rglob("*")} == files
 
 
 def test_path_with_spaces_and_letters(tmp_path, package):
@@ -267,6 +274,8 @@ def test_info_says_what_serves_and_why():
         (None, "--no-cache-dir --no-binary fused-dropout fused-dropout"),
         ({"url": "file:///a%20b", "dir_info": {}}, "--no-cache-dir '/a b'"),
         ({"url": "file:///a", "dir_info": {"editable": True}}, "install -e /a"),
+        ({"url": "file:///a/x-0.1.tar.gz", "archive_info": {}}, "--no-cache-dir /a/x-0.1.tar.gz"),
+        ({"url": "file:///a/x-0.1-cp310-abi3-linux.whl", "archive_info": {}}, "--no-cache-dir SOURCES"),
         ({"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/x.git@abc"),
     ],
 )
@@ -282,6 +291,9 @@ def test_command_that_rebuilds(monkeypatch, origin, command):
     monkeypatch.setattr(native, "_missing", {"_eager": "not built"})
     assert command in native.how_to_improve()
     monkeypatch.setattr(native, "_missing", {"_cuda": "not built"})
-    assert native.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install")
+    monkeypatch.setattr(native.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
+    for cuda, brings_nvcc in (("13.0", True), ("12.8", False)):  # PyPI has nvcc from CUDA 13 on
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert native.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install") == brings_nvcc
     monkeypatch.setattr(native, "_missing", {})
     assert native.how_to_improve() is None

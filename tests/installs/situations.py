@@ -7,6 +7,7 @@ serves. The environments of other torches come from the Makefile: .venv (torch o
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,9 @@ def wheels(folder):
     build = ("wheel", "--no-build-isolation", "--no-deps", "-w")
     settings = {"FUSED_DROPOUT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
     environment.pip(*build, folder / "own", source, **settings)
-    environment.pip(*build, folder / "all", "--config-settings=--build-option=--py-limited-api=cp310", source, **settings)
+    environment.pip(
+        *build, folder / "all", "--config-settings=--build-option=--py-limited-api=cp310", source, **settings
+    )
     return next((folder / "own").glob("*.whl")), next((folder / "all").glob("*.whl"))
 
 
@@ -213,7 +216,7 @@ def test_6_another_torch_where_it_is_built(wheels, cpu):
 
 
 def test_7_torch_is_changed_after_the_installation(wheels, folder, request):
-    """The kernels still serve, one line says how to get the eager binding back, and that command does."""
+    """The kernels still serve, and one line says how to get the eager binding back."""
     own, _ = wheels
     older = fresh(folder, request, OLDEST)
     older.pip("install", "--no-deps", own)
@@ -252,9 +255,6 @@ def test_8_git(cpu, sources):
         subprocess.run(["git", *command], cwd=sources, check=True)
     cpu.pip("install", f"git+file://{str(sources).replace(' ', '%20')}")
     serves(cpu, eager=True)
-    (sources / "csrc/eager.cpp").write_text("broken")  # so that eager is left out, and the command is shown
-    cpu.pip("install", "--force-reinstall", "--no-deps", sources)
-    assert not cpu.info()["eager"]
 
 
 def test_9_one_wheel_for_all(wheels, cpu, folder, request):
@@ -277,7 +277,10 @@ def test_10_editable_reinstalled_uninstalled(cpu, sources):
     assert cpu.info()["improve"] is None
     cpu.pip("install", "--no-build-isolation", "-e", sources, FUSED_DROPOUT_BUILD="none")
     only_the_reference_serves(cpu, "FUSED_DROPOUT_BUILD=none")  # and not what the earlier build left
-    assert "install -e" in cpu.info()["improve"]
+    command = cpu.info()["improve"]
+    assert command == f"pip install -e '{sources}'"
+    cpu.pip(*shlex.split(command)[1:])  # it does what it says
+    serves(cpu, eager=True)
     cpu.pip("install", "--no-build-isolation", sources, FUSED_DROPOUT_BUILD="cpu")
     assert cpu.package.exists()
     serves(cpu, eager=True)
@@ -323,10 +326,14 @@ def test_11_two_builds_at_once_in_an_odd_place(folder, request):
 
 def without_writing_to(folder):
     under = ("unshare", "--mount", "sh", "-c", f'mount --bind -o ro "{folder}" "{folder}" && exec "$@"', "sh")
-    return () if subprocess.run([*under, "true"], capture_output=True).returncode else under
+    if subprocess.run([*under, "true"], capture_output=True).returncode:
+        pytest.skip("a read-only mount is not allowed here")
+    return under
 
 
-@pytest.mark.parametrize("version", ["2.11.0a0+b5c9cb3ab8.nv26.01", "2.12.0.dev20260401+cu130", "2.13.0+cpu"])
+@pytest.mark.parametrize(
+    "version", ["2.8.0a0+5228986c39.nv25.05", "2.11.0a0+b5c9cb3ab8.nv26.01", "2.12.0.dev20260401+cu130"]
+)
 def test_12_no_torch_is_replaced(cpu, sources, version):
     """A vendor's and a nightly build of torch satisfy the requirement, for pip and for uv."""
     (metadata,) = cpu.site.glob("torch-*.dist-info")
@@ -355,7 +362,9 @@ def test_12_a_torch_that_the_kernels_do_not_serve(folder, request, sources):
     only_the_reference_serves(floor, "they need torch 2.11")
     assert torchs_files(floor) == before
     asked = re.search(
-        r"^Requires-Dist: torch>=([\d.]+)$", next(floor.site.glob("fused_dropout-*/METADATA")).read_text(), re.M
+        r"^Requires-Dist: torch>=([\d.]+)\.0\.dev0$",
+        next(floor.site.glob("fused_dropout-*/METADATA")).read_text(),
+        re.M,
     )
     assert floor.info()["torch"].startswith(asked[1])
     names = ["mask", "layouts", "gradients", "operators", "dropin", "family", "noise_shape", "keys", "composition"]
