@@ -1,8 +1,10 @@
 """What the compiled part may rest on: the stable ABI of LibTorch for the kernels, ATen for the eager binding alone."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,28 @@ def test_mask_is_defined_once():
         text = source.read_text()
         assert ("0xD2511F53" in text) == (source.name == "philox.h")
         assert ("draw) << 32 | tie" in text) == (source.name == "mask.h")
+
+
+@pytest.mark.parametrize(
+    ("asked", "compiler", "kept"),
+    [
+        (None, "c++", False),
+        ("wrapper c++", "c++", True),
+        ("c++ --sysroot=/", "c++", True),
+        ("no-such-compiler", "c++", False),
+    ],
+)
+def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
+    """CXX stays as the user wrote it, wrapper and options included, unless it names nothing that is there."""
+    if not shutil.which("c++"):
+        pytest.skip("no compiler")
+    (tmp_path / "wrapper").touch(0o755)
+    code = "import os, toolchain; print(toolchain.compiler, os.environ['CXX'], os.environ['CC'], sep='|')"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
+    environment |= {"PYTHONPATH": str(CSRC), "PATH": f"{os.environ['PATH']}:{tmp_path}"} | (
+        {"CXX": asked} if asked else {}
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found, cxx, cc = done.stdout.strip().split("|")
+    assert found == cc == shutil.which(compiler)
+    assert cxx == (asked if kept else found)

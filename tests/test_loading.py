@@ -45,20 +45,56 @@ def library(package, name):
     return next(package.glob(f"{name}.*so"))
 
 
-def outcome(package, before="", code=REPORT, inherited=os.environ, **environment):
-    """What a process that imports this copy finds. It ends well, and its masks are the contract's, whatever serves."""
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(before=before)],
-        env={**inherited, "PYTHONPATH": str(package.parent), **environment},
-        capture_output=True,
-        text=True,
-        cwd="/",
-    )
-    assert done.returncode == 0, (done.returncode, done.stderr)
-    found = json.loads(done.stdout)
-    assert Path(found["folder"]) == package
-    assert found["kept"] == KEPT
-    return found
+# Imports torch once, and forks for each program: a child may die, and takes nothing along.
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    task = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(task["environment"])
+        sys.path.insert(0, task["environment"]["PYTHONPATH"])
+        sys.dont_write_bytecode = True
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{task['folder']}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        try:
+            exec(task["code"], {"__name__": "__main__"})
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forks():
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def outcome(forks, package, tmp_path_factory):
+    """What a process that imports the copy finds. It ends well, and its masks are the contract's, whatever serves."""
+
+    def outcome(before="", code=REPORT, inherited=os.environ, **environment):
+        folder = tmp_path_factory.mktemp("outcome")
+        environment = {**inherited, "PYTHONPATH": str(package.parent), **environment}
+        task = {"environment": environment, "folder": str(folder), "code": code.format(before=before)}
+        print(json.dumps(task), file=forks.stdin, flush=True)
+        status = int(forks.stdout.readline())
+        assert status == 0, (status, (folder / "2").read_text())
+        found = json.loads((folder / "1").read_text())
+        assert Path(found["folder"]) == package
+        assert found["kept"] == KEPT
+        return found
+
+    return outcome
 
 
 def is_refused(found, *why):
@@ -72,19 +108,19 @@ def is_refused(found, *why):
 
 
 @needs_kernels
-def test_untouched_copy_is_loaded(package):
-    found = outcome(package)
+def test_untouched_copy_is_loaded(outcome, package):
+    found = outcome()
     assert found["cpu"] == "native"
     assert found["eager"] == (native.eager is not None)
     assert found["warnings"] == []
 
 
 @needs_kernels
-def test_truncated_library(package):
+def test_truncated_library(outcome, package):
     """The loader itself dies of this one, of a bus error."""
     whole = library(package, "_C").read_bytes()
     library(package, "_C").write_bytes(whole[: len(whole) // 2])
-    is_refused(outcome(package), "is truncated")
+    is_refused(outcome(), "is truncated")
     for part in (4, 63, 64, 65, 100, 1000, *range(4096, len(whole) * 9 // 10, 4096)):
         assert native._why_refused("_C", whole[:part]) == "is truncated"
     assert native._why_refused("_C", b"") == f"is of version unknown, and this is {fd.__version__}"
@@ -92,55 +128,55 @@ def test_truncated_library(package):
 
 
 @needs_kernels
-def test_library_of_another_architecture(package):
+def test_library_of_another_architecture(outcome, package):
     bytes_ = bytearray(library(package, "_C").read_bytes())
     assert bytes_[:4] == b"\x7fELF"
     bytes_[18:20] = (183 if bytes_[18] != 183 else 62).to_bytes(2, sys.byteorder)  # e_machine: aarch64, or x86-64
     library(package, "_C").write_bytes(bytes_)
-    is_refused(outcome(package), "does not load", "built for torch", torch.__version__)
+    is_refused(outcome(), "does not load", "built for torch", torch.__version__)
 
 
 @needs_kernels
-def test_library_of_another_version(package):
+def test_library_of_another_version(outcome, package):
     here, other = f"fused_dropout._C {fd.__version__};".encode(), b"fused_dropout._C 9.9.9;"
     whole = library(package, "_C").read_bytes()
     assert whole.count(here) == 1
     library(package, "_C").write_bytes(whole.replace(here, other))
-    is_refused(outcome(package), "is of version 9.9.9", f"this is {fd.__version__}")
+    is_refused(outcome(), "is of version 9.9.9", f"this is {fd.__version__}")
 
 
 @needs_kernels
-def test_library_that_is_not_ours(package):
+def test_library_that_is_not_ours(outcome, package):
     import math
 
     shutil.copy(getattr(math, "__file__", torch._C.__file__), library(package, "_C"))
-    is_refused(outcome(package), "is of version unknown")
+    is_refused(outcome(), "is of version unknown")
 
 
 @needs_kernels
-def test_no_library(package):
+def test_no_library(outcome, package):
     library(package, "_C").unlink()
-    is_refused(outcome(package), "not built")
+    is_refused(outcome(), "not built")
 
 
 @needs_kernels
-def test_no_library_elsewhere_is_taken(package, tmp_path):
+def test_no_library_elsewhere_is_taken(outcome, package, tmp_path):
     """One of that name on sys.path, in the working directory or in a package of that name further on."""
     elsewhere = tmp_path / "elsewhere" / "fused_dropout"
     elsewhere.mkdir(parents=True)
     shutil.move(library(package, "_C"), elsewhere)
     shutil.copy(next(elsewhere.iterdir()), elsewhere.parent)
-    is_refused(outcome(package, before=f"sys.path.append({str(elsewhere.parent)!r})"), "not built")
+    is_refused(outcome(f"sys.path.append({str(elsewhere.parent)!r})"), "not built")
 
 
-def test_eager_binding_of_another_torch(package):
+def test_eager_binding_of_another_torch(outcome, package):
     if native.eager is None:
         pytest.skip("no eager binding")
     whole = library(package, "_eager").read_bytes()
     here = f"; for torch {torch.__version__};".encode()
     assert whole.count(here) == 1
     library(package, "_eager").write_bytes(whole.replace(here, b"; for torch 2.1.0;".ljust(len(here), b" ")))
-    found = outcome(package)
+    found = outcome()
     assert found["cpu"] == "native"
     assert not found["eager"]
     (warning,) = found["warnings"]
@@ -152,10 +188,10 @@ def test_eager_binding_of_another_torch(package):
 @pytest.mark.parametrize(
     ("version", "served"), [("2.10.1", False), ("2.11.0a0+b5c9cb3ab8.nv26.01", True), ("2.11.0.dev20260102", True)]
 )
-def test_floor_of_the_kernels(package, version, served):
+def test_floor_of_the_kernels(outcome, package, version, served):
     """Below it the reference, above it the kernels; a preview of 2.11 counts as 2.11."""
     before = f"torch.__version__ = torch.torch_version.TorchVersion({version!r})"
-    found = outcome(package, before)
+    found = outcome(before)
     assert found["cpu"] == ("native" if served else "reference")
     assert not found["eager"]
     assert len(found["warnings"]) == 1
@@ -206,22 +242,25 @@ def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver,
     assert native._why_refused("_C", f"fused_dropout._C {fd.__version__};".encode()) == ""
 
 
-def test_nothing_is_written_and_nothing_asked_of_home(package, tmp_path):
+def test_nothing_is_written_and_nothing_asked_of_home(outcome, package, tmp_path):
     """A package that cannot be written to, no home directory: it imports, and leaves no file and no change."""
     for path in [package, *package.rglob("*")]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = "import os; environment = dict(os.environ); os.environ.pop('HOME', None); environment.pop('HOME', None)"
     code = REPORT + "\nassert dict(os.environ) == environment\n"
     files = {path: path.stat().st_mtime_ns for path in package.rglob("*")}
-    outcome(package, before, code, {}, HOME="/nonexistent", TMPDIR="/nonexistent", PYTHONDONTWRITEBYTECODE="1")
+    outcome(before, code, {}, HOME="/nonexistent", TMPDIR="/nonexistent", PYTHONDONTWRITEBYTECODE="1")
     assert {path: path.stat().st_mtime_ns for path in package.rglob("*")} == files
 
 
 def test_path_with_spaces_and_letters(tmp_path, package):
     odd = tmp_path / "ein Ordner, größer" / "日本"
     odd.mkdir(parents=True)
-    moved = Path(shutil.move(package, odd))
-    assert outcome(moved)["cpu"] == fd.backend_info().devices["cpu"]
+    shutil.move(package, odd)
+    code = "import fused_dropout as fd; print(fd.__path__[0], fd.backend_info().devices['cpu'])"
+    environment = {**os.environ, "PYTHONPATH": str(odd), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == f"{odd / 'fused_dropout'} {fd.backend_info().devices['cpu']}", done.stderr
 
 
 def test_two_processes_at_once(package):
@@ -231,7 +270,7 @@ def test_two_processes_at_once(package):
     assert [process.communicate()[0].strip() for process in both] == [fd.backend_info().devices["cpu"]] * 2
 
 
-def test_importing_starts_nothing(package):
+def test_importing_starts_nothing(outcome, package):
     """No CUDA context, no compiler, no thread; nor does the first call."""
     code = """
 import json, sys, threading
@@ -247,7 +286,7 @@ assert not {"torch._inductor", "torch._dynamo", "triton", "numpy.testing"} & set
 print(json.dumps({"folder": fd.__path__[0], "kept": y.count_nonzero().item()}))
 """
     code = code.replace("import fused_dropout", "before = set(sys.modules)\nimport fused_dropout", 1)
-    outcome(package, code=code.replace("{", "{{").replace("}", "}}"))
+    outcome(code=code.replace("{", "{{").replace("}", "}}"))
 
 
 def test_info_says_what_serves_and_why():
