@@ -85,7 +85,8 @@ class Kernel:
     def faults(self) -> list[str]:
         width = r"\.64$" if self.dtype == "mask" else r"\.128$"
         narrow = [o for o in self.loop if o.startswith(("LDG", "STG")) and not re.search(width, o)]
-        limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 else 99
+        emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
+        limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
         return [
             *([f"{self.stack} bytes of stack"] if self.stack else []),
             *([f"{self.local} accesses of local memory"] if self.local else []),
@@ -147,7 +148,10 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> list[K
             if not kind:
                 continue
             instruction = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.*?);")
-            lines = [(int(a, 16), opcode, operands) for a, opcode, operands in instruction.findall(code)]
+            found = instruction.findall(code)
+            lines = [
+                (int(a, 16), opcode.removesuffix(".SYS"), operands) for a, opcode, operands in found
+            ]  # sm_75 has it
             used = usage[arch, name]
             local, divisions = (
                 sum(opcode.startswith(names) for _, opcode, _ in lines) for names in (("LDL", "STL"), DIVISION)
