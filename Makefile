@@ -117,13 +117,13 @@ lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the
 	$(PY) benchmarks/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/* tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* tests/*.cpp
 	$(PY) -m mypy
 
 format: build/dev$(subst /,-,$(VENV)) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/* tests/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.[ch]* tests/*.cpp
 
 clean: ## remove what was built, and the environments
 	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
