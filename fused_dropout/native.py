@@ -206,7 +206,9 @@ def how_to_improve() -> str | None:
     elif origin:
         source = shlex.quote(unquote(urlparse(origin["url"]).path))
         again = "-e" if origin.get("dir_info", {}).get("editable") else again
-    command = f"{'pip install' if find_spec('pip') else 'uv pip install --no-build-isolation'} {again} {source}"
+    # Not find_spec("pip"): setuptools' hook takes that for a build, and takes its distutils out of this process.
+    has_pip = any(metadata.distributions(name="pip"))
+    command = f"{'pip install' if has_pip else 'uv pip install --no-build-isolation'} {again} {source}"
     if "_cuda" in _missing and (_release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
         command = f"FUSED_DROPOUT_BUILD=cuda {command}"  # brings nvcc from PyPI where there is none, from CUDA 13 on
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):

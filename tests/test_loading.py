@@ -336,3 +336,18 @@ def test_command_that_rebuilds(monkeypatch, origin, command):
         assert native.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install") == brings_nvcc
     monkeypatch.setattr(native, "_missing", {})
     assert native.how_to_improve() is None
+
+
+def test_saying_so_leaves_the_process_as_it_was():
+    """setuptools' hook acts on who looks for pip, and Inductor then fails to compile for the CPU."""
+    code = """
+import sys, warnings
+sys.modules["fused_dropout._C"] = None
+warnings.simplefilter("ignore")
+import fused_dropout as fd
+assert "pip install" in fd.backend_info().improve
+import setuptools, distutils.core
+assert "_distutils" in distutils.core.__file__, distutils.core.__file__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr

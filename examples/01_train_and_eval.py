@@ -1,0 +1,79 @@
+"""train() and eval(): dropout draws in one, and does nothing in the other.
+
+The claim of every tutorial: in training mode a unit is zeroed with probability p and the rest are divided by 1 - p, so
+that each pass gives another output; in evaluation mode the layer is the identity, so that each pass gives the same.
+What it costs to forget eval() is measured here: accuracy, and how much the answer moves from pass to pass.
+"""
+
+import argparse
+
+import torch
+from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from torch import Tensor, nn
+
+import fused_dropout as fd
+
+PASSES = 20
+
+
+def network(inputs: int, p: float, width: int = 256) -> nn.Sequential:
+    """Four layers, dropout after the first three."""
+    layers: list[nn.Module] = []
+    for size in (inputs, width, width):
+        layers += [nn.Linear(size, width), nn.ReLU(), fd.Dropout(p)]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+@torch.no_grad()
+def passes(model: nn.Module, x: Tensor) -> Tensor:
+    """Probabilities of repeated passes over the same images: (PASSES, images, classes)."""
+    return torch.stack([model(x).softmax(-1) for _ in range(PASSES)])
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    data = load(arguments)
+    rates = [0.1, 0.3, 0.5, 0.7]
+    found: dict[str, dict[float, list[float]]] = {
+        name: {p: [] for p in rates} for name in ("train error", "eval error", "train moves", "eval moves")
+    }
+    runs = [(p, seed) for p in rates for seed in range(arguments.seeds)]
+    for p, seed in progress(runs, "training"):
+        torch.manual_seed(seed)
+        model = train(network(data.train_x.shape[1], p).to(arguments.device), data, epochs=arguments.epochs)
+        for mode in ("train", "eval"):
+            model.train(mode == "train")
+            drawn = passes(model, data.test_x)
+            wrong = (drawn.argmax(-1) != data.test_y).float().mean().item()
+            found[f"{mode} error"][p].append(wrong)
+            found[f"{mode} moves"][p].append(drawn.std(0).mean().item())
+
+    picture, (left, right) = figure("Without eval(), each pass gives another answer, and a worse one", columns=2)
+    for mode, colour in (("train", COLOURS[1]), ("eval", COLOURS[0])):
+        for axis, what, scale in ((left, "error", 100), (right, "moves", 100)):
+            values = torch.tensor([found[f"{mode} {what}"][p] for p in rates]) * scale
+            axis.errorbar(
+                rates,
+                values.mean(1),
+                values.std(1, correction=0),
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=f"{mode}()",
+            )
+    left.set(xlabel="drop probability p", ylabel=f"test error on {data.name}, %", title="error of one pass")
+    right.set(
+        xlabel="drop probability p", ylabel="standard deviation, % points", title=f"a probability over {PASSES} passes"
+    )
+    left.legend(frameon=False)
+    at = 0.5
+    shown = (
+        f"{data.name}, p = {at}: forgetting eval() takes the test error from {spread(found['eval error'][at])} % to "
+        f"{spread(found['train error'][at])} %, and a class's probability moves by {spread(found['train moves'][at])} "
+        f"points from pass to pass; after eval() by {spread(found['eval moves'][at])}."
+    )
+    finish(picture, arguments, "01_train_and_eval", shown)
+    return {name: by_rate[at] for name, by_rate in found.items()}
+
+
+if __name__ == "__main__":
+    main(options(__doc__, epochs=20, seeds=3).parse_args())

@@ -1,0 +1,118 @@
+"""Why activations are scaled, and three ways to do it, one of them wrong.
+
+A unit is kept with probability q = 1 - p. A sum over n inputs then has the mean q * sum(w x), where without dropout it
+is sum(w x). So that the next layer meets the same at test time, either
+
+- *inverted*: the kept ones are multiplied by 1/q in training, and nothing at test time: E[m x / q] = x;
+- *classic* (Hinton et al. 2012): nothing in training, and at test time every activation (or its outgoing weights) is
+  multiplied by q: E[m x] = q x, which is what the next layer then gets.
+
+Two slips are found in tutorials. The *double* one scales by 1/q in training *and* by q at test time, so that the test
+network gets q times what it was trained on, after three layers q^3. The other one multiplies by p, the *drop*
+probability, at test time, which is right at p = 0.5 alone.
+
+The means are those of the inputs to each layer, relative to training's; then the test error and the test loss: a
+network whose activations fade may still rank the classes rightly, but with less conviction.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from basics import COLOURS, errors, figure, finish, load, options, progress, spread, train
+from torch import Tensor, nn
+
+import fused_dropout as fd
+
+P = 0.3
+WAYS = {
+    "inverted: 1/q in training": (False, 1.0),
+    "classic: q at test time": (True, 1 - P),
+    "double: 1/q, then q": (False, 1 - P),
+    "slip: p for q at test time": (True, P),
+}
+
+
+class Scaled(nn.Module):
+    """Dropout that can leave out training's 1/q, and multiply at test time."""
+
+    def __init__(self, p: float, unscaled: bool, at_test: float) -> None:
+        super().__init__()
+        self.drop, self.q, self.unscaled, self.at_test = fd.Dropout(p), 1 - p, unscaled, at_test
+        self.seen = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(x) * (self.q if self.unscaled and self.training else 1)
+        x = x if self.training else x * self.at_test
+        self.seen = x.detach().mean().item()
+        return x
+
+
+def network(inputs: int, unscaled: bool, at_test: float, width: int = 256) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for size in (inputs, width, width):
+        layers += [nn.Linear(size, width), nn.ReLU(), Scaled(P, unscaled, at_test)]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+@torch.no_grad()
+def means(model: nn.Sequential, x: Tensor, passes: int) -> list[float]:
+    """The mean input of each layer after a dropout, over so many passes."""
+    layers = [layer for layer in model if isinstance(layer, Scaled)]
+    sums = torch.zeros(len(layers))
+    for _ in range(passes):
+        model(x)
+        sums += torch.tensor([layer.seen for layer in layers])
+    return (sums / passes).tolist()
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    data = load(arguments)
+    wrong: dict[str, list[float]] = {way: [] for way in WAYS}
+    losses: dict[str, list[float]] = {way: [] for way in WAYS}
+    ratios: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    for seed, (way, (unscaled, at_test)) in progress(
+        [(s, w) for s in range(arguments.seeds) for w in WAYS.items()], "training"
+    ):
+        torch.manual_seed(seed)
+        model = network(data.train_x.shape[1], unscaled, at_test).to(arguments.device)
+        train(model, data, epochs=arguments.epochs)
+        trained_on = means(model, data.train_x, passes=20)
+        tested_on = means(model.eval(), data.train_x, passes=1)
+        ratios[way].append([test / seen for test, seen in zip(tested_on, trained_on, strict=True)])
+        wrong[way].append(errors(model, data.test_x, data.test_y))
+        with torch.no_grad():
+            losses[way].append(F.cross_entropy(model(data.test_x), data.test_y).item())
+
+    picture, (left, middle, right) = figure(
+        "Scaled twice, or by the wrong probability, the activations fade layer by layer", columns=3, figsize=(13, 3.9)
+    )
+    for way, colour in zip(WAYS, COLOURS, strict=False):
+        runs = torch.tensor(ratios[way])
+        left.errorbar(
+            [1, 2, 3], runs.mean(0), runs.std(0, correction=0), color=colour, marker="o", capsize=3, label=way
+        )
+    left.axhline(1, color="grey", linewidth=0.8, zorder=0)
+    left.set(xlabel="after dropout layer", xticks=[1, 2, 3], ylabel="mean at test time / in training", ylim=(0, 1.2))
+    left.set_title("does the next layer meet what it was trained on?")
+    left.legend(frameon=False, fontsize=8)
+    names = [way.split(":")[0] for way in WAYS]
+    for axis, values, what in ((middle, wrong, "error, %"), (right, losses, "loss, nats")):
+        rows = torch.tensor(list(values.values())) * (100 if values is wrong else 1)
+        axis.barh(range(len(WAYS)), rows.mean(1), xerr=rows.std(1, correction=0), color=COLOURS[: len(WAYS)], capsize=3)
+        axis.set(yticks=range(len(WAYS)), yticklabels=names, xlabel=f"test {what}", title=f"{data.name}, p = {P}")
+        axis.invert_yaxis()
+    at_end = {way: spread((run[-1] for run in runs), 2, 1) for way, runs in ratios.items()}
+    shown = (
+        f"{data.name}, p = {P}: mean after the third dropout at test time / in training, test error, loss: "
+        + "; ".join(
+            f"{name} {at_end[way]}, {spread(wrong[way])} %, {spread(losses[way], 3, 1)}"
+            for name, way in zip(names, WAYS, strict=True)
+        )
+    )
+    finish(picture, arguments, "02_scaling", shown + ".")
+    return wrong | {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
+
+
+if __name__ == "__main__":
+    main(options(__doc__, epochs=20, seeds=3).parse_args())

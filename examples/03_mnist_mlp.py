@@ -1,0 +1,84 @@
+"""784-512-256-128-10: the Keras tutorials' network, with and without dropout.
+
+ReLU, softmax, Adam, batches of 128; dropout on the input and after each hidden layer; 567,434 parameters. The claim:
+without dropout the training loss goes to zero while the validation loss turns up again (the network learns its training
+set by heart), and with it the two curves stay together. Measured is the gap between them. The digits, 8 x 8, are
+enlarged to the 28 x 28 that the network is made for.
+"""
+
+import argparse
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from basics import COLOURS, Data, errors, figure, finish, load, options, progress, spread, train
+from torch import nn
+
+import fused_dropout as fd
+
+SIZES = (784, 512, 256, 128)
+PARAMETERS = 567_434
+CURVES = ("training loss", "validation loss", "training error", "validation error")
+
+
+def network(p_input: float, p_hidden: float) -> nn.Sequential:
+    layers: list[nn.Module] = [fd.Dropout(p_input)]
+    for inputs, outputs in pairwise(SIZES):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(), fd.Dropout(p_hidden)]
+    model = nn.Sequential(*layers, nn.Linear(SIZES[-1], 10))  # softmax is part of the loss
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
+    return model
+
+
+def curves(model: nn.Module, data: Data, epochs: int) -> torch.Tensor:
+    """(epochs, 4): what CURVES names, after each epoch, both in evaluation mode."""
+    rows = []
+
+    def measure(_: int) -> None:
+        model.eval()
+        with torch.no_grad():
+            both = [(x, y) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y))]
+            rows.append(
+                [*(F.cross_entropy(model(x), y).item() for x, y in both), *(errors(model, x, y) for x, y in both)]
+            )
+
+    train(model, data, epochs=epochs, after_epoch=measure)
+    return torch.tensor(rows)
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    data = load(arguments, side=28)
+    kinds = {"without dropout": (0.0, 0.0), "with dropout": (0.2, 0.5)}
+    found = {kind: [] for kind in kinds}
+    for seed, kind in progress([(s, k) for s in range(arguments.seeds) for k in kinds], "training"):
+        torch.manual_seed(seed)
+        found[kind].append(curves(network(*kinds[kind]).to(arguments.device), data, arguments.epochs))
+
+    runs = {kind: torch.stack(each) for kind, each in found.items()}
+    gaps = {kind: (each[:, -1, 1] - each[:, -1, 0]).tolist() for kind, each in runs.items()}
+    wrong = {kind: each[:, -1, 3].tolist() for kind, each in runs.items()}
+    picture, axes = figure("Dropout keeps the two curves together", columns=2, sharey=True)
+    for axis, (kind, each) in zip(axes, runs.items(), strict=True):
+        for curve, colour in ((0, COLOURS[0]), (1, COLOURS[1])):
+            mean, low, high = each[:, :, curve].mean(0), each[:, :, curve].amin(0), each[:, :, curve].amax(0)
+            epochs = range(1, len(mean) + 1)
+            axis.plot(epochs, mean, color=colour, label=CURVES[curve])
+            axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set(
+            xlabel="epoch", title=f"{kind}: gap {spread(gaps[kind], 2, 1)}, error {spread(wrong[kind])} %", yscale="log"
+        )
+    axes[0].set(ylabel=f"cross-entropy on {data.name}")
+    axes[0].legend(frameon=False)
+    ends = {kind: each[:, -1, 1].tolist() for kind, each in runs.items()}
+    least = {kind: each[:, :, 1].amin(1).tolist() for kind, each in runs.items()}
+    shown = f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs: " + "; ".join(
+        f"{kind}, validation less training loss {spread(gaps[kind], 3, 1)}, validation loss {spread(ends[kind], 3, 1)} "
+        f"(least {spread(least[kind], 3, 1)}), validation error {spread(wrong[kind])} %"
+        for kind in kinds
+    )
+    finish(picture, arguments, "03_mnist_mlp", shown + ".")
+    return {f"gap {kind}": gap for kind, gap in gaps.items()} | {f"error {kind}": each for kind, each in wrong.items()}
+
+
+if __name__ == "__main__":
+    main(options(__doc__, epochs=40, seeds=3).parse_args())

@@ -1,0 +1,112 @@
+"""What is averaged: thinned networks, and networks trained apart.
+
+The claim: a network with dropout stands for exponentially many thinned ones that share their weights, and one pass
+without dropout, with scaled activations (the *mean network*), is a good stand-in for the average of their predictions;
+exactly their normalized geometric mean if there is one hidden layer and a softmax (Hinton et al. 2012, arXiv:1207.0580,
+section 1). Compared on the same trained network: the mean network, and of many thinned ones the average of the
+probabilities, their geometric mean and a majority vote. Beside it what dropout is said to be a cheap stand-in for: five
+networks trained apart without dropout, averaged and voted, at five times the cost.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from torch import Tensor, nn
+
+import fused_dropout as fd
+
+NETWORKS, THINNED = 5, 100
+
+
+def network(inputs: int, p: float, width: int = 400) -> nn.Sequential:
+    hidden = [nn.Linear(inputs, width), nn.ReLU(), fd.Dropout(p), nn.Linear(width, width), nn.ReLU(), fd.Dropout(p)]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+
+def vote(logits: Tensor) -> Tensor:
+    """The class that most of (passes, images, classes) choose; ties go to the sum of their probabilities."""
+    votes = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+    return (votes + logits.softmax(-1).mean(0)).argmax(-1)
+
+
+COMBINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "average": lambda logits: logits.softmax(-1).mean(0).argmax(-1),
+    "geometric mean": lambda logits: logits.log_softmax(-1).mean(0).argmax(-1),
+    "majority vote": vote,
+}
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    data = load(arguments)
+    wrong: dict[str, list[float]] = {}
+    cost: dict[str, list[float]] = {"five networks": [], "one with dropout": []}
+    by_number: list[list[float]] = []
+
+    def count(name: str, answer: Tensor) -> None:
+        wrong.setdefault(name, []).append((answer != data.test_y).float().mean().item())
+
+    def trained(p: float) -> nn.Sequential:
+        return train(network(data.train_x.shape[1], p).to(arguments.device), data, epochs=arguments.epochs)
+
+    for seed in progress(range(arguments.seeds), "training"):
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        with torch.no_grad():
+            plain = [torch.enable_grad()(trained)(0.0).eval() for _ in range(NETWORKS)]
+            apart = torch.stack([model(data.test_x) for model in plain])
+        cost["five networks"].append(time.perf_counter() - start)
+        count("one, no dropout", apart[0].argmax(-1))
+        for name, combine in list(COMBINED.items())[::2]:
+            count(f"five apart: {name}", combine(apart))
+
+        start = time.perf_counter()
+        model = trained(0.5)
+        cost["one with dropout"].append(time.perf_counter() - start)
+        with torch.no_grad(), fd.mc_dropout(model):
+            thinned = torch.stack([model(data.test_x) for _ in range(THINNED)])
+        with torch.no_grad():
+            count("dropout: mean network", model.eval()(data.test_x).argmax(-1))
+        count("dropout: one thinned", thinned[0].argmax(-1))
+        for name, combine in COMBINED.items():
+            count(f"dropout: {name}", combine(thinned))
+        numbers = [1, 2, 5, 10, 20, 50, THINNED]
+        by_number.append([(COMBINED["average"](thinned[:n]) != data.test_y).float().mean().item() for n in numbers])
+
+    picture, (left, right) = figure(
+        "One pass of the mean network does what many thinned ones do", columns=2, figsize=(10, 3.9)
+    )
+    rows = torch.tensor(list(wrong.values())) * 100
+    colours = [COLOURS[0] if name.startswith("dropout") else COLOURS[1] for name in wrong]
+    left.barh(range(len(wrong)), rows.mean(1), xerr=rows.std(1, correction=0), color=colours, capsize=3)
+    left.set(yticks=range(len(wrong)), yticklabels=list(wrong), xlabel=f"test error on {data.name}, %")
+    left.set_title(f"{arguments.seeds} seeds")
+    left.invert_yaxis()
+    runs = torch.tensor(by_number) * 100
+    right.errorbar(
+        numbers,
+        runs.mean(0),
+        runs.std(0, correction=0),
+        marker="o",
+        capsize=3,
+        color=COLOURS[0],
+        label="average of thinned",
+    )
+    right.axhline(
+        100 * sum(wrong["dropout: mean network"]) / arguments.seeds, color=COLOURS[2], label="mean network, one pass"
+    )
+    right.set(xscale="log", xlabel="thinned networks averaged", ylabel="test error, %", title="how many it takes")
+    right.legend(frameon=False)
+    times = sum(cost["five networks"]) / sum(cost["one with dropout"])
+    shown = (
+        f"{data.name}, test errors in %: " + "; ".join(f"{name} {spread(values)}" for name, values in wrong.items())
+        + f". Training five took {times:.1f} times as long as one with dropout."
+    )  # fmt: skip
+    finish(picture, arguments, "05_averaging", shown)
+    return wrong
+
+
+if __name__ == "__main__":
+    main(options(__doc__, epochs=20, seeds=5).parse_args())

@@ -1,0 +1,207 @@
+"""What the examples share: data, training, a plot's looks, and the line that each of them ends with."""
+
+import argparse
+import gzip
+import statistics
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+T = TypeVar("T")
+# Distinct for the colour-blind too (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+TRAINED_ON = 1000  # of the 1,797 digits
+
+
+@dataclass
+class Data:
+    """Images as rows of pixels from 0 to 1, and their classes."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+    @property
+    def side(self) -> int:
+        return int(self.train_x.shape[1] ** 0.5)
+
+    def to(self, device: str) -> "Data":
+        tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
+        return Data(self.name, *(x.to(device) for x in tensors))
+
+
+def read_idx(path: Path) -> Tensor:
+    """A tensor of bytes from a file in MNIST's IDX format, gzip or not.
+
+    The format: two zero bytes, a byte for the type (8: unsigned bytes), one for the number of dimensions, each size as
+    a big-endian 32-bit number, and the bytes.
+
+    Raises:
+        ValueError: the file is not of this format, of another type, or shorter or longer than its sizes say.
+    """
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: the gzip file is damaged or cut off ({error})") from None
+    if len(raw) < 4 or raw[:2] != b"\0\0":
+        raise ValueError(
+            f"{path}: not an IDX file, it begins with {raw[:4].hex(' ') or 'nothing'} and not with 00 00 08"
+        )
+    if raw[2] != 8:
+        raise ValueError(f"{path}: holds numbers of type 0x{raw[2]:02x}, but only unsigned bytes (0x08) are read")
+    end = 4 + 4 * raw[3]
+    if raw[3] == 0 or len(raw) < end:
+        raise ValueError(f"{path}: cut off within its header, after {len(raw)} bytes")
+    sizes = struct.unpack(f">{raw[3]}I", raw[4:end])
+    expected = end + torch.Size(sizes).numel()
+    if len(raw) != expected:
+        raise ValueError(f"{path}: {' x '.join(map(str, sizes))} would take {expected} bytes, but it has {len(raw)}")
+    return torch.frombuffer(bytearray(raw[end:]), dtype=torch.uint8).reshape(sizes)
+
+
+def load_mnist(folder: Path) -> Data:
+    """The four files of MNIST in a folder, by the names that they are known under."""
+    tensors = []
+    for part in ("train", "t10k"):
+        pair = []
+        for kind, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+            found = [
+                path for name in (f"{part}-{kind}-ubyte", f"{part}-{kind.replace('-idx', '.idx')}-ubyte")
+                for path in (folder / name, folder / f"{name}.gz") if path.exists()
+            ]  # fmt: skip
+            if not found:
+                raise FileNotFoundError(f"{folder}: there is no {part}-{kind}-ubyte, nor one that ends in .gz")
+            pair.append(read_idx(found[0]))
+            if pair[-1].dim() != dims:
+                raise ValueError(f"{found[0]}: has {pair[-1].dim()} dimensions and not {dims}")
+        if len(pair[0]) != len(pair[1]):
+            raise ValueError(f"{folder}: {len(pair[0])} images, but {len(pair[1])} labels, in {part}")
+        tensors += [pair[0].flatten(1).float() / 255, pair[1].long()]
+    return Data("MNIST", *tensors)
+
+
+def load_digits(side: int = 8) -> Data:
+    """The 1,797 digits of 8 x 8 pixels that come with scikit-learn: 1,000 to train on and 797 to test with."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images, classes = torch.tensor(digits.images).float() / 16, torch.tensor(digits.target).long()
+    if side != 8:
+        images = F.interpolate(images[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x, y = images.flatten(1)[order], classes[order]
+    return Data("digits", x[:TRAINED_ON], y[:TRAINED_ON], x[TRAINED_ON:], y[TRAINED_ON:])
+
+
+def load(arguments: argparse.Namespace, side: int = 8) -> Data:
+    data = load_mnist(arguments.data) if arguments.data else load_digits(side)
+    return data.to(arguments.device)
+
+
+def options(description: str | None, *, epochs: int, seeds: int) -> argparse.ArgumentParser:
+    """The options of every example."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder with MNIST's four IDX files (scikit-learn's digits)"
+    )
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"({epochs})")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"how many runs, with seeds 0, 1, 2, ... ({seeds})")
+    parser.add_argument("--device", default="cpu", help="(cpu)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "pictures",
+        metavar="DIR",
+        help="for the picture (examples/pictures)",
+    )
+    return parser
+
+
+def progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items, with a bar on a terminal's standard error."""
+    start, shown = time.monotonic(), sys.stderr.isatty()
+    for i, item in enumerate(items):
+        yield item
+        if shown:
+            done = (i + 1) / len(items)
+            left = (time.monotonic() - start) / done * (1 - done)
+            end = "\n" if i + 1 == len(items) else ""
+            print(f"\r{what:24} [{'#' * int(30 * done):30}] {left:4.0f} s left", end=end, file=sys.stderr, flush=True)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: int,
+    batch: int = 128,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    after_step: Callable[[], Any] | None = None,
+    after_epoch: Callable[[int], Any] | None = None,
+) -> nn.Module:
+    """Adam, unless there is another optimizer, over shuffled batches. The model is in training mode afterwards."""
+    optimizer = optimizer or torch.optim.Adam(model.parameters())
+    model.train()
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(data.train_x)).to(data.train_x.device).split(batch):
+            optimizer.zero_grad()
+            loss(model(data.train_x[rows]), data.train_y[rows]).backward()
+            optimizer.step()
+            if after_step:
+                after_step()
+        if after_epoch:
+            after_epoch(epoch)
+            model.train()
+    return model
+
+
+@torch.no_grad()
+def errors(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    """The share of examples that the model classifies wrongly, in the mode that it is in."""
+    return (model(x).argmax(-1) != y).float().mean().item()
+
+
+def spread(values: Iterable[float], digits: int = 1, scale: float = 100) -> str:
+    """Mean and standard deviation over the seeds: "3.1 ± 0.4"."""
+    scaled = [scale * value for value in values]
+    deviation = f" ± {statistics.stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    return f"{statistics.fmean(scaled):.{digits}f}{deviation}"
+
+
+def figure(title: str, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Small multiples under a title that says what was found."""
+    drawn, axes = plt.subplots(
+        rows, columns, layout="constrained", **{"figsize": (4.2 * columns, 3.2 * rows + 0.5), **options}
+    )
+    drawn.suptitle(title, fontsize=11)
+    for axis in drawn.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
+
+def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> str:
+    """Saves the picture and prints the line."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{name}.png"
+    drawn.savefig(path, dpi=110)
+    plt.close(drawn)
+    print(f"{path}\n{shown}")
+    return shown
