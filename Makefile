@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
-.PHONY: help bench bench-cpu test test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -29,6 +29,9 @@ bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fuse
 
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
 	$(PY) benchmarks/cpu_targets.py
+
+examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, fifteen minutes
+	$(PY) examples/gallery.py
 
 test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
 	@# Side by side, for the second core.

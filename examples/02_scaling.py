@@ -93,9 +93,15 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
             [1, 2, 3], runs.mean(0), runs.std(0, correction=0), color=colour, marker="o", capsize=3, label=way
         )
     left.axhline(1, color="grey", linewidth=0.8, zorder=0)
-    left.set(xlabel="after dropout layer", xticks=[1, 2, 3], ylabel="mean at test time / in training", ylim=(0, 1.2))
+    left.set(
+        xlabel="after dropout layer",
+        xticks=[1, 2, 3],
+        ylabel="mean at test time / in training",
+        ylim=(0, 1.7),
+        yticks=(0, 0.5, 1),
+    )
     left.set_title("does the next layer meet what it was trained on?")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper right")
     names = [way.split(":")[0] for way in WAYS]
     for axis, values, what in ((middle, wrong, "error, %"), (right, losses, "loss, nats")):
         rows = torch.tensor(list(values.values())) * (100 if values is wrong else 1)
