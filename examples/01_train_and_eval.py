@@ -8,20 +8,11 @@ What it costs to forget eval() is measured here: accuracy, and how much the answ
 import argparse
 
 import torch
-from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
-import fused_dropout as fd
-
 PASSES = 20
-
-
-def network(inputs: int, p: float, width: int = 256) -> nn.Sequential:
-    """Four layers, dropout after the first three."""
-    layers: list[nn.Module] = []
-    for size in (inputs, width, width):
-        layers += [nn.Linear(size, width), nn.ReLU(), fd.Dropout(p)]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
+WIDTHS = (256, 256, 256)
 
 
 @torch.no_grad()
@@ -39,7 +30,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     runs = [(p, seed) for p in rates for seed in range(arguments.seeds)]
     for p, seed in progress(runs, "training"):
         torch.manual_seed(seed)
-        model = train(network(data.train_x.shape[1], p).to(arguments.device), data, epochs=arguments.epochs)
+        model = train(mlp(data.train_x.shape[1], WIDTHS, p).to(arguments.device), data, epochs=arguments.epochs)
         for mode in ("train", "eval"):
             model.train(mode == "train")
             drawn = passes(model, data.test_x)

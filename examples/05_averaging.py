@@ -13,17 +13,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
 
-NETWORKS, THINNED = 5, 100
-
-
-def network(inputs: int, p: float, width: int = 400) -> nn.Sequential:
-    hidden = [nn.Linear(inputs, width), nn.ReLU(), fd.Dropout(p), nn.Linear(width, width), nn.ReLU(), fd.Dropout(p)]
-    return nn.Sequential(*hidden, nn.Linear(width, 10))
+NETWORKS, THINNED, WIDTHS = 5, 100, (400, 400)
 
 
 def vote(logits: Tensor) -> Tensor:
@@ -49,7 +44,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         wrong.setdefault(name, []).append((answer != data.test_y).float().mean().item())
 
     def trained(p: float) -> nn.Sequential:
-        return train(network(data.train_x.shape[1], p).to(arguments.device), data, epochs=arguments.epochs)
+        return train(mlp(data.train_x.shape[1], WIDTHS, p).to(arguments.device), data, epochs=arguments.epochs)
 
     for seed in progress(range(arguments.seeds), "training"):
         torch.manual_seed(seed)

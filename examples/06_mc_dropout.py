@@ -12,18 +12,13 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
 
 ANGLES = (0, 15, 30, 45, 60, 75, 90)
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8)
-
-
-def network(inputs: int, p: float = 0.5, width: int = 400) -> nn.Sequential:
-    hidden = [nn.Linear(inputs, width), nn.ReLU(), fd.Dropout(p), nn.Linear(width, width), nn.ReLU(), fd.Dropout(p)]
-    return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
 def turned(x: Tensor, side: int, degrees: float) -> Tensor:
@@ -52,7 +47,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     rejection: dict[str, list[list[float]]] = {"MC dropout": [], "at random": []}
     for seed in progress(range(arguments.seeds), "training"):
         torch.manual_seed(seed)
-        model = train(network(data.train_x.shape[1]).to(arguments.device), data, epochs=arguments.epochs).eval()
+        model = train(
+            mlp(data.train_x.shape[1], (400, 400), 0.5).to(arguments.device), data, epochs=arguments.epochs
+        ).eval()
 
         def predict(x: Tensor, model: nn.Module = model) -> Tensor:
             with torch.no_grad(), fd.mc_dropout(model):

@@ -10,16 +10,10 @@ that are on, and the error when half of the units are taken away at test time: h
 import argparse
 
 import torch
-from basics import COLOURS, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
-import fused_dropout as fd
-
 SHOWN = 64
-
-
-def network(inputs: int, p: float, width: int = 256) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), fd.Dropout(p), nn.Linear(width, 10))
 
 
 def correlation(activations: Tensor) -> float:
@@ -36,7 +30,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     on: dict[float, Tensor] = {}
     for seed, p in progress([(s, p) for s in range(arguments.seeds) for p in (0.0, 0.5)], "training"):
         torch.manual_seed(seed)
-        model = train(network(data.train_x.shape[1], p).to(arguments.device), data, epochs=arguments.epochs).eval()
+        model = train(mlp(data.train_x.shape[1], [256], p).to(arguments.device), data, epochs=arguments.epochs).eval()
         name = "with dropout" if p else "without"
         with torch.no_grad():
             hidden = model[:2](data.test_x)

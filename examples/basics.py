@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+
+import fused_dropout as fd
 
 plt.rcParams["axes.titlesize"] = 9.5
 T = TypeVar("T")
@@ -133,6 +136,14 @@ def options(description: str | None, *, epochs: int, seeds: int) -> argparse.Arg
         help="for the picture (examples/pictures)",
     )
     return parser
+
+
+def mlp(inputs: int, widths: Sequence[int], p: float) -> nn.Sequential:
+    """Rectified hidden layers of these widths, dropout after each, and ten classes."""
+    layers: list[nn.Module] = []
+    for before, width in pairwise([inputs, *widths]):
+        layers += [nn.Linear(before, width), nn.ReLU(), fd.Dropout(p)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:

@@ -251,9 +251,9 @@ draw_cpu_key = torch.ops.fused_dropout.draw_cpu_key.default if kernels else None
 
 
 def _path(device: str) -> str:
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fused_dropout::apply", device.upper()):
-        return "native" if (cuda_kernels if device == "cuda" else kernels) else "compiled reference"
-    return "reference"
+    if cuda_kernels if device == "cuda" else kernels:
+        return "native"
+    return "compiled reference" if device == "cuda" and compiles_reference else "reference"
 
 
 def backend_info() -> BackendInfo:

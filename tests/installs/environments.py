@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,14 +47,12 @@ def clean(**settings):
 class Environment:
     """A virtual environment with the packages of another one, as hard links, but without this package."""
 
-    def __init__(self, folder, like=None):
+    def __init__(self, folder, like):
         self.folder, self.python = Path(folder), Path(folder) / "bin/python"
-        maker = Path(like) / "bin/python" if like else sys.executable
-        subprocess.run([maker, "-m", "venv", *["--without-pip"] * bool(like), folder], check=True)
-        if like:
-            subprocess.run(["cp", "-al", f"{self.site_of(like)}/.", self.site], check=True)
-            for installed in [*self.site.glob("fused_dropout*"), *self.site.glob("__editable__*fused_dropout*")]:
-                shutil.rmtree(installed) if installed.is_dir() else installed.unlink()
+        subprocess.run([Path(like) / "bin/python", "-m", "venv", "--without-pip", folder], check=True)
+        subprocess.run(["cp", "-al", f"{self.site_of(like)}/.", self.site], check=True)
+        for installed in [*self.site.glob("fused_dropout*"), *self.site.glob("__editable__*fused_dropout*")]:
+            shutil.rmtree(installed) if installed.is_dir() else installed.unlink()
 
     @staticmethod
     def site_of(folder):
