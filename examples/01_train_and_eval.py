@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
             found[f"{mode} error"][p].append(wrong)
             found[f"{mode} moves"][p].append(drawn.std(0).mean().item())
 
-    picture, (left, right) = figure("Without eval(), each pass gives another answer, and a worse one", columns=2)
+    picture, (left, right) = figure("Without eval(), each pass gives another answer, and a worse one")
     for mode, colour in (("train", COLOURS[1]), ("eval", COLOURS[0])):
         for axis, what, scale in ((left, "error", 100), (right, "moves", 100)):
             values = torch.tensor([found[f"{mode} {what}"][p] for p in rates]) * scale

@@ -85,7 +85,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
             losses[way].append(F.cross_entropy(model(data.test_x), data.test_y).item())
 
     picture, (left, middle, right) = figure(
-        "Scaled twice, or by the wrong probability, the activations fade layer by layer", columns=3, figsize=(13, 3.9)
+        "Scaled twice, or by the wrong probability, the activations fade layer by layer",
+        layout="abc",
+        figsize=(13, 3.9),
     )
     for way, colour in zip(WAYS, COLOURS, strict=False):
         runs = torch.tensor(ratios[way])
@@ -105,7 +107,13 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     names = [way.split(":")[0] for way in WAYS]
     for axis, values, what in ((middle, wrong, "error, %"), (right, losses, "loss, nats")):
         rows = torch.tensor(list(values.values())) * (100 if values is wrong else 1)
-        axis.barh(range(len(WAYS)), rows.mean(1), xerr=rows.std(1, correction=0), color=COLOURS[: len(WAYS)], capsize=3)
+        axis.barh(
+            range(len(WAYS)),
+            rows.mean(1).tolist(),
+            xerr=rows.std(1, correction=0).tolist(),
+            color=COLOURS[: len(WAYS)],
+            capsize=3,
+        )
         axis.set(yticks=range(len(WAYS)), yticklabels=names, xlabel=f"test {what}", title=f"{data.name}, p = {P}")
         axis.invert_yaxis()
     at_end = {way: spread((run[-1] for run in runs), 2, 1) for way, runs in ratios.items()}

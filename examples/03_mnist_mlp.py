@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     wrong = {kind: each[:, -1, 3].tolist() for kind, each in runs.items()}
     apart = {kind: spread([sum(gap) / len(gap)], 2, 1) for kind, gap in gaps.items()}
     title = f"Validation stays closer to training with dropout: {' and not '.join(reversed(apart.values()))} nats"
-    picture, axes = figure(title, columns=2, sharey=True)
+    picture, axes = figure(title, sharey=True)
     for axis, (kind, each) in zip(axes, runs.items(), strict=True):
         for curve, colour in ((0, COLOURS[0]), (1, COLOURS[1])):
             mean, low, high = each[:, :, curve].mean(0), each[:, :, curve].amin(0), each[:, :, curve].amax(0)

@@ -70,12 +70,12 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         numbers = [1, 2, 5, 10, 20, 50, THINNED]
         by_number.append([(COMBINED["average"](thinned[:n]) != data.test_y).float().mean().item() for n in numbers])
 
-    picture, (left, right) = figure(
-        "One pass of the mean network does what many thinned ones do", columns=2, figsize=(10, 3.9)
-    )
+    picture, (left, right) = figure("One pass of the mean network does what many thinned ones do", figsize=(10, 3.9))
     rows = torch.tensor(list(wrong.values())) * 100
     colours = [COLOURS[0] if name.startswith("dropout") else COLOURS[1] for name in wrong]
-    left.barh(range(len(wrong)), rows.mean(1), xerr=rows.std(1, correction=0), color=colours, capsize=3)
+    left.barh(
+        range(len(wrong)), rows.mean(1).tolist(), xerr=rows.std(1, correction=0).tolist(), color=colours, capsize=3
+    )
     left.set(yticks=range(len(wrong)), yticklabels=list(wrong), xlabel=f"test error on {data.name}, %")
     left.set_title(f"{arguments.seeds} seeds")
     left.invert_yaxis()

@@ -1,85 +1,120 @@
 """Co-adaptation made visible: what hidden units become with and without dropout.
 
-The claim (Hinton et al. 2012, arXiv:1207.0580; Srivastava et al. 2014, JMLR 15): a unit cannot rely on others to be
-there, so it has to detect something useful by itself. Then features should be plainer to the eye, units should agree
-less with one another, and fewer of them should be on for an image. Each is measured on the first layer of a network
-with one hidden layer, on test images in evaluation mode: the mean absolute correlation of two units, the share of units
-that are on, and the error when half of the units are taken away at test time: how much they lean on each other.
+The claim (Hinton et al. 2012, arXiv:1207.0580; Srivastava et al. 2014, JMLR 15, section 7): a unit cannot rely on
+others to be there, so it has to detect something useful by itself. Features should be plainer to the eye, units should
+agree less with one another, and fewer of them should be on for an image.
+
+As in the latter paper the network is an autoencoder, which gives back the image through one layer of rectified units.
+Measured on test images, in evaluation mode: the share of a feature's strength in its strongest eighth of the pixels
+(and that of random weights), the mean absolute correlation of two units, the share of units that are on, and the error
+in the pixels' variance, of all units and of a random half of them, doubled: how much they lean on each other.
 """
 
 import argparse
 
 import torch
-from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
+import torch.nn.functional as F
+from basics import COLOURS, figure, finish, load, options, progress, spread, train
 from torch import Tensor, nn
 
-SHOWN = 64
+import fused_dropout as fd
+
+UNITS, SHOWN = 100, 64
+KINDS = {"without dropout": 0.0, "with dropout": 0.5}
+PANELS = {
+    "strength in\n1/8 of the pixels": {"strength in an eighth": ""},
+    "mean |correlation|\nof two units": {"correlation": ""},
+    "units that are on\nfor an image": {"share on": ""},
+    "error / variance\nof the pixels": {"error": "all units", "error of half": "half"},
+}
+
+
+def autoencoder(pixels: int, p: float) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(pixels, UNITS), nn.ReLU(), fd.Dropout(p), nn.Linear(UNITS, pixels))
+    for name, parameter in model.named_parameters():  # small, so that what is seen was learnt
+        nn.init.normal_(parameter, 0, 0.01) if name.endswith("weight") else nn.init.zeros_(parameter)
+    return model
+
+
+def concentration(features: Tensor) -> float:
+    """The mean share of a row's squares in its largest eighth."""
+    squares = features.square().sort(descending=True).values
+    return (squares[:, : squares.shape[1] // 8].sum(1) / squares.sum(1)).mean().item()
 
 
 def correlation(activations: Tensor) -> float:
     """Mean absolute correlation of two different units that are not constant; activations: (images, units)."""
-    alive = activations[:, activations.std(0) > 0]
-    matrix = torch.corrcoef(alive.T).abs()
+    matrix = torch.corrcoef(activations[:, activations.std(0) > 0].T).abs()
     return ((matrix.sum() - matrix.trace()) / (matrix.numel() - len(matrix))).item()
 
 
 def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     data = load(arguments)
+    data.train_y, x = data.train_x, data.test_x  # what is to be given back
     found: dict[str, list[float]] = {}
-    features: dict[float, Tensor] = {}
-    on: dict[float, Tensor] = {}
-    for seed, p in progress([(s, p) for s in range(arguments.seeds) for p in (0.0, 0.5)], "training"):
+    shown: dict[str, Tensor] = {}
+    runs = [(seed, kind) for seed in range(arguments.seeds) for kind in KINDS]
+    for seed, kind in progress(runs, "training"):
         torch.manual_seed(seed)
-        model = train(mlp(data.train_x.shape[1], [256], p).to(arguments.device), data, epochs=arguments.epochs).eval()
-        name = "with dropout" if p else "without"
+        model = autoencoder(x.shape[1], KINDS[kind]).to(arguments.device)
+        train(model, data, epochs=arguments.epochs, batch=100, loss=F.mse_loss).eval()
         with torch.no_grad():
-            hidden = model[:2](data.test_x)
-            halved = [model[3](2 * hidden * (torch.rand_like(hidden[:1]) < 0.5)) for _ in range(20)]
-        wrong = torch.stack([(answer.argmax(-1) != data.test_y).float().mean() for answer in halved])
-        measured = {
-            "correlation": correlation(hidden),
-            "share on": (hidden > 0).float().mean().item(),
-            "mean activation": hidden.mean().item(),
-            "error": (model(data.test_x).argmax(-1) != data.test_y).float().mean().item(),
-            "error without half": wrong.mean().item(),
-        }
+            hidden, variance = model[:2](x), x.var(0).mean()
+            halves = [model[3](2 * hidden * (torch.rand_like(hidden[:1]) < 0.5)) for _ in range(20)]
+            used = (hidden > 0).any(0)
+            # A weight matters as much as its pixel varies: those at the rim are always blank.
+            features = model[0].weight * data.train_x.std(0)
+            measured = {
+                "strength in an eighth": concentration(features[used]),
+                "correlation": correlation(hidden),
+                "share on": (hidden > 0).float().mean().item(),
+                "error": (F.mse_loss(model(x), x) / variance).item(),
+                "error of half": (torch.stack([F.mse_loss(half, x) for half in halves]).mean() / variance).item(),
+            }
         for what, value in measured.items():
-            found.setdefault(f"{what}, {name}", []).append(value)
-        if seed == 0:
-            strongest = hidden.mean(0).argsort(descending=True)[:SHOWN]
-            features[p], on[p] = model[0].weight.detach()[strongest].cpu(), (hidden > 0).float().mean(0).cpu()
+            found.setdefault(f"{what}, {kind}", []).append(value)
+        shown.setdefault(kind, features[hidden.mean(0).argsort(descending=True)[:SHOWN]].cpu())
 
-    def both(what: str, digits: int = 2, scale: float = 1) -> str:
-        values = (spread(found[f"{what}, {name}"], digits, scale) for name in ("without", "with dropout"))
-        return " and ".join(values)
+    noise = concentration(torch.randn(1000, x.shape[1]) * data.train_x.std(0).cpu())
+
+    def both(what: str, digits: int = 0) -> str:
+        return " and ".join(spread(found[f"{what}, {kind}"], digits) for kind in KINDS)
 
     picture, axes = figure(
-        "Half of the units can go where each learnt to do without the others", columns=3, figsize=(12, 4)
+        "With dropout features are plainer, fewer units are on, and half of them can go", "aabb;cdef", figsize=(9, 7.4),
+        height_ratios=(2, 1),
+    )  # fmt: skip
+    colours = dict(zip(KINDS, (COLOURS[1], COLOURS[0]), strict=True))
+    for axis, (kind, features) in zip(axes, shown.items(), strict=False):
+        rows, side = int(SHOWN**0.5), data.side
+        tiles = (features / features.abs().amax(1, keepdim=True)).view(rows, rows, side, side)
+        tiles = F.pad(tiles, (0, 1, 0, 1), value=float("nan"))
+        tiled = tiles.transpose(1, 2).reshape(rows * (side + 1), -1).numpy()
+        axis.imshow(tiled, cmap="RdBu", vmin=-1, vmax=1)
+        axis.set_title(f"what {SHOWN} units detect, {kind}", color=colours[kind])
+        axis.set_axis_off()
+    for axis, (title, bars) in zip(axes[2:], PANELS.items(), strict=True):
+        for i, (kind, colour) in enumerate(colours.items()):
+            values = 100 * torch.tensor([found[f"{what}, {kind}"] for what in bars])
+            places = [place + 0.4 * i - 0.2 for place in range(len(bars))]
+            deviation = values.std(1, correction=0).tolist()
+            axis.bar(places, values.mean(1).tolist(), 0.36, yerr=deviation, color=colour, capsize=3)
+        axis.set_xticks(range(len(bars)), bars.values())
+        axis.set(title=title, xlim=(-0.6, len(bars) - 0.4))
+    axes[2].set_ylabel("%")
+    axes[2].axhline(100 * noise, color="black", linestyle="--", linewidth=1, label="random weights")
+    axes[2].legend(fontsize=8, loc="lower center")
+    axes[5].set_yscale("log")
+    axes[5].yaxis.set_major_formatter("{x:g}")
+    line = (
+        f"{data.name}, {UNITS} units, without and with dropout 0.5, in %: a feature's strength in an eighth of the "
+        f"pixels {both('strength in an eighth')} (random weights: {100 * noise:.0f}); mean |correlation| of units "
+        f"{both('correlation', 1)}; units on {both('share on')}; error in the pixels' variance {both('error', 2)}, "
+        f"of half of the units {both('error of half')}."
     )
-    for axis, (p, rows) in zip(axes, features.items(), strict=False):
-        tiles = rows / rows.abs().amax(1, keepdim=True)
-        side = int(SHOWN**0.5)
-        images = nn.functional.pad(tiles.view(side, side, data.side, data.side), (0, 1, 0, 1), value=float("nan"))
-        axis.imshow(images.transpose(1, 2).reshape(side * (data.side + 1), -1), cmap="RdBu", vmin=-1, vmax=1)
-        axis.set(xticks=[], yticks=[], title=f"incoming weights, p = {p}")
-    names = ["correlation", "share on", "error", "error without half"]
-    for i, (name, colour) in enumerate({"without": COLOURS[1], "with dropout": COLOURS[0]}.items()):
-        values = torch.tensor([found[f"{what}, {name}"] for what in names])
-        places = torch.arange(len(names)) + 0.4 * i - 0.2
-        axes[2].bar(places, values.mean(1), 0.4, yerr=values.std(1, correction=0), color=colour, capsize=3, label=name)
-    axes[2].set_xticks(
-        range(len(names)), ["correlation\nof units", "share of\nunits on", "test\nerror", "error with half\nthe units"]
-    )
-    axes[2].set(ylabel="a share of 1", title=f"{data.name}, {arguments.seeds} seeds")
-    axes[2].legend(frameon=False)
-    shown = (
-        f"{data.name}, without and with dropout 0.5: mean |correlation| of units {both('correlation')}; units on "
-        f"{both('share on', 0, 100)} %; mean activation {both('mean activation')}; test error {both('error', 1, 100)} "
-        f"%, with half of the units taken away {both('error without half', 1, 100)} %."
-    )
-    finish(picture, arguments, "07_coadaptation", shown)
+    finish(picture, arguments, "07_coadaptation", line)
     return found
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=60, seeds=3).parse_args())
+    main(options(__doc__, epochs=400, seeds=3).parse_args())

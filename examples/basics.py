@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ def read_idx(path: Path) -> Tensor:
     a big-endian 32-bit number, and the bytes.
 
     Raises:
-        ValueError: the file is not of this format, of another type, or shorter or longer than its sizes say.
+        ValueError: the file is not of this format, of another type, empty, or shorter or longer than its sizes say.
     """
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
@@ -77,15 +78,23 @@ def read_idx(path: Path) -> Tensor:
     expected = end + torch.Size(sizes).numel()
     if len(raw) != expected:
         raise ValueError(f"{path}: {' x '.join(map(str, sizes))} would take {expected} bytes, but it has {len(raw)}")
+    if len(raw) == end:
+        raise ValueError(f"{path}: is empty, {' x '.join(map(str, sizes))}")
     return torch.frombuffer(bytearray(raw[end:]), dtype=torch.uint8).reshape(sizes)
 
 
 def load_mnist(folder: Path) -> Data:
-    """The four files of MNIST in a folder, by the names that they are known under."""
+    """The four files of MNIST in a folder, or of a data set made like it, by the names that they are known under.
+
+    Raises:
+        FileNotFoundError: one of the four is not there, neither as it is nor with .gz at its end.
+        ValueError: one is not an IDX file (:func:`read_idx`), or does not hold images of 28 x 28 or labels from 0 to 9,
+            as many of the one as of the other.
+    """
     tensors = []
     for part in ("train", "t10k"):
         pair = []
-        for kind, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+        for kind, size in (("images-idx3", (28, 28)), ("labels-idx1", ())):
             found = [
                 path for name in (f"{part}-{kind}-ubyte", f"{part}-{kind.replace('-idx', '.idx')}-ubyte")
                 for path in (folder / name, folder / f"{name}.gz") if path.exists()
@@ -93,10 +102,12 @@ def load_mnist(folder: Path) -> Data:
             if not found:
                 raise FileNotFoundError(f"{folder}: there is no {part}-{kind}-ubyte, nor one that ends in .gz")
             pair.append(read_idx(found[0]))
-            if pair[-1].dim() != dims:
-                raise ValueError(f"{found[0]}: has {pair[-1].dim()} dimensions and not {dims}")
+            if pair[-1].shape[1:] != size:
+                raise ValueError(f"{found[0]}: holds {list(pair[-1].shape)}, where {['n', *size]} is expected")
         if len(pair[0]) != len(pair[1]):
             raise ValueError(f"{folder}: {len(pair[0])} images, but {len(pair[1])} labels, in {part}")
+        if (most := int(pair[1].max())) > 9:
+            raise ValueError(f"{found[0]}: labels go from 0 to 9, but one is {most}")
         tensors += [pair[0].flatten(1).float() / 255, pair[1].long()]
     return Data("MNIST", *tensors)
 
@@ -198,15 +209,15 @@ def spread(values: Iterable[float], digits: int = 1, scale: float = 100) -> str:
     return f"{statistics.fmean(scaled):.{digits}f}{deviation}"
 
 
-def figure(title: str, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """Small multiples under a title that says what was found."""
-    drawn, axes = plt.subplots(
-        rows, columns, layout="constrained", **{"figsize": (4.2 * columns, 3.2 * rows + 0.5), **options}
-    )
+def figure(title: str, layout: str = "ab", **options: Any) -> tuple[Figure, list[Axes]]:
+    """Small multiples, a letter each, rows apart by a semicolon, under a title that says what was found."""
+    rows = layout.split(";")
+    size = (4.2 * len(rows[0]), 3.2 * len(rows) + 0.5)
+    drawn, axes = plt.subplot_mosaic(layout, layout="constrained", **{"figsize": size, **options})
     drawn.suptitle(title, fontsize=11)
-    for axis in drawn.axes:
+    for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
-    return drawn, axes
+    return drawn, list(axes.values())
 
 
 def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> str:
