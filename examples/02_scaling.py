@@ -19,7 +19,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, errors, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, bars, curve, errors, figure, finish, load, options, progress, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -84,43 +84,25 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         with torch.no_grad():
             losses[way].append(F.cross_entropy(model(data.test_x), data.test_y).item())
 
-    picture, (left, middle, right) = figure(
-        "Scaled twice, or by the wrong probability, the activations fade layer by layer",
-        layout="abc",
-        figsize=(13, 3.9),
-    )
-    for way, colour in zip(WAYS, COLOURS, strict=False):
-        runs = torch.tensor(ratios[way])
-        left.errorbar(
-            [1, 2, 3], runs.mean(0), runs.std(0, correction=0), color=colour, marker="o", capsize=3, label=way
-        )
-    left.axhline(1, color="grey", linewidth=0.8, zorder=0)
-    left.set(
-        xlabel="after dropout layer",
-        xticks=[1, 2, 3],
-        ylabel="mean at test time / in training",
-        ylim=(0, 1.7),
-        yticks=(0, 0.5, 1),
-    )
-    left.set_title("does the next layer meet what it was trained on?")
-    left.legend(frameon=False, fontsize=8, loc="upper right")
     names = [way.split(":")[0] for way in WAYS]
-    for axis, values, what in ((middle, wrong, "error, %"), (right, losses, "loss, nats")):
-        rows = torch.tensor(list(values.values())) * (100 if values is wrong else 1)
-        axis.barh(
-            range(len(WAYS)),
-            rows.mean(1).tolist(),
-            xerr=rows.std(1, correction=0).tolist(),
-            color=COLOURS[: len(WAYS)],
-            capsize=3,
-        )
-        axis.set(yticks=range(len(WAYS)), yticklabels=names, xlabel=f"test {what}", title=f"{data.name}, p = {P}")
-        axis.invert_yaxis()
-    at_end = {way: spread((run[-1] for run in runs), 2, 1) for way, runs in ratios.items()}
+    at_end = {name: spread((run[-1] for run in ratios[way]), 2, 1) for name, way in zip(names, WAYS, strict=True)}
+    picture, (left, middle, right) = figure(
+        "What the last layer meets at test time, of what it was trained on: "
+        + ", ".join(f"{name} {share}" for name, share in at_end.items()), "abc", figsize=(13, 3.9)
+    )  # fmt: skip
+    for (way, runs), colour in zip(ratios.items(), COLOURS, strict=False):
+        curve(left, [1, 2, 3], list(zip(*runs, strict=True)), color=colour, label=way)
+    left.axhline(1, color="grey", linewidth=0.8, zorder=0)
+    left.set(xlabel="after dropout layer", ylabel="mean at test time / in training", ylim=(0, 1.7))
+    left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="does the next layer meet what it was trained on?")
+    left.legend(frameon=False, fontsize=8, loc="upper right")
+    for axis, values, what, scale in ((middle, wrong, "error, %", 100), (right, losses, "loss, nats", 1)):
+        bars(axis, dict(zip(names, values.values(), strict=True)), COLOURS[: len(WAYS)], scale)
+        axis.set(xlabel=f"test {what}", title=f"{data.name}, p = {P}")
     shown = (
         f"{data.name}, p = {P}: mean after the third dropout at test time / in training, test error, loss: "
         + "; ".join(
-            f"{name} {at_end[way]}, {spread(wrong[way])} %, {spread(losses[way], 3, 1)}"
+            f"{name} {at_end[name]}, {spread(wrong[way])} %, {spread(losses[way], 3, 1)}"
             for name, way in zip(names, WAYS, strict=True)
         )
     )
@@ -129,4 +111,4 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=3).parse_args())
+    main(options(__doc__, epochs=20, seeds=5).parse_args())

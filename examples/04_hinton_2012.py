@@ -27,7 +27,7 @@ import fused_dropout as fd
 PAPER = {"no dropout": 160, "50 % hidden": 130, "and 20 % input": 110}  # errors of 10,000
 RATES = {"no dropout": (0.0, 0.0), "50 % hidden": (0.0, 0.5), "and 20 % input": (0.2, 0.5)}
 PAPERS_EPOCHS, PAPERS_DECAY, RISE = 3000, 0.998, 500 / 3000
-SQUARED_LENGTH, RATE, WIDTHS = 15.0, 0.3, (400, 400)
+SQUARED_LENGTH, RATE = 15.0, 0.3
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def max_norm_(weight: torch.Tensor, squared_length: float) -> None:
     weight.renorm_(2, 0, squared_length**0.5)
 
 
-def network(inputs: int, p_input: float, p_hidden: float) -> nn.Sequential:
-    model = nn.Sequential(fd.Dropout(p_input), *mlp(inputs, WIDTHS, p_hidden))
+def network(inputs: int, width: int, p_input: float, p_hidden: float) -> nn.Sequential:
+    model = nn.Sequential(fd.Dropout(p_input), *mlp(inputs, [width, width], p_hidden))
     for name, parameter in model.named_parameters():
         nn.init.kaiming_normal_(parameter) if name.endswith("weight") else nn.init.zeros_(parameter)
     return model
@@ -49,8 +49,8 @@ def schedule(epoch: int, epochs: int) -> tuple[float, float]:
     return (1 - momentum) * RATE * PAPERS_DECAY ** (epoch * PAPERS_EPOCHS / epochs), momentum
 
 
-def trained(data: Data, p_input: float, p_hidden: float, epochs: int) -> nn.Module:
-    model = network(data.train_x.shape[1], p_input, p_hidden).to(data.train_x.device)
+def trained(data: Data, width: int, p_input: float, p_hidden: float, epochs: int) -> nn.Module:
+    model = network(data.train_x.shape[1], width, p_input, p_hidden).to(data.train_x.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
 
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     wrong: dict[str, list[float]] = {kind: [] for kind in RATES}
     for seed, kind in progress([(s, k) for s in range(arguments.seeds) for k in RATES], "training"):
         torch.manual_seed(seed)
-        model = trained(data, *RATES[kind], arguments.epochs)
+        model = trained(data, arguments.width, *RATES[kind], arguments.epochs)
         wrong[kind].append(errors(model.eval(), data.test_x, data.test_y))
 
     steps = [compare(*pair) for pair in pairwise(wrong.values())]
@@ -87,7 +87,8 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.set(ylabel="test error, %", ylim=(0, None), title=f"here, {data.name} ({len(data.train_x):,} images)")
     tested = len(data.test_y)
     shown = (
-        f"{data.name}, {arguments.seeds} seeds, {arguments.epochs} epochs, test errors of {tested:,}: "
+        f"{data.name}, {arguments.width} units a layer, {arguments.seeds} seeds, {arguments.epochs} epochs, "
+        f"errors of {tested:,}: "
         + ", ".join(f"{kind} {spread(values, 1, tested)}" for kind, values in wrong.items())
         + "; the paper's steps, with their standard errors: "
         + ", ".join(f"{tested * mean:+.1f} ± {tested * error:.1f}" for mean, error in steps)
@@ -104,4 +105,6 @@ def compare(before: list[float], after: list[float]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=300, seeds=4).parse_args())
+    parser = options(__doc__, epochs=300, seeds=4)
+    parser.add_argument("--width", type=int, default=400, help="units in each of the two hidden layers (400)")
+    main(parser.parse_args())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, bars, curve, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -70,29 +70,18 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         numbers = [1, 2, 5, 10, 20, 50, THINNED]
         by_number.append([(COMBINED["average"](thinned[:n]) != data.test_y).float().mean().item() for n in numbers])
 
-    picture, (left, right) = figure("One pass of the mean network does what many thinned ones do", figsize=(10, 3.9))
-    rows = torch.tensor(list(wrong.values())) * 100
-    colours = [COLOURS[0] if name.startswith("dropout") else COLOURS[1] for name in wrong]
-    left.barh(
-        range(len(wrong)), rows.mean(1).tolist(), xerr=rows.std(1, correction=0).tolist(), color=colours, capsize=3
+    one_pass, averaged = (spread(wrong[f"dropout: {name}"]) for name in ("mean network", "average"))
+    picture, (left, right) = figure(
+        f"One pass of the mean network: {one_pass} % errors; {THINNED} thinned ones averaged: {averaged} %",
+        figsize=(10, 3.9),
     )
-    left.set(yticks=range(len(wrong)), yticklabels=list(wrong), xlabel=f"test error on {data.name}, %")
-    left.set_title(f"{arguments.seeds} seeds")
-    left.invert_yaxis()
-    runs = torch.tensor(by_number) * 100
-    right.errorbar(
-        numbers,
-        runs.mean(0),
-        runs.std(0, correction=0),
-        marker="o",
-        capsize=3,
-        color=COLOURS[0],
-        label="average of thinned",
-    )
-    right.axhline(
-        100 * sum(wrong["dropout: mean network"]) / arguments.seeds, color=COLOURS[2], label="mean network, one pass"
-    )
+    bars(left, wrong, [COLOURS[0] if name.startswith("dropout") else COLOURS[1] for name in wrong], 100)
+    left.set(xlabel=f"test error on {data.name}, %", title=f"{arguments.seeds} seeds")
+    curve(right, numbers, zip(*by_number, strict=True), 100, color=COLOURS[0], label="average of thinned")
+    mean = 100 * sum(wrong["dropout: mean network"]) / arguments.seeds
+    right.axhline(mean, color=COLOURS[2], label="mean network, one pass")
     right.set(xscale="log", xlabel="thinned networks averaged", ylabel="test error, %", title="how many it takes")
+    right.set_xticks(numbers, map(str, numbers))
     right.legend(frameon=False)
     times = sum(cost["five networks"]) / sum(cost["one with dropout"])
     shown = (

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, progress, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -91,37 +91,6 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
             refusing[name].append(kept_errors(wrong, inside))
         refusing["at random"].append(kept_errors(wrong, torch.rand_like(wrong)))
 
-    picture, (left, middle, right) = figure(
-        "Refusing where it is unsure works, by one pass as well; of digits on their side it is sure", "abc"
-    )
-    outside = sum(found["MC dropout, from outside"]) / arguments.seeds
-    left.axhline(outside, color="black", linestyle="--", linewidth=1)
-    left.annotate("pixels shuffled, MC dropout", (90, outside), ha="right", va="bottom", fontsize=8)
-    colours = {"MC dropout": COLOURS[0], "one pass": COLOURS[1], "at random": "grey", "error": COLOURS[2]}
-    for axis, places, curves, scale in (
-        (left, ANGLES, {name: by_angle[name] for name in ("MC dropout", "one pass")}, 1),
-        (middle, ANGLES, {"error": by_angle["error"]}, 100),
-        (right, [100 - 100 * kept for kept in KEPT], refusing, 100),
-    ):
-        for name, runs in curves.items():
-            values = scale * torch.tensor(runs)
-            axis.errorbar(
-                places,
-                values.mean(0),
-                values.std(0, correction=0),
-                color=colours[name],
-                marker="o",
-                capsize=3,
-                label=name,
-            )
-    left.set(
-        xlabel="turned by, degrees", ylabel="mean entropy, nats", xticks=ANGLES, title="how unsure", ylim=(0, None)
-    )
-    middle.set(xlabel="turned by, degrees", ylabel="error, %", xticks=ANGLES, title="how wrong")
-    right.set(xlabel="refused, % of the images", ylabel="error of the rest, %", title="refusing the least sure")
-    left.legend(frameon=False, fontsize=8, loc="lower center")
-    right.legend(frameon=False, fontsize=8)
-
     found["error of all"] = [run[0] for run in refusing["MC dropout"]]
     for name, runs in refusing.items():
         found[f"{name}, error of the surest 90 %"] = [run[KEPT.index(0.9)] for run in runs]
@@ -131,13 +100,33 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     def of(what: str, digits: int = 2, scale: float = 100) -> str:
         return spread(found[what], digits, scale)
 
+    refused, by_one = (of(f"{name}, error of the surest 90 %", 1) for name in ("MC dropout", "one pass"))
+    title = (
+        f"Refusing a tenth: errors from {of('error of all', 1)} to {refused} % by MC dropout, {by_one} % by one pass"
+    )
+    picture, (left, middle, right) = figure(title, "abc")
+    outside = sum(found["MC dropout, from outside"]) / arguments.seeds
+    left.axhline(outside, color="black", linestyle="--", linewidth=1)
+    left.annotate("pixels shuffled, MC dropout", (90, outside), ha="right", va="bottom", fontsize=8)
+    colours = {"MC dropout": COLOURS[0], "one pass": COLOURS[1], "at random": "grey", "error": COLOURS[2]}
+    for name, runs in by_angle.items():
+        axis, scale = (middle, 100) if name == "error" else (left, 1)
+        curve(axis, ANGLES, zip(*runs, strict=True), scale, color=colours[name], label=name)
+    for name, runs in refusing.items():
+        curve(right, [100 - 100 * kept for kept in KEPT], zip(*runs, strict=True), 100, color=colours[name], label=name)
+    left.set(
+        xlabel="turned by, degrees", ylabel="mean entropy, nats", xticks=ANGLES, title="how unsure", ylim=(0, None)
+    )
+    middle.set(xlabel="turned by, degrees", ylabel="error, %", xticks=ANGLES, title="how wrong")
+    right.set(xlabel="refused, % of the images", ylabel="error of the rest, %", title="refusing the least sure")
+    left.legend(frameon=False, fontsize=8, loc="lower center")
+    right.legend(frameon=False, fontsize=8)
     shown = (
         f"{data.name}, mean entropy of {PASSES} passes: digits {of('MC dropout, seen', 2, 1)}, turned by 45 degrees "
         f"{of('turned by 45', 2, 1)}, by 90 {of('turned by 90', 2, 1)} nats ({of('same answer', 0)} % of those get the "
         f"same answer), pixels shuffled {of('MC dropout, from outside', 2, 1)}, told apart from digits in "
         f"{of('MC dropout, told apart', 1)} % of pairs (one pass of eval(): {of('one pass, told apart', 1)} %). "
-        f"Refusing 10 % takes the error from {of('error of all')} % to {of('MC dropout, error of the surest 90 %')} % "
-        f"(by one pass: {of('one pass, error of the surest 90 %')} %)."
+        f"Refusing 10 % takes the error from {of('error of all', 1)} % to {refused} % (by one pass: {by_one} %)."
     )
     finish(picture, arguments, "06_mc_dropout", shown)
     return found

@@ -220,6 +220,25 @@ def figure(title: str, layout: str = "ab", **options: Any) -> tuple[Figure, list
     return drawn, list(axes.values())
 
 
+def over_seeds(rows: Iterable[Sequence[float]], scale: float) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each row, which is of a value a seed."""
+    values = scale * torch.tensor(list(rows))
+    return values.mean(1).tolist(), values.std(1, correction=min(1, values.shape[1] - 1)).tolist()
+
+
+def curve(axis: Axes, places: Iterable[float], rows: Iterable[Sequence[float]], scale: float = 1, **style: Any) -> None:
+    """Points with their standard deviations, from a row a point."""
+    axis.errorbar(list(places), *over_seeds(rows, scale), marker="o", capsize=3, **style)
+
+
+def bars(axis: Axes, rows: dict[str, list[float]], colours: Sequence[str], scale: float = 1) -> None:
+    """Bars with their standard deviations, from above, from a row a bar."""
+    mean, deviation = over_seeds(rows.values(), scale)
+    axis.barh(range(len(rows)), mean, xerr=deviation, color=colours, capsize=3)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+
+
 def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> str:
     """Saves the picture and prints the line."""
     arguments.out.mkdir(parents=True, exist_ok=True)

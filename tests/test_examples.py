@@ -21,8 +21,8 @@ basics = importlib.import_module("basics")
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    def run(name, epochs, seeds=1):
-        arguments = argparse.Namespace(data=None, epochs=epochs, seeds=seeds, device="cpu", out=tmp_path)
+    def run(name, epochs, **options):
+        arguments = argparse.Namespace(data=None, epochs=epochs, seeds=1, device="cpu", out=tmp_path, **options)
         found = importlib.import_module(name).main(arguments)
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert capsys.readouterr().out.count("\n") == 2  # where the picture is, and what was shown
@@ -53,7 +53,7 @@ def test_mlp(run):
 
 
 def test_hinton(run):
-    found = run("04_hinton_2012", 60)
+    found = run("04_hinton_2012", 60, width=400)
     assert list(found) == ["no dropout", "50 % hidden", "and 20 % input"]
     assert all(wrong < 0.06 for wrong in found.values())  # nine in ten are wrong by chance
 
