@@ -30,7 +30,7 @@ bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fuse
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
 	$(PY) benchmarks/cpu_targets.py
 
-examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, fifteen minutes
+examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
 	$(PY) examples/gallery.py
 
 test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part

@@ -83,4 +83,4 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=40, seeds=3).parse_args())
+    main(options(__doc__, epochs=40, seeds=5).parse_args())

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from fused_dropout.bench import describe_environment
+
 FOLDER = Path(__file__).parent
 
 
@@ -13,19 +15,29 @@ def section(example: Path, arguments: list[str]) -> str:
     start = time.monotonic()
     done = subprocess.run([sys.executable, example, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     picture, shown = done.stdout.strip().splitlines()[-2:]
-    print(f"{example.name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+    seconds = f"{time.monotonic() - start:.0f} s"
+    print(f"{example.name}: {seconds}", file=sys.stderr)
     title, _, claim = ast.get_docstring(ast.parse(example.read_text())).partition("\n\n")
     number = example.name.split("_")[0].lstrip("0")
-    return (
-        f"## {number}. {title.rstrip('.')}\n\n{claim}\n\n**Shown** by [`{example.name}`]({example.name}): {shown}\n\n"
-        f"![{title}](pictures/{Path(picture).name})\n"
+    return "\n\n".join(
+        [
+            f"## {number}. {title.rstrip('.')}",
+            claim,
+            f"**Shown** by [`{example.name}`]({example.name}) in {seconds}: {shown}",
+            f"![{title}](pictures/{Path(picture).name})\n",
+        ]
     )
 
 
 def main() -> None:
     examples = sorted(FOLDER.glob("[0-9]*.py"))
     sections = [section(example, sys.argv[1:]) for example in examples]
-    head = "# Dropout, shown\n\nWritten by `make examples`; numbers are means and standard deviations over the seeds.\n"
+    here = describe_environment()
+    head = (
+        "# Dropout, shown\n\nWritten by `make examples`; numbers are means and standard deviations over the seeds. "
+        f"fused_dropout {here['fused_dropout']}, torch {here['torch']}, {here['threads']} threads of {here['cpu']}, "
+        f"{str(here['date'])[:10]}.\n"
+    )
     (FOLDER / "gallery.md").write_text("\n".join([head, *sections]))
 
 
