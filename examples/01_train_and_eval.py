@@ -53,8 +53,8 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     left.legend(frameon=False)
     shown = (
         f"{data.name}, p = {at}: forgetting eval() takes the test error from {wrong['eval']} % to {wrong['train']} %, "
-        f"and a class's probability moves by {spread(found['train moves'][at])} points from pass to pass; after eval() "
-        f"by {spread(found['eval moves'][at])}."
+        f"and the passes' standard deviation of a class's probability, over all ten, from "
+        f"{spread(found['eval moves'][at])} to {spread(found['train moves'][at])} % points."
     )
     finish(picture, arguments, "01_train_and_eval", shown)
     return {name: by_rate[at] for name, by_rate in found.items()}

@@ -1,4 +1,4 @@
-"""Why activations are scaled, and three ways to do it, one of them wrong.
+"""Why activations are scaled: two ways that are right, and two that are not.
 
 A unit is kept with probability q = 1 - p. A sum over n inputs then has the mean q * sum(w x), where without dropout it
 is sum(w x). So that the next layer meets the same at test time, either
@@ -107,7 +107,8 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         )
     )
     finish(picture, arguments, "02_scaling", shown + ".")
-    return wrong | {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
+    ends = {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
+    return wrong | ends | {f"{way}, loss": values for way, values in losses.items()}
 
 
 if __name__ == "__main__":

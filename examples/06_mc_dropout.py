@@ -1,15 +1,20 @@
 """MC dropout: what a network does not know.
 
-The claim (Gal and Ghahramani 2016, arXiv:1506.02142): the spread of passes with dropout left on says how uncertain a
-prediction is, so that it is larger for images unlike those that the network was trained on. Shown are digits as they
-are, digits turned by some angle, and noise with the digits' own pixels; then what it is good for: refusing to answer
-where the network is unsure takes the errors out of the rest. Beside it the one pass of eval(), which costs a
-fiftieth: whether the passes say more than that.
+The claim (Gal and Ghahramani 2016, arXiv:1506.02142): dropout that is left on at test time makes the passes differ, and
+how much they do says how uncertain a prediction is. Scored here for digits as they are, turned by some angle, and with
+their pixels shuffled, by
 
-The measure is the entropy of the mean prediction, in nats; 2.30 is that of a guess among ten.
+- *entropy*: that of the passes' mean prediction, which counts what each pass is unsure of by itself as well;
+- *disagreement*: the entropy of the mean less the mean entropy of a pass, which is what the passes add (the mutual
+  information of prediction and weights);
+- *one pass*: the entropy of the prediction of eval(), at a fiftieth of the price.
+
+All are in nats; 2.30 is the entropy of a guess among ten. Then a use that one would make of it, which is not the
+paper's: refusing to answer where the network is unsure should take the errors out of the rest.
 """
 
 import argparse
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +26,7 @@ import fused_dropout as fd
 ANGLES = (0, 15, 30, 45, 60, 75, 90)
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8)
 PASSES = 50
+SCORES = ("entropy", "disagreement", "one pass")
 
 
 def turned(x: Tensor, side: int, degrees: float) -> Tensor:
@@ -48,85 +54,85 @@ def kept_errors(wrong: Tensor, unsure: Tensor) -> list[float]:
     return [wrong[order[: int(kept * len(order))]].mean().item() for kept in KEPT]
 
 
+@torch.no_grad()
+def scores(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """By each score the prediction, (images, classes), and how unsure it is, (images,)."""
+    with fd.mc_dropout(model):
+        passes = torch.stack([model(x).softmax(-1) for _ in range(PASSES)])
+    mean, single = passes.mean(0), model(x).softmax(-1)
+    unsure = entropy(mean)
+    return {
+        "entropy": (mean, unsure),
+        "disagreement": (mean, unsure - entropy(passes).mean(0)),
+        "one pass": (single, entropy(single)),
+    }
+
+
 def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     data = load(arguments)
     found: dict[str, list[float]] = {}
-    by_angle: dict[str, list[list[float]]] = {"MC dropout": [], "one pass": [], "error": []}
-    refusing: dict[str, list[list[float]]] = {"MC dropout": [], "one pass": [], "at random": []}
+    unsure_of: dict[str, list[list[float]]] = {score: [] for score in SCORES}
+    refusing: dict[str, list[list[float]]] = {score: [] for score in (*SCORES, "at random")}
+    turned_wrong: list[list[float]] = []
 
     def note(what: str, value: Tensor) -> None:
-        found.setdefault(what, []).append(value.item())
+        found.setdefault(what, []).append(value.float().mean().item())
 
     for seed in progress(range(arguments.seeds), "training"):
         torch.manual_seed(seed)
         model = mlp(data.train_x.shape[1], (400, 400), 0.5).to(arguments.device)
         train(model, data, epochs=arguments.epochs).eval()
 
-        def drawn(x: Tensor, model: nn.Module = model) -> Tensor:
-            with torch.no_grad(), fd.mc_dropout(model):
-                return torch.stack([model(x).softmax(-1) for _ in range(PASSES)]).mean(0)
+        at_angle = [scores(model, turned(data.test_x, data.side, angle)) for angle in ANGLES]
+        answers = [scored["entropy"][0].argmax(-1) for scored in at_angle]
+        turned_wrong.append([(answer != data.test_y).float().mean().item() for answer in answers])
+        note("same answer", answers[-1] == answers[-1].mode().values)
 
-        def single(x: Tensor, model: nn.Module = model) -> Tensor:
-            with torch.no_grad():
-                return model(x).softmax(-1)
-
-        for rows in by_angle.values():
-            rows.append([])
-        for angle in ANGLES:
-            x = turned(data.test_x, data.side, angle)
-            mean = drawn(x)
-            by_angle["MC dropout"][-1].append(entropy(mean).mean().item())
-            by_angle["one pass"][-1].append(entropy(single(x)).mean().item())
-            by_angle["error"][-1].append((mean.argmax(-1) != data.test_y).float().mean().item())
-        note("same answer", (mean.argmax(-1) == mean.argmax(-1).mode().values).float().mean())
-
-        mean, noise = drawn(data.test_x), shuffled(data.test_x)
-        wrong = (mean.argmax(-1) != data.test_y).float()
-        for name, predict in (("MC dropout", drawn), ("one pass", single)):
-            inside, outside = entropy(predict(data.test_x)), entropy(predict(noise))
-            note(f"{name}, seen", inside.mean())
-            note(f"{name}, from outside", outside.mean())
+        noise = scores(model, shuffled(data.test_x))
+        for score, (prediction, unsure) in at_angle[0].items():
+            unsure_of[score].append([scored[score][1].mean().item() for scored in at_angle])
+            note(f"{score}, from outside", noise[score][1])
             # The area under the curve of true against false alarms: how often the one from outside is the less sure.
-            note(f"{name}, told apart", (outside[:, None] > inside).float().mean())
-            refusing[name].append(kept_errors(wrong, inside))
+            note(f"{score}, told apart", noise[score][1][:, None] > unsure)
+            wrong = (prediction.argmax(-1) != data.test_y).float()
+            refusing[score].append(kept_errors(wrong, unsure))
         refusing["at random"].append(kept_errors(wrong, torch.rand_like(wrong)))
 
-    found["error of all"] = [run[0] for run in refusing["MC dropout"]]
-    for name, runs in refusing.items():
-        found[f"{name}, error of the surest 90 %"] = [run[KEPT.index(0.9)] for run in runs]
-    for angle in (45, 90):
-        found[f"turned by {angle}"] = [run[ANGLES.index(angle)] for run in by_angle["MC dropout"]]
+    for score, runs in refusing.items():
+        found[f"{score}, error"] = [run[0] for run in runs]
+        found[f"{score}, error of the surest"] = [run[KEPT.index(0.9)] for run in runs]
+    for score, runs in unsure_of.items():
+        for place in (0, len(ANGLES) - 1):
+            found[f"{score}, turned by {ANGLES[place]}"] = [run[place] for run in runs]
 
-    def of(what: str, digits: int = 2, scale: float = 100) -> str:
-        return spread(found[what], digits, scale)
+    def of(score: str, what: str, digits: int = 1, scale: float = 100) -> str:
+        return spread(found[f"{score}, {what}"], digits, scale)
 
-    refused, by_one = (of(f"{name}, error of the surest 90 %", 1) for name in ("MC dropout", "one pass"))
-    title = (
-        f"Refusing a tenth: errors from {of('error of all', 1)} to {refused} % by MC dropout, {by_one} % by one pass"
-    )
-    picture, (left, middle, right) = figure(title, "abc")
-    outside = sum(found["MC dropout, from outside"]) / arguments.seeds
-    left.axhline(outside, color="black", linestyle="--", linewidth=1)
-    left.annotate("pixels shuffled, MC dropout", (90, outside), ha="right", va="bottom", fontsize=8)
-    colours = {"MC dropout": COLOURS[0], "one pass": COLOURS[1], "at random": "grey", "error": COLOURS[2]}
-    for name, runs in by_angle.items():
-        axis, scale = (middle, 100) if name == "error" else (left, 1)
-        curve(axis, ANGLES, zip(*runs, strict=True), scale, color=colours[name], label=name)
-    for name, runs in refusing.items():
-        curve(right, [100 - 100 * kept for kept in KEPT], zip(*runs, strict=True), 100, color=colours[name], label=name)
-    left.set(
-        xlabel="turned by, degrees", ylabel="mean entropy, nats", xticks=ANGLES, title="how unsure", ylim=(0, None)
-    )
-    middle.set(xlabel="turned by, degrees", ylabel="error, %", xticks=ANGLES, title="how wrong")
+    left_over = ", ".join(f"{of(score, 'error of the surest')} % by {score}" for score in SCORES)
+    picture, (left, middle, right) = figure(f"Refusing a tenth leaves errors: {left_over}", "abc")
+    colours = dict(zip((*SCORES, "at random"), (*COLOURS[:3], "grey"), strict=True))
+    for score, runs in refusing.items():
+        if score in SCORES:
+            curve(left, ANGLES, zip(*unsure_of[score], strict=True), color=colours[score], label=score)
+            left.axhline(fmean(found[f"{score}, from outside"]), color=colours[score], linestyle="--", linewidth=1)
+        places = [100 - 100 * kept for kept in KEPT]
+        curve(right, places, zip(*runs, strict=True), 100, color=colours[score], label=score)
+    curve(middle, ANGLES, zip(*turned_wrong, strict=True), 100, color="black")
+    left.set(xlabel="turned by, degrees", ylabel="nats, mean", xticks=ANGLES, ylim=(0, None))
+    left.set_title(f"how unsure, {PASSES} passes (dashed: pixels shuffled)")
+    middle.set(xlabel="turned by, degrees", ylabel="error, %", xticks=ANGLES, ylim=(0, 100), title="how wrong")
     right.set(xlabel="refused, % of the images", ylabel="error of the rest, %", title="refusing the least sure")
-    left.legend(frameon=False, fontsize=8, loc="lower center")
     right.legend(frameon=False, fontsize=8)
     shown = (
-        f"{data.name}, mean entropy of {PASSES} passes: digits {of('MC dropout, seen', 2, 1)}, turned by 45 degrees "
-        f"{of('turned by 45', 2, 1)}, by 90 {of('turned by 90', 2, 1)} nats ({of('same answer', 0)} % of those get the "
-        f"same answer), pixels shuffled {of('MC dropout, from outside', 2, 1)}, told apart from digits in "
-        f"{of('MC dropout, told apart', 1)} % of pairs (one pass of eval(): {of('one pass, told apart', 1)} %). "
-        f"Refusing 10 % takes the error from {of('error of all', 1)} % to {refused} % (by one pass: {by_one} %)."
+        f"{data.name}, {PASSES} passes: "
+        + "; ".join(
+            f"{score}: {of(score, 'turned by 0', 2, 1)} nats on digits, {of(score, 'turned by 90', 2, 1)} turned by 90 "
+            f"degrees, {of(score, 'from outside', 2, 1)} with pixels shuffled, told apart from digits in "
+            f"{of(score, 'told apart')} % of pairs, refusing 10 % takes the error from {of(score, 'error')} to "
+            f"{of(score, 'error of the surest')} %"
+            for score in SCORES
+        )
+        + f". {spread(found['same answer'], 0)} % of those turned by 90 degrees get the same answer."
     )
     finish(picture, arguments, "06_mc_dropout", shown)
     return found

@@ -12,17 +12,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fused_dropout as fd
+
+try:
+    import matplotlib
+    from sklearn import datasets
+except ModuleNotFoundError as missing:
+    sys.exit(f'{missing}; the examples need it: pip install ".[examples]"')
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 plt.rcParams["axes.titlesize"] = 9.5
 T = TypeVar("T")
@@ -114,8 +119,6 @@ def load_mnist(folder: Path) -> Data:
 
 def load_digits(side: int = 8) -> Data:
     """The 1,797 digits of 8 x 8 pixels that come with scikit-learn: 1,000 to train on and 797 to test with."""
-    from sklearn import datasets
-
     digits = datasets.load_digits()
     images, classes = torch.tensor(digits.images).float() / 16, torch.tensor(digits.target).long()
     if side != 8:
@@ -130,12 +133,12 @@ def load(arguments: argparse.Namespace, side: int = 8) -> Data:
     return data.to(arguments.device)
 
 
-def options(description: str | None, *, epochs: int, seeds: int) -> argparse.ArgumentParser:
-    """The options of every example."""
+def options(description: str | None, *, epochs: int, seeds: int, data: bool = True) -> argparse.ArgumentParser:
+    """The options of every example; data: whether it is one of images."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="a folder with MNIST's four IDX files (scikit-learn's digits)"
-    )
+    if data:
+        help = "a folder with MNIST's four IDX files (scikit-learn's digits)"
+        parser.add_argument("--data", type=Path, metavar="DIR", help=help)
     parser.add_argument("--epochs", type=int, default=epochs, help=f"({epochs})")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"how many runs, with seeds 0, 1, 2, ... ({seeds})")
     parser.add_argument("--device", default="cpu", help="(cpu)")

@@ -11,9 +11,9 @@ from fused_dropout.bench import describe_environment
 FOLDER = Path(__file__).parent
 
 
-def section(example: Path, arguments: list[str]) -> str:
+def section(example: Path) -> str:
     start = time.monotonic()
-    done = subprocess.run([sys.executable, example, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, example], stdout=subprocess.PIPE, text=True, check=True)
     picture, shown = done.stdout.strip().splitlines()[-2:]
     seconds = f"{time.monotonic() - start:.0f} s"
     print(f"{example.name}: {seconds}", file=sys.stderr)
@@ -31,7 +31,7 @@ def section(example: Path, arguments: list[str]) -> str:
 
 def main() -> None:
     examples = sorted(FOLDER.glob("[0-9]*.py"))
-    sections = [section(example, sys.argv[1:]) for example in examples]
+    sections = [section(example) for example in examples]
     here = describe_environment()
     head = (
         "# Dropout, shown\n\nWritten by `make examples`; numbers are means and standard deviations over the seeds. "

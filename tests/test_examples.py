@@ -1,4 +1,4 @@
-"""The examples in seconds: each runs, makes its picture, and finds what it says, as a broken dropout would not."""
+"""The examples in seconds: each runs, makes its picture, and finds what a broken dropout would not."""
 
 import argparse
 import gzip
@@ -45,6 +45,8 @@ def test_scaling(run):
     assert mean["classic"] == pytest.approx(1, abs=0.1)
     assert mean["double"] < 0.5  # 0.7^3 and what biases add
     assert mean["slip"] < 0.2
+    loss = {what.split(":")[0]: value for what, value in found.items() if what.endswith(", loss")}
+    assert loss["slip"] > loss["double"] > 1.2 * loss["inverted"]
 
 
 def test_mlp(run):
@@ -53,7 +55,7 @@ def test_mlp(run):
 
 
 def test_hinton(run):
-    found = run("04_hinton_2012", 60, width=400)
+    found = run("04_hinton_2012", 60, width=400, side=28)
     assert list(found) == ["no dropout", "50 % hidden", "and 20 % input"]
     assert all(wrong < 0.06 for wrong in found.values())  # nine in ten are wrong by chance
 
@@ -88,10 +90,23 @@ def test_votes():
 
 def test_mc_dropout(run):
     found = run("06_mc_dropout", 8)
-    assert found["MC dropout, from outside"] > 1.5 * found["MC dropout, seen"]
-    assert found["MC dropout, seen"] > 1.1 * found["one pass, seen"]
-    assert found["MC dropout, told apart"] > 0.7
-    assert found["MC dropout, error of the surest 90 %"] < 0.7 * found["error of all"]
+    assert found["entropy, from outside"] > 1.5 * found["entropy, turned by 0"]
+    assert found["disagreement, turned by 0"] > 0.03
+    assert found["disagreement, from outside"] > 1.5 * found["disagreement, turned by 0"]
+    for score in ("entropy", "disagreement", "one pass"):
+        assert found[f"{score}, told apart"] > 0.7
+        assert found[f"{score}, error of the surest"] < 0.8 * found[f"{score}, error"]
+
+
+def test_scores():
+    mc = importlib.import_module("06_mc_dropout")
+    image = torch.arange(9.0).view(1, 9)
+    assert torch.allclose(mc.turned(image, 3, 0), image)
+    assert torch.allclose(mc.turned(image, 3, 90), image.view(3, 3).rot90().reshape(1, 9), atol=1e-5)
+    wrong = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0, 0, 0])
+    unsure = torch.tensor([9.0, 0, 8, 0, 0, 0, 0, 0, 0, 0])
+    assert mc.kept_errors(wrong, unsure) == pytest.approx([0.2, 1 / 9, 1 / 9, 0, 0])
+    assert mc.entropy(torch.full((10,), 0.1)) == pytest.approx(2.302585)
 
 
 def test_coadaptation(run):
