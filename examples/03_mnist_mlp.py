@@ -58,7 +58,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     gaps = {kind: (each[:, -1, 1] - each[:, -1, 0]).tolist() for kind, each in runs.items()}
     wrong = {kind: each[:, -1, 3].tolist() for kind, each in runs.items()}
     apart = (f"{fmean(gap):.2f} nats {kind}" for kind, gap in gaps.items())
-    title = f"Validation loss less training loss: {', '.join(apart)}"
+    title = f"Validation loss minus training loss: {', '.join(apart)}"
     picture, axes = figure(title, "ab;cd", figsize=(9, 6))
     axes[1].sharey(axes[0])
     axes[3].sharey(axes[2])
@@ -76,8 +76,8 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     ends = {kind: each[:, -1, 1].tolist() for kind, each in runs.items()}
     least = {kind: each[:, :, 1].amin(1).tolist() for kind, each in runs.items()}
     shown = f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs: " + "; ".join(
-        f"{kind}, validation less training loss {spread(gaps[kind], 3, 1)}, validation loss {spread(ends[kind], 3, 1)} "
-        f"(least {spread(least[kind], 3, 1)}), validation error {spread(wrong[kind])} %"
+        f"{kind}, validation minus training loss {spread(gaps[kind], 3, 1)}, validation loss "
+        f"{spread(ends[kind], 3, 1)} (least {spread(least[kind], 3, 1)}), validation error {spread(wrong[kind])} %"
         for kind in kinds
     )
     finish(picture, arguments, "03_mnist_mlp", shown + ".")

@@ -137,6 +137,17 @@ def test_text():
     assert transformer.text(5, seed=1) == transformer.text(5, seed=1) != transformer.text(5, seed=2)
 
 
+def test_readme_and_gallery():
+    readme, gallery = ((EXAMPLES / name).read_text() for name in ("README.md", "gallery.md"))
+    names = [path.stem for path in sorted(EXAMPLES.glob("[0-9]*.py"))]
+    assert len(names) == 8
+    for name in names:
+        assert (EXAMPLES / "pictures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        for text in (readme, gallery):
+            assert f"]({name}.py)" in text
+            assert f"](pictures/{name}.png)" in text
+
+
 def idx(values: bytes, *sizes: int, kind: int = 8) -> bytes:
     return bytes((0, 0, kind, len(sizes))) + struct.pack(f">{len(sizes)}I", *sizes) + values
 
