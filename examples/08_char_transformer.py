@@ -2,9 +2,9 @@
 
 The claim is this library's own: swapping the dropout changes nothing but the time and the memory. The same model, from
 the same seed, is trained with torch's layers and after ``fd.convert``; their masks differ, so the curves do too, but
-should not more than those of two seeds. (Few seeds see only what is gross; the masks themselves are tested by
-``python -m fused_dropout check``.) The steps of all take turns. The curve without dropout is there to compare: in
-so few steps it is ahead.
+they should not differ more than those of two seeds. (Few seeds see only what is gross; the masks themselves are tested
+by ``python -m fused_dropout check``.) The steps of all take turns. The curve without dropout is there to compare: in so
+few steps it is ahead.
 
 The text is made here, by a grammar: sentences of subject, verb and object, whose words agree in number.
 """

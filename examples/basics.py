@@ -242,11 +242,10 @@ def bars(axis: Axes, rows: dict[str, list[float]], colours: Sequence[str], scale
     axis.invert_yaxis()
 
 
-def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> str:
+def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> None:
     """Saves the picture and prints the line."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}.png"
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
     print(f"{path}\n{shown}")
-    return shown
