@@ -55,7 +55,7 @@ def test_mlp(run):
 
 
 def test_hinton(run):
-    found = run("04_hinton_2012", 60, width=400, side=28)
+    found = run("04_hinton_2012", 60, width=400, side=8)
     assert list(found) == ["no dropout", "50 % hidden", "and 20 % input"]
     assert all(wrong < 0.06 for wrong in found.values())  # nine in ten are wrong by chance
 
