@@ -91,7 +91,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         + ", ".join(f"{name} {share}" for name, share in at_end.items()), "abc", figsize=(13, 3.9)
     )  # fmt: skip
     for (way, runs), colour in zip(ratios.items(), COLOURS, strict=False):
-        curve(left, [1, 2, 3], list(zip(*runs, strict=True)), color=colour, label=way)
+        curve(left, [1, 2, 3], zip(*runs, strict=True), color=colour, label=way)
     left.axhline(1, color="grey", linewidth=0.8, zorder=0)
     left.set(xlabel="after dropout layer", ylabel="mean at test time / in training", ylim=(0, 1.7))
     left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="does the next layer meet what it was trained on?")

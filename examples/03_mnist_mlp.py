@@ -8,25 +8,21 @@ training loss that Keras shows is of passes with dropout, and lies higher. The d
 """
 
 import argparse
-from itertools import pairwise
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, Data, errors, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, progress, spread, train
 from torch import nn
 
 import fused_dropout as fd
 
-SIZES = (784, 512, 256, 128)
+WIDTHS = (512, 256, 128)
 PARAMETERS = 567_434
 
 
 def network(p_input: float, p_hidden: float) -> nn.Sequential:
-    layers: list[nn.Module] = [fd.Dropout(p_input)]
-    for inputs, outputs in pairwise(SIZES):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU(), fd.Dropout(p_hidden)]
-    model = nn.Sequential(*layers, nn.Linear(SIZES[-1], 10))  # softmax is part of the loss
+    model = nn.Sequential(fd.Dropout(p_input), *mlp(784, WIDTHS, p_hidden))  # softmax is part of the loss
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
     return model
 
