@@ -14,7 +14,7 @@ INSTALLED := build/installed$(subst /,-,$(VENV))
 CUDA_PY := .venv-cuda/bin/python
 OLDEST_PY := .venv-oldest/bin/python
 FLOOR_PY := .venv-floor/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/simd/*)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
@@ -120,13 +120,13 @@ lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the
 	$(PY) benchmarks/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.cpp
 	$(PY) -m mypy
 
 format: build/dev$(subst /,-,$(VENV)) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.[ch]* tests/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.[ch]* csrc/simd/* tests/*.cpp
 
 clean: ## remove what was built, and the environments
 	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
@@ -151,13 +151,13 @@ build/models$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
 	@touch $@
 
 # The CPU kernels without torch, under a program that compares them with a scalar loop.
-KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/cpu_portable.cpp csrc/cpu_avx2.cpp csrc/cpu_avx512.cpp
+KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/simd/portable.cpp csrc/simd/avx2.cpp csrc/simd/avx512.cpp
 build/cpu-kernels-test: SANITIZE = -O3
 build/cpu-kernels-aarch64: SANITIZE = -O3 -static
 build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread
 
-build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h)
+build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h csrc/simd/*.h)
 	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
 		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
 

@@ -19,7 +19,7 @@ sys.path.append("csrc")
 from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_nothing
 
 SOURCES = {
-    "_C": ["csrc/library.cpp", *map(str, Path("csrc").glob("*cpu*.cpp"))],
+    "_C": ["csrc/library.cpp", "csrc/dropout_cpu.cpp", *map(str, sorted(Path("csrc/simd").glob("*.cpp")))],
     "_cuda": ["csrc/dropout_cuda.cu"],
     "_eager": ["csrc/eager.cpp"],
 }

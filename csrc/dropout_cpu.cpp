@@ -1,5 +1,5 @@
 // The operators on the CPU: the kernels for the best instruction set that the machine has, spread over torch's threads.
-#include "cpu_kernels.h"
+#include "simd/kernels.h"
 #include "operators.h"
 
 #include <cstdlib>

@@ -2,7 +2,7 @@
 // the operators that fused_dropout/operators.py defines. All that it has to offer Python itself is what it chose.
 #include <Python.h>
 
-#include "cpu_kernels.h"
+#include "simd/kernels.h"
 #include "version.h"
 
 PyMODINIT_FUNC PyInit__C(void) {

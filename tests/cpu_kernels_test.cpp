@@ -8,7 +8,7 @@
 //   cpu_kernels_test --force ...                      even what the CPU lacks: proof that it is noticed
 //
 // Exit status 77 where the CPU lacks what was named.
-#include "cpu_kernels.h"
+#include "simd/kernels.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

@@ -17,7 +17,7 @@ STABLE = re.compile(r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/
 
 def test_only_the_eager_binding_includes_aten():
     """The same kernels serve every torch from 2.11 on only as long as they know nothing else of it."""
-    for source in CSRC.glob("*.[ch]*"):
+    for source in CSRC.rglob("*.[ch]*"):
         included = re.findall(r'#include [<"](.+?)[>"]', source.read_text())
         unstable = [name for name in included if name.startswith(("ATen", "c10", "torch/")) and not STABLE.match(name)]
         assert bool(unstable) == (source.name == "eager.cpp"), f"{source.name} includes {unstable}"
@@ -36,7 +36,7 @@ def test_kernels_need_no_cxx_symbol_of_torch():
 
 def test_mask_is_defined_once():
     """No kernel and no binding repeats the contract: its constants stand in philox.h, its rule in mask.h."""
-    for source in CSRC.glob("*.[ch]*"):
+    for source in CSRC.rglob("*.[ch]*"):
         text = source.read_text()
         assert ("0xD2511F53" in text) == (source.name == "philox.h")
         assert ("draw) << 32 | tie" in text) == (source.name == "mask.h")

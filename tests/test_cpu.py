@@ -29,7 +29,7 @@ def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("cpu") / "cpu_kernels_test"
     csrc = HERE.parent / "csrc"
     headers = Path(torch.__file__).parent / "include"
-    sources = [HERE / "cpu_kernels_test.cpp", *(csrc / f"cpu_{isa}.cpp" for isa in ("portable", "avx2", "avx512"))]
+    sources = [HERE / "cpu_kernels_test.cpp", *(csrc / "simd" / f"{isa}.cpp" for isa in ("portable", "avx2", "avx512"))]
     # GCC warns of the undefined values that its own AVX-512 header makes, and clang of GCC's names for warnings.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
     flags = ["-std=c++17", "-O3", "-pthread", *warnings, f"-I{csrc}", "-isystem", headers]

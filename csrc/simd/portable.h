@@ -2,7 +2,7 @@
 // on aarch64, and elsewhere what the compiler makes of them.
 #pragma once
 
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 #include <torch/headeronly/util/Half.h>
 

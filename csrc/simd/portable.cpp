@@ -1,6 +1,6 @@
 // The CPU kernels for any CPU.
-#include "vector_portable.h"
-#include "vector_kernels.h"
+#include "portable.h"
+#include "algorithm.h"
 
 namespace fused_dropout {
 

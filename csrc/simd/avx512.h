@@ -1,7 +1,7 @@
 // The vector layer for AVX-512 (F, DQ, BW, VL): eight blocks at a time.
 #pragma once
 
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 

@@ -1,11 +1,11 @@
-// The CPU kernels' algorithm, over a vector layer that its includer has defined: vector_portable.h, vector_avx2.h or
-// vector_avx512.h. Each layer makes it once more, compiled for its instruction set; hence the nameless namespace.
+// The CPU kernels' algorithm, over a vector layer that its includer has defined: portable.h, avx2.h or
+// avx512.h. Each layer makes it once more, compiled for its instruction set; hence the nameless namespace.
 //
 // A layer's Lanes hold 64 bits each, of which Philox uses the lower 32: one block a lane. A group is as many blocks as
 // there are lanes. Their words give the draws of the group's elements in order, in two vectors of 16-bit draws.
 #pragma once
 
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 #include <algorithm>
 #include <cstring>

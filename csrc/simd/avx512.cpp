@@ -18,8 +18,8 @@
 // GCC's own header makes the undefined values that it then warns of.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include "vector_avx512.h"
-#include "vector_kernels.h"
+#include "avx512.h"
+#include "algorithm.h"
 
 namespace fused_dropout {
 

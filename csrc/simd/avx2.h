@@ -1,7 +1,7 @@
 // The vector layer for AVX2 (with F16C, which every CPU that has it brings): four blocks at a time.
 #pragma once
 
-#include "cpu_kernels.h"
+#include "kernels.h"
 
 #include <immintrin.h>
 

@@ -1,7 +1,7 @@
 // What the CPU kernels of every instruction set offer: dropout of consecutive elements, for each dtype, and their mask.
 #pragma once
 
-#include "mask.h"
+#include "../mask.h"
 
 namespace fused_dropout {
 

@@ -15,8 +15,8 @@
 #pragma GCC target("avx2,f16c")
 #endif
 
-#include "vector_avx2.h"
-#include "vector_kernels.h"
+#include "avx2.h"
+#include "algorithm.h"
 
 namespace fused_dropout {
 
