@@ -14,10 +14,10 @@ from .functional import (
     feature_alpha_dropout,
     keep_mask,
 )
+from .keys import fold_in, key, split
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from .native import BackendInfo, backend_info
 from .patching import patch, patched, unpatch
-from .rng import fold_in, key, split
 from .uncertainty import mc_dropout, mc_predict
 
 __all__ = [

@@ -1,176 +1,117 @@
-"""Autograd in Python, over the operators: for torch.compile, torch.func and forward-mode AD, and wherever the eager
-binding is not there. Nothing is saved for backward but the key, 16 bytes.
+"""Dropout with derivatives, in Python: for torch.compile and every transform, and where the eager binding is not there.
 
 Dropout is linear and diagonal: it is its own backward, its own double backward and its own forward-mode derivative, all
-with the same key.
+with the same key. ``apply`` saves the key for backward and nothing else, 16 bytes; under the transforms of torch.func
+and under dispatch modes ``compose`` serves, which saves a mask.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.parameter import Parameter
 
-from . import native, operators, reference
+from . import operators, reference
+from .torch_internals import apply_without_functorch, functorch_randomness, is_compiling, is_fake, is_watched
 
-_is_compiling = torch.compiler.is_compiling
-
-
-def _in_order_of(gradient: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """The gradient with its elements in the order in which forward's were numbered.
-
-    That is memory order for a dense input (whose strides are given unless they are row-major), row-major for the rest.
-    """
-    if strides is None:
-        # Rows with holes between them are numbered row-major by the operator itself, in one pass.
-        return gradient.contiguous() if reference.is_dense(gradient) or 0 in gradient.stride() else gradient
-    if gradient.stride() == strides:
-        return gradient
-    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
-
-
-def _is_exporting() -> bool:
-    # Not torch.compiler.is_exporting(), which Dynamo takes for true whenever it compiles (torch 2.11).
-    return torch.compiler._is_exporting_flag
-
-
-def is_fused_by_compiler(x: Tensor) -> bool:
-    """Whether a compiler is at work and is to be given the mask's arithmetic, and not the operator."""
-    if not _is_compiling() or _is_exporting():
-        return False
-    return native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
-
-
-def _apply(x: Tensor, p: float, key: Tensor) -> Tensor:
-    if is_fused_by_compiler(x):
-        return reference.apply_each(x, p, key)
-    return operators.apply(x, p, key)
+_PLAIN = (Tensor, Parameter)
 
 
 class Dropout(torch.autograd.Function):
-    """Dropout of x with probability p and the mask of the key."""
-
-    generate_vmap_rule = True
+    """Dropout as torch.compile traces it: the operator in forward and in backward."""
 
     @staticmethod
-    def forward(x: Tensor, p: float, key: Tensor) -> Tensor:
-        return _apply(x, p, key)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
-        x, ctx.p, key = inputs
+    def forward(
+        ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+    ) -> Tensor:
         ctx.save_for_backward(key)
-        ctx.strides = None if x.is_contiguous() or not reference.is_dense(x) else x.stride()
+        ctx.p, ctx.scale, ctx.index_strides = p, scale, index_strides
+        if index_strides is None and not x.is_contiguous() and reference.is_dense(x):
+            ctx.index_strides = x.stride()
+        return operators.chosen_apply(x)(x, p, key, 0, index_strides, scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _backward(ctx, gradient, *ctx.saved_tensors)
-
-
-def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor, None, None]:
-    if ctx.strides is not None or not gradient.is_contiguous():
-        gradient = _in_order_of(gradient, ctx.strides)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return apply(gradient, ctx.p, key, is_transformed()), None, None
-    return _apply(gradient, ctx.p, key), None, None
-
-
-class DropoutForwardAD(Dropout):
-    """Dropout with forward-mode derivatives: apart from the other, since Dynamo refuses a Function that has ``jvp``."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
-        Dropout.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[2])
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, p: None, key: None) -> Tensor:
-        (key_,) = ctx.saved_tensors
-        return apply(_in_order_of(tangent, ctx.strides), ctx.p, key_, transformed=True)
-
-
-def warn_if_drawn_anew(saved: Tensor, own: Tensor) -> None:
-    """Checkpointing without reentry hands backward what it saved when it recomputed: another key means another mask
-    than forward's, which torch itself does not notice."""
-    if saved is not own and type(saved) is Tensor and saved.is_cpu and own.is_cpu and not torch.equal(saved, own):
-        warnings.warn(
-            "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let "
-            "the checkpoint preserve the state of the generator, or give dropout a key.",
-            stacklevel=3,
-        )
-
-
-class DropoutEager(Dropout):
-    """Dropout outside of every transform."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, Tensor], output: Tensor) -> None:
-        Dropout.setup_context(ctx, inputs, output)
-        ctx.key = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (key,) = ctx.saved_tensors  # once: a checkpoint hands it out no second time
-        warn_if_drawn_anew(key, ctx.key)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (key,) = ctx.saved_tensors
         return _backward(ctx, gradient, key)
 
 
-# Function.apply less what it does for torch.func: binding the arguments by their signature takes it 15 us a call.
-_apply_eager = super(torch.autograd.Function, DropoutEager).apply
+class DropoutEager(Dropout):
+    """Dropout outside of every transform. Backward uses the key's value of forward, whatever became of its memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+    ) -> Tensor:
+        ctx.words = key.tolist() if key.is_cpu else None
+        return Dropout.forward(ctx, x, p, key, index_strides, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors  # once: a checkpoint hands it out no second time
+        if ctx.words is None:
+            return _backward(ctx, gradient, saved)
+        _warn_if_drawn_anew(saved, ctx.words)
+        return _backward(ctx, gradient, torch.tensor(ctx.words, dtype=torch.uint64, device="cpu"))
 
 
-_in_functorch = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
+_apply_eager = apply_without_functorch(DropoutEager)
 
 
-def is_transformed() -> bool:
-    """Whether a compiler, a tracer, a transform or a mode is looking, or forward-mode AD is on."""
-    return (
-        _is_compiling()
-        or _in_functorch()
-        or _dispatch_modes() > 0
-        or forward_ad._current_level >= 0
-        or _tracing_state() is not None
-    )
+def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
+    """The same mask on the gradient: elements are numbered as in forward, whatever layout the gradient arrives in."""
+    index_strides = ctx.index_strides
+    if index_strides is None and not gradient.is_contiguous():
+        index_strides = reference.row_major(gradient.shape)
+    return apply(gradient, ctx.p, key, index_strides, ctx.scale), None, None, None, None
 
 
-def is_recorded() -> bool:
-    """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package."""
-    return _is_exporting() or (not _is_compiling() and _tracing_state() is not None)
+def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
+    """A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
+    recomputed activations have another mask than forward's, which torch itself does not notice."""
+    if type(saved) is Tensor and saved.is_cpu and saved.dtype == torch.uint64 and saved.tolist() != words:
+        warnings.warn(
+            "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let "
+            "the checkpoint preserve the state of the generator, or give dropout a key.",
+            stacklevel=2,
+        )
 
 
-def _is_functionalized() -> bool:
-    from torch._C._functorch import TransformType, get_interpreter_stack
-
-    return any(level.key() == TransformType.Functionalize for level in get_interpreter_stack() or ())
-
-
-def _is_traced() -> bool:
-    """Whether operations are recorded whose derivatives are then taken, so that an autograd Function is lost."""
-    if is_recorded() or _is_compiling():
-        return is_recorded()
-    return (_in_functorch() and _is_functionalized()) or (_dispatch_modes() > 0 and get_proxy_mode() is not None)
+def must_compose(x: Tensor) -> bool:
+    """Whether a transform, a tracer, a mode or a tensor subclass has to see torch's own operations."""
+    if functorch_randomness() is not None:
+        return True
+    return not is_compiling() and (is_watched() or type(x) not in _PLAIN)
 
 
-def _compose(x: Tensor, p: float, key: Tensor) -> Tensor:
-    """The same bits in operations that torch differentiates: for who records them, but no autograd Function."""
-    return torch.where(operators.keep_mask(x, p, key), x * reference.scale(p), 0.0)
+def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
+    """``apply`` in torch's own operations, for which every transform, mode and subclass has its rules."""
+    # The mask is made for a plain tensor: then a batched, wrapped or differentiated x needs no rule for the operator.
+    # It has no more elements than there are draws, and its dimensions in x's order, since torch.where gives its result
+    # the layout of the mask first.
+    strides = reference.index_strides_of(x) if index_strides is None else index_strides
+    shape = [size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]
+    order = reference.order_by_stride(x)
+    empty = x.new_empty if is_fake(x) else torch.empty
+    like = empty([shape[d] for d in order], dtype=torch.bool, device=x.device)
+    like = like.permute([order.index(d) for d in range(x.dim())])
+    kept = operators.keep_mask(like, p, key, 0, strides)
+    factor = reference.scale(p) if scale is None else scale
+    return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def apply(x: Tensor, p: float, key: Tensor, transformed: bool) -> Tensor:
-    """Dropout of x with probability p and the mask of the key; transformed: what ``is_transformed`` says.
+def apply(
+    x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None = None, scale: float | None = None
+) -> Tensor:
+    """Dropout of x with probability p and the mask of the key, with derivatives of every kind.
 
-    x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). Returns a tensor with the
-    strides of ``torch.empty_like(x)``.
+    x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). index_strides and scale: as
+    in the operator. Returns a tensor with the strides of ``torch.empty_like(x)``.
     """
-    if transformed:
-        if _is_traced():
-            return _compose(x, p, key)
-        dual = not _is_compiling() and forward_ad._current_level >= 0
-        return (DropoutForwardAD if dual else Dropout).apply(x, p, key)
+    if must_compose(x):
+        return compose(x, p, key, index_strides, scale)
     if x.requires_grad and torch.is_grad_enabled():
-        return _apply_eager(x, p, key)
-    return operators.apply(x, p, key)
+        return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, index_strides, scale)
+    return operators.chosen_apply(x)(x, p, key, 0, index_strides, scale)

@@ -1,4 +1,4 @@
-"""``dropout``, its family and ``keep_mask``: what they accept, and which path serves a call."""
+"""``dropout``, its family and ``keep_mask``: what they accept, and what they mean. ``dispatch.py`` serves them."""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch._subclasses import FakeTensor
-from torch.nn.parameter import Parameter
-from torch.overrides import _get_current_function_mode, handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils._device import DeviceContext
 
-from . import autograd, broadcast, native, operators, reference, rng
+from . import operators, reference
+from .autograd import must_compose
+from .dispatch import drop, is_covered
+from .torch_internals import function_mode, wraps_tensors
 
 # torch's own, whatever stands at these names later.
 _torch_dropout = F.dropout
@@ -22,11 +23,6 @@ _torch_alpha_dropout, _torch_feature_alpha_dropout = F.alpha_dropout, F.feature_
 # The value that a SELU unit saturates at, negated: scale times alpha of Klambauer et al., "Self-Normalizing Neural
 # Networks", NIPS'17, as in torch.
 _SELU_SATURATION = 1.7580993408473766
-_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
-_eager_dropout = native.eager.dropout if native.eager else None
-_eager_dropout_broadcast = native.eager.dropout_broadcast if native.eager else None
-_STRIDED = torch.strided
-_is_compiling = torch.compiler.is_compiling
 
 
 def dropout(
@@ -80,9 +76,9 @@ def dropout(
                 [2., 2., 2.],
                 [0., 0., 0.]])
     """
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) and _is_overridden(input):
         more = {"generator": generator, "key": key, "noise_shape": noise_shape}
-        return _overridden(dropout, _torch_dropout, input, p, training, inplace, more)
+        return _hand_over(dropout, _torch_dropout, input, p, training, inplace, more)
     if not 0.0 <= p <= 1.0:
         raise _out_of_range(p)
     if key is not None:
@@ -90,79 +86,32 @@ def dropout(
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
     if noise_shape is not None:
-        return _dropout_broadcast(input, p, inplace, generator, key, _broadcastable(noise_shape, input))
-    if _eager_dropout is not None and not _is_compiling() and isinstance(input, Tensor):
-        output = _eager_dropout(input, p, inplace, generator, key)
-        if output is not None:
-            return output
-    return _dropout(input, p, training, inplace, generator, key)
+        return _dropout_by_shape(input, p, inplace, generator, key, _broadcastable(noise_shape, input))
+    output = drop(input, p, inplace, generator, key)
+    return _torch_dropout(input, p, training, inplace) if output is None else output
 
 
-def _dropout(
-    input: Tensor, p: float, training: bool, inplace: bool, generator: Generator | None, key: Tensor | None
-) -> Tensor:
-    """``dropout`` in Python: every transform and mode, and what goes to torch's own function."""
-    transformed = autograd.is_transformed()
-    if not _is_covered(input, transformed, generator, key):
-        return _torch_dropout(input, p, training, inplace)
-    if input.numel() == 0:
-        return input
-    p = float(p)
-    if inplace:
-        _check_no_overlap(input)
-    if key is None:
-        key = _draw_key(input, p, transformed, generator)
-    if not inplace:
-        return autograd.apply(input, p, key, transformed)
-    if transformed or _needs_copy(input):
-        return input.copy_(autograd.apply(input, p, key, transformed))
-    operators.apply_(input, p, key)
-    torch.autograd.graph.increment_version(input)
-    return input
-
-
-def _dropout_broadcast(
+def _dropout_by_shape(
     input: Tensor,
     p: float,
     inplace: bool,
     generator: Generator | None,
     key: Tensor | None,
-    shape: tuple[int, ...],
-    scaled: bool = True,
+    shape: Sequence[int],
+    scale: float | None = None,
 ) -> Tensor:
-    """``dropout`` with a mask of this shape; scaled: whether kept elements are multiplied by 1 / (1 - p)."""
-    p = float(p)
-    scale = reference.scale(p) if scaled else 1.0
-    transformed = autograd.is_transformed()
-    if not transformed and scaled and shape == input.shape and input.is_contiguous():
-        return dropout(input, p, inplace=inplace, generator=generator, key=key)
-    if _eager_dropout_broadcast is not None and not transformed:
-        output = _eager_dropout_broadcast(input, p, inplace, generator, key, shape, scale)
-        if output is not None:
-            return output
-    if not _is_covered(input, transformed, generator, key):
-        noise = _torch_dropout(input.new_ones(shape), p)
-        noise = noise if scaled else noise != 0
-        return input.mul_(noise) if inplace else input * noise
-    if input.numel() == 0:
-        return input
-    if inplace:
-        _check_no_overlap(input)
-    if key is None:
-        key = _draw_key(input, p, transformed, generator)
-    if not inplace:
-        return broadcast.apply(input, p, key, shape, scale)
-    if transformed or _needs_copy(input):
-        return input.copy_(broadcast.apply(input, p, key, shape, scale))
-    operators.apply_broadcast_(input, p, key, shape, scale)
-    torch.autograd.graph.increment_version(input)
-    return input
+    """``dropout`` with a mask of this shape, broadcast over the input; scale: of kept elements, 1 / (1 - p) if None."""
+    output = drop(input, p, inplace, generator, key, _broadcast_strides(shape), scale)
+    if output is not None:
+        return output
+    noise = _torch_dropout(input.new_ones(shape), p)
+    noise = noise if scale is None else noise != 0
+    return input.mul_(noise) if inplace else input * noise
 
 
-def _needs_copy(x: Tensor) -> bool:
-    """Whether copy_ has to write to x: it keeps autograd's and the transforms' rules for in-place changes, raises
-    torch's own errors, and knows negated views (``z.conj().imag``)."""
-    return x.is_inference() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled())
+def _broadcast_strides(shape: Sequence[int]) -> list[int]:
+    """The index strides of a mask of this shape, numbered row-major: 0 where it is broadcast."""
+    return [0 if size == 1 else stride for size, stride in zip(shape, reference.row_major(shape), strict=True)]
 
 
 def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, ...]:
@@ -274,17 +223,18 @@ def _channelwise(
 ) -> Tensor:
     """One draw a channel. ranks: the numbers of dimensions that torch does not comment on; batched: the one that has
     samples before channels, None if all have."""
-    if has_torch_function_unary(input):
-        return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+    if has_torch_function_unary(input) and _is_overridden(input):
+        return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
     _check_arguments(input, p, generator, key)
     lead = 2 if batched is None or input.dim() == batched else 1
     if not training or p == 0 or input.dim() < lead:
         return theirs(input, p, training, inplace)
-    if not _is_covered(input, autograd.is_transformed(), generator, key):
+    if not is_covered(input, generator, key):
         return theirs(input, p, training, inplace)
     if input.dim() not in ranks:
         theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
-    return _dropout_broadcast(input, p, inplace, generator, key, _channels(input, lead))
+    output = drop(input, p, inplace, generator, key, _broadcast_strides(_channels(input, lead)))
+    return theirs(input, p, training, inplace) if output is None else output
 
 
 def _channels(x: Tensor, lead: int) -> tuple[int, ...]:
@@ -362,22 +312,28 @@ def _alpha(
 
     It is dropout of x + alpha between two affine maps, so that its mask, its gradient and what they save are dropout's.
     """
-    if has_torch_function_unary(input):
-        return _overridden(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+    if has_torch_function_unary(input) and _is_overridden(input):
+        return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
     _check_arguments(input, p, generator, key)
-    transformed = autograd.is_transformed()
-    dropping = training and p != 0 and _is_covered(input, transformed, generator, key)
-    if not dropping or input.dim() < (lead or 0) or input.numel() == 0:
+    dropping = training and p != 0 and is_covered(input, generator, key)
+    if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
     if p == 1:
-        return dropout(input, p, inplace=inplace)
+        output = drop(input, p, inplace)
+        return theirs(input, p, training, inplace) if output is None else output
+    # The mask is numbered as input is, which need not have the layout of the sum.
+    strides = _broadcast_strides(_channels(input, lead)) if lead else reference.index_strides_of(input)
+    shifted = input + _SELU_SATURATION
+    output = drop(shifted, p, False, generator, key, strides)
+    if output is None:
+        return theirs(input, p, training, inplace)
+    if output is shifted:  # it is empty
+        return input
     p = float(p)
-    noise_shape = None if lead is None else _channels(input, lead)
-    output = dropout(input + _SELU_SATURATION, p, generator=generator, key=key, noise_shape=noise_shape)
     scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
     factor, shift = scale * (1 - p), -scale * (1 - p) * _SELU_SATURATION
-    # Selective checkpointing may hold dropout's result, which then must not change.
-    output = output * factor + shift if transformed else output.mul_(factor).add_(shift)
+    # A mode, such as selective checkpointing's, may hold dropout's result, which then must not change.
+    output = output * factor + shift if must_compose(input) else output.mul_(factor).add_(shift)
     return input.copy_(output) if inplace else output
 
 
@@ -414,46 +370,13 @@ def drop_path(
                 [2., 2.],
                 [0., 0.]])
     """
-    if has_torch_function_unary(x):
+    if has_torch_function_unary(x) and _is_overridden(x):
         more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
         return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
     _check_arguments(x, drop_prob, generator, key)
     if not training or drop_prob == 0:
         return x
-    return _dropout_broadcast(x, drop_prob, False, generator, key, _channels(x, 1), scale_by_keep)
-
-
-def _is_covered(x: object, transformed: bool, generator: Generator | None, key: Tensor | None) -> bool:
-    """Whether the fused path takes x; an error if it does not, and a key or generator asks for it.
-
-    What torch.export and torch.jit.trace record is torch's own dropout, which every runtime knows; with a key, our
-    operators.
-    """
-    recorded = transformed and autograd.is_recorded()
-    if _is_fusable(x) and not recorded:
-        return True
-    if key is not None and (recorded or isinstance(x, FakeTensor)) and _has_kernel(x):
-        return True
-    if generator is not None and recorded:
-        raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
-    if key is not None or generator is not None:
-        raise TypeError(f"key and generator are for the fused path, which does not take {_describe(x)}")
-    return False
-
-
-def _draw_key(x: Tensor, p: float, transformed: bool, generator: Generator | None) -> Tensor:
-    if p == 1:
-        return rng.no_key()
-    return (rng.draw_key_transformed if transformed else rng.draw_key)(x.device, generator)
-
-
-def _is_fusable(x: object) -> bool:
-    """Whether the fused path covers x: a plain strided tensor of a floating dtype on a CPU or CUDA device."""
-    return (type(x) is Tensor or type(x) is Parameter) and _has_kernel(x)
-
-
-def _has_kernel(x: Any) -> bool:
-    return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is _STRIDED and not x.is_nested
+    return _dropout_by_shape(x, drop_prob, False, generator, key, _channels(x, 1), None if scale_by_keep else 1.0)
 
 
 def _out_of_range(p: float) -> ValueError:
@@ -478,31 +401,13 @@ def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -
         raise ValueError(f"key has to be on the CPU or on the input's device {input.device}, but is on {key.device}")
 
 
-def _check_no_overlap(x: Tensor) -> None:
-    """Refuses to write to memory that several elements share, as torch does where it can tell cheaply."""
-    span = 1
-    for stride, size in reference.dims_by_stride(x):
-        if stride < span:
-            break
-        span += stride * (size - 1)
-    else:
-        return
-    # Interleaved dimensions may still be free of overlap: count the addresses.
-    address = torch.arange(x.untyped_storage().nbytes() // x.element_size()).as_strided(x.shape, x.stride())
-    if 0 in x.stride() or address.unique().numel() != x.numel():
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )
+def _is_overridden(x: Tensor) -> bool:
+    """Whether a ``__torch_function__`` has to see the call: a mode's or a subclass's own, not the default of a subclass
+    that sees operations instead."""
+    return function_mode() is not None or not (isinstance(x, Tensor) and wraps_tensors(x))
 
 
-def _describe(x: object) -> str:
-    if not isinstance(x, Tensor):
-        return type(x).__name__
-    return f"a {type(x).__name__} of {x.dtype}, {x.layout}, on {x.device}"
-
-
-def _overridden(
+def _hand_over(
     ours: Callable[..., Tensor],
     theirs: Callable[..., Tensor],
     input: Tensor,
@@ -516,7 +421,7 @@ def _overridden(
     A default device is a mode too, but one that says nothing about dropout; and a key has no place in torch's function.
     """
     more = {name: value for name, value in more.items() if value is not None}
-    seen = ours if more or isinstance(_get_current_function_mode(), DeviceContext) else theirs
+    seen = ours if more or isinstance(function_mode(), DeviceContext) else theirs
     return handle_torch_function(seen, (input,), input, p=p, training=training, inplace=inplace, **more)
 
 

@@ -246,8 +246,6 @@ def _has_triton() -> bool:
 compiles_reference: bool = (
     _backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
 )
-# A key from the CPU's default generator in one call; None without the kernels.
-draw_cpu_key = torch.ops.fused_dropout.draw_cpu_key.default if kernels else None
 
 
 def _path(device: str) -> str:

@@ -2,16 +2,19 @@
 
 The mask is a pure function of a key ``[seed, offset]``, the drop probability p and each element's index i:
 
-1. ``block = i // 8``; four 32-bit words come from Philox4x32-10 with the counter (offset, block) and the key (seed),
-   each a 64-bit number, low word first (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-   SC'11).
-2. ``draw(i)`` is the half-word ``i % 8`` of the block; ``tie(i)`` is the XOR of the three words that it is not in.
+1. ``block = i // 8``. Philox4x32-10 gives four 32-bit words for the counter (offset, block) and the key (seed), each a
+   64-bit number, low word first (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11).
+2. ``draw(i)`` is half-word ``i % 8`` of the block; ``tie(i)`` is the XOR of the three words that it is not in.
 3. ``K = floor((1 - p) * 2**48 + 0.5)``, at least 1 and at most ``2**48 - 1``. Element i is kept if, and only if,
    ``draw(i) * 2**32 + tie(i) < K``.
 
-A kept element becomes ``x / (1 - p)``, the product with the rounded factor taken in float32 (float64 for float64) and
-rounded once more to x's dtype; a dropped one becomes +0, whatever it was. Words are int64 tensors here, since PyTorch
-has no unsigned 32-bit arithmetic.
+A kept element becomes ``x * scale`` with ``scale = 1 / (1 - p)``: the product is taken in float32 (float64 for float64)
+and rounded once to x's dtype. A dropped element becomes +0, whatever it was.
+
+Element (i_0, ..., i_n-1) has the index ``start + sum(i_d * index_strides[d])``. Without index strides these are x's own
+strides if x is dense, and the row-major strides of its shape otherwise.
+
+Words are int64 tensors here, since PyTorch has no unsigned 32-bit arithmetic.
 """
 
 from collections.abc import Sequence
@@ -25,15 +28,11 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 BLOCK = 8
 LOW_32 = 0xFFFFFFFF
-CHUNK = 1 << 15
+CHUNK = 1 << 15  # blocks drawn at a time: their words and products fill some forty bytes an element
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low word of the product. The multiplier less 2**32 is used, since the whole product overflows int64."""
-    if torch.compiler.is_compiling() and word.is_cuda:
-        # In Triton it wraps, and its compiler makes one 32-bit multiplication of this.
-        product = word * multiplier
-        return (product >> 32) & LOW_32, product & LOW_32
+    """High and low word of the product. Uses the multiplier less 2**32, since the whole product overflows int64."""
     product = word * (multiplier - (1 << 32))
     return (product >> 32).add_(word), product.bitwise_and_(LOW_32)
 
@@ -51,111 +50,10 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 def threshold(p: float) -> int:
-    """K: of each 2**48 equally likely (draw, tie), so many are kept."""
+    """K: how many of the 2**48 equally likely (draw, tie) pairs are kept."""
     if p in (0, 1):
         return 0 if p else 1 << 48
     return min(max(floor((1.0 - p) * 2**48 + 0.5), 1), (1 << 48) - 1)
-
-
-def keep_blocks(first: int, p: float, key: Tensor, kept: Tensor) -> None:
-    """Writes the mask of whole blocks, the first of that number, to a bool tensor of shape (blocks, 8)."""
-    seed, offset = key.view(torch.int64).unbind()
-    block = torch.arange(first, first + len(kept), device=key.device)
-    counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
-    words = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
-    all_words = words[0] ^ words[1] ^ words[2] ^ words[3]
-    for i, word in enumerate(words):
-        tie = all_words ^ word
-        for half, draw in enumerate((word & 0xFFFF, word >> 16)):
-            torch.lt(draw.bitwise_left_shift_(32).bitwise_or_(tie), threshold(p), out=kept[:, 2 * i + half])
-
-
-def keep_flat(numel: int, p: float, key: Tensor, start: int, device: torch.device) -> Tensor:
-    """The mask of the elements start to start + numel - 1: a bool tensor of shape (numel,)."""
-    key = key.to(device)
-    first, skip = divmod(start, BLOCK)
-    kept = torch.empty(-(-(skip + numel) // BLOCK), BLOCK, dtype=torch.bool, device=device)
-    # A cache's worth at a time: there are some forty bytes of words and products to each element.
-    for i in range(0, len(kept), CHUNK):
-        keep_blocks(first + i, p, key, kept[i : i + CHUNK])
-    return kept.flatten()[skip : skip + numel]
-
-
-def keep_each(index: Tensor, bound: int | Tensor, key: Tensor) -> Tensor:
-    """The mask of the elements with these indices, one by one: for a compiler, which fuses it with others.
-
-    ``bound`` is the drop probability's ``threshold``.
-
-    Indices of int32 let it see that neighbours have a block in common. The key is expanded, or it would compute what
-    depends on that alone in kernels of their own.
-    """
-    seed, offset = (word.expand(index.shape) for word in key.to(torch.int64).unbind())
-    block, slot = (index >> 3).to(torch.int64), index & 7
-    counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
-    w0, w1, w2, w3 = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
-    word = torch.where(slot < 4, torch.where(slot < 2, w0, w1), torch.where(slot < 6, w2, w3))
-    draw = (word >> ((slot & 1) << 4)) & 0xFFFF
-    return (draw << 32 | (w0 ^ w1 ^ w2 ^ w3 ^ word)) < bound
-
-
-def indices(shape: Sequence[int], device: torch.device, start: int = 0) -> Tensor:
-    """start, start + 1, ... in row-major order."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # takes a second, with sympy
-
-    end = start + prod(shape)
-    dtype = torch.int32 if guard_or_false(end < 2**31) else torch.int64
-    return torch.arange(start, end, dtype=dtype, device=device).view(shape)
-
-
-def apply_each(x: Tensor, p: float, key: Tensor) -> Tensor:
-    """``apply`` as pointwise arithmetic alone."""
-    # In memory's order a dense tensor is contiguous, and an element's position is its place in memory.
-    order = order_by_stride(x)[::-1] if is_dense(x) else list(range(x.dim()))
-    in_order = x.permute(*order)
-    product = in_order * scale(p) if x.dtype == torch.float64 else (in_order.float() * scale(p)).to(x.dtype)
-    kept = keep_each(indices(in_order.shape, x.device), threshold(p), key.to(x.device))
-    dropped = torch.where(kept, product, 0.0)
-    return dropped.permute(*(order.index(d) for d in range(x.dim())))
-
-
-def order_by_stride(x: Tensor) -> list[int]:
-    """The dimensions of x by stride, ascending; those of one element come before others of the same stride."""
-    order: list[int] = []
-    for d in range(x.dim()):  # by insertion: a compiler cannot sort by sizes that it does not know yet
-        place = 0
-        for other in order:
-            before = x.stride(other) < x.stride(d) or (x.stride(other) == x.stride(d) and x.shape[other] <= x.shape[d])
-            place += 1 if before else 0
-        order.insert(place, d)
-    return order
-
-
-def dims_by_stride(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions of more than one element, those that matter for an address, ascending."""
-    return [(x.stride(d), x.shape[d]) for d in order_by_stride(x) if x.shape[d] != 1]
-
-
-def is_dense(x: Tensor) -> bool:
-    """Whether x fills one stretch of memory without overlap, in whatever order of its dimensions."""
-    if x.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in dims_by_stride(x):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
-    """The mask of x: True where an element is kept, in the layout of ``torch.empty_like(x)``.
-
-    Elements are numbered from ``start`` in memory order if x is dense, else in row-major order.
-    """
-    flat = keep_flat(x.numel(), p, key, start, x.device)
-    if is_dense(x):
-        return flat.as_strided(x.shape, x.stride())
-    return torch.empty_like(x, dtype=torch.bool).copy_(flat.view(x.shape))
 
 
 def scale(p: float) -> float:
@@ -163,30 +61,180 @@ def scale(p: float) -> float:
     return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
-def drop(x: Tensor, kept: Tensor) -> Tensor:
+def row_major(shape: Sequence[int]) -> list[int]:
+    """The strides of a contiguous tensor of this shape."""
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * shape[d + 1]
+    return strides
+
+
+def order_by_stride(x: Tensor) -> list[int]:
+    """The dimensions of x in the order in which ``torch.empty_like(x)`` has them in memory, outermost first."""
+    order = list(range(x.dim()))
+    if x.is_contiguous():
+        return order
+    # By insertion, from the innermost dimension on: a stride of 0 says nothing of the order, and a compiler cannot sort
+    # by sizes that it does not know yet.
+    for place in range(x.dim() - 2, -1, -1):
+        moving = place
+        for other in range(place + 1, x.dim()):
+            outer, inner = order[moving], order[other]
+            if x.stride(outer) == 0 or x.stride(inner) == 0:
+                continue
+            if x.stride(outer) > x.stride(inner):
+                break
+            if x.stride(outer) < x.stride(inner) or x.shape[outer] < x.shape[inner]:
+                order[moving], order[other] = inner, outer
+                moving = other
+    return order
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x fills one stretch of memory without overlap, in whatever order of its dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for d in order_by_stride(x)[::-1]:
+        if x.shape[d] == 1:
+            continue
+        if x.stride(d) != expected:
+            return False
+        expected *= x.shape[d]
+    return True
+
+
+def index_strides_of(x: Tensor) -> Sequence[int]:
+    """The index strides of a call that gives none: x's own strides if it is dense, else row-major ones."""
+    return x.stride() if is_dense(x) else row_major(x.shape)
+
+
+def check_window(shape: Sequence[int], start: int, index_strides: Sequence[int] | None) -> None:
+    """Refuses a window of indices that are negative or do not fit an int64.
+
+    Raises:
+        RuntimeError: ``start`` or an index stride is negative, there is not one stride for each dimension, or the
+            largest index is 2**63 or more.
+    """
+    strides = row_major(shape) if index_strides is None else index_strides
+    if start < 0:
+        raise RuntimeError(f"start has to be 0 or more, but got {start}")
+    if len(strides) != len(shape):
+        raise RuntimeError(f"index_strides needs one stride for each of {len(shape)} dimensions, but got {strides}")
+    if any(stride < 0 for stride in strides):
+        raise RuntimeError(f"index_strides have to be 0 or more, but got {list(strides)}")
+    if start + sum(stride * max(size - 1, 0) for stride, size in zip(strides, shape, strict=True)) >= 1 << 63:
+        raise RuntimeError("the largest element index has to be below 2**63")
+
+
+def keep_indices(start: int, strides: Sequence[int], shape: Sequence[int], p: float, key: Tensor) -> Tensor:
+    """The mask of a window of indices: a bool tensor of this shape, contiguous, on the key's device.
+
+    The last stride should be 1, or else most of each block is drawn in vain.
+    """
+    *outer, length = shape
+    first = torch.full((), start, device=key.device)
+    for size, stride in zip(outer, strides, strict=False):
+        first = first.unsqueeze(-1) + torch.arange(size, device=key.device) * stride
+    first = first.flatten()
+    kept = torch.empty(len(first), length, dtype=torch.bool, device=key.device)
+    seed, offset = key.view(torch.int64).unbind()
+    bound = threshold(p)
+    for column in range(0, length, BLOCK * CHUNK):
+        n = min(BLOCK * CHUNK, length - column)
+        blocks = n // BLOCK + 2  # enough wherever in a block the row begins
+        for row in range(0, len(first), max(1, CHUNK // blocks)):
+            begin = first[row : row + max(1, CHUNK // blocks)] + column
+            block = (begin // BLOCK).unsqueeze(-1) + torch.arange(blocks, device=key.device)
+            counter = (offset & LOW_32, (offset >> 32) & LOW_32, block & LOW_32, block >> 32)
+            words = philox(counter, (seed & LOW_32, (seed >> 32) & LOW_32))
+            all_words = words[0] ^ words[1] ^ words[2] ^ words[3]
+            drawn = torch.empty(*block.shape, BLOCK, dtype=torch.bool, device=key.device)
+            for i, word in enumerate(words):
+                tie = all_words ^ word
+                for half, draw in enumerate((word & 0xFFFF, word >> 16)):
+                    torch.lt(draw.bitwise_left_shift_(32).bitwise_or_(tie), bound, out=drawn[..., 2 * i + half])
+            part = kept[row : row + len(begin), column : column + n]
+            skip = start % BLOCK
+            if all(stride % BLOCK == 0 for stride in strides[:-1]):  # every row begins in the same slot
+                part.copy_(drawn.flatten(1)[:, skip : skip + n])
+            else:
+                place = (begin % BLOCK).unsqueeze(-1) + torch.arange(n, device=key.device)
+                torch.gather(drawn.flatten(1), 1, place, out=part)
+    return kept.view(*shape)
+
+
+def keep_window(
+    shape: Sequence[int], p: float, key: Tensor, start: int, strides: Sequence[int], device: torch.device
+) -> Tensor:
+    """The mask of the elements of this shape whose indices have these strides: expanded where a stride is 0."""
+    if p in (0, 1) or prod(shape) == 0:
+        return torch.full(shape, p == 0, device=device)
+    # Draws each index of the window once, in ascending order, in as few and as long rows as there are.
+    order = sorted((d for d, n in enumerate(shape) if n != 1 and strides[d] != 0), key=lambda d: -strides[d])
+    sizes, steps = [1], [1]
+    for d in order[::-1]:
+        if strides[d] == steps[0] * sizes[0]:
+            sizes[0] *= shape[d]
+        else:
+            sizes.insert(0, shape[d])
+            steps.insert(0, strides[d])
+    kept = keep_indices(start, steps, sizes, p, key.to(device)).view([shape[d] for d in order])
+    missing = [d for d in range(len(shape)) if d not in order]
+    place = {d: i for i, d in enumerate([*missing, *order])}
+    return kept.view(*(1 for _ in missing), *kept.shape).permute([place[d] for d in range(len(shape))]).expand(shape)
+
+
+def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None) -> Tensor:
+    """The mask of x: a bool tensor of x's shape, True where an element is kept, with the strides of ``empty_like(x)``.
+
+    Raises:
+        RuntimeError: as :func:`check_window`.
+    """
+    return torch.empty_like(x, dtype=torch.bool).copy_(_window_of(x, p, key, start, index_strides))
+
+
+def _drop(x: Tensor, kept: Tensor) -> Tensor:
     """Makes the elements of x that are not kept +0, in place: selects by their bits, whatever they stand for."""
     x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(kept)
     return x
 
 
-def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
-    """Dropout of x with the mask that ``keep_mask`` gives, in the layout of ``torch.empty_like(x)``."""
+def apply(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Dropout of x with the mask of the window, in the layout of ``torch.empty_like(x)``.
+
+    Kept elements are multiplied by ``scale``, or by 1 / (1 - p) if that is None.
+    """
+    kept = _window_of(x, p, key, start, index_strides)
     # mul by a Python number is what the contract asks for: it takes the product in float32, or float64 for float64.
-    return drop(torch.mul(x, scale(p), out=torch.empty_like(x)), keep_mask(x, p, key, start))
+    return _drop(torch.mul(x, _scale(p, scale), out=torch.empty_like(x)), kept)
 
 
-def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
+def apply_(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> None:
     """``apply`` in place."""
-    drop(x.mul_(scale(p)), keep_mask(x, p, key, start))
+    kept = _window_of(x, p, key, start, index_strides)
+    _drop(x.mul_(_scale(p, scale)), kept)
 
 
-def apply_broadcast(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> Tensor:
-    """x times scale where the mask of noise_shape, numbered row-major and broadcast over x, keeps it, else +0."""
-    output = torch.empty_like(x).copy_(x)
-    apply_broadcast_(output, p, key, noise_shape, scale)
-    return output
+def _window_of(x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None) -> Tensor:
+    check_window(x.shape, start, index_strides)
+    strides = index_strides_of(x) if index_strides is None else index_strides
+    return keep_window(x.shape, p, key, start, strides, x.device)
 
 
-def apply_broadcast_(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> None:
-    """``apply_broadcast`` in place."""
-    drop(x.mul_(scale), keep_flat(prod(noise_shape), p, key, 0, x.device).view(noise_shape))
+def _scale(p: float, given: float | None) -> float:
+    return scale(p) if given is None else given

@@ -1,0 +1,134 @@
+"""Which path serves a call: the one place that decides it. ``functional.py`` says what a call means.
+
+| who looks on | path |
+|---|---|
+| nobody | the eager binding, or the autograd Function in Python without it |
+| torch.compile | the autograd Function, whose operator stays opaque |
+| torch.func, forward-mode AD, a dispatch mode, a tensor subclass | ``autograd.compose``: torch's own operations |
+| torch.export, torch.jit.trace | torch's own dropout; the composition for a call with a key |
+
+A tensor that none of them takes is left to torch's own dropout, and ``drop`` returns None for it.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.parameter import Parameter
+
+from . import autograd, keys, native, operators, reference
+from .torch_internals import is_compiling, is_recorded, known_zero, wraps_tensors
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_eager_drop = native.eager.drop if native.eager else None
+
+
+def drop(
+    x: Any,
+    p: float,
+    inplace: bool = False,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor | None:
+    """Dropout in training, 0 < p <= 1, with arguments that ``functional.py`` has checked.
+
+    index_strides, scale: as in the operator. Returns None if torch's own dropout has to serve.
+
+    Raises:
+        TypeError: a key or a generator is given, and the fused path does not take x.
+        RuntimeError: in place on memory that elements share.
+    """
+    if _eager_drop is not None and not is_compiling() and isinstance(x, Tensor):
+        output = _eager_drop(x, p, inplace, generator, key, index_strides, scale)
+        if output is not None:
+            return output
+    if not is_covered(x, generator, key):
+        return None
+    if known_zero(x.numel()) if is_compiling() else x.numel() == 0:
+        return x
+    try:
+        return _drop(x, float(p), inplace, generator, key, index_strides, scale)
+    except NotImplementedError:
+        if key is None and generator is None and wraps_tensors(x):
+            return None  # a subclass without a rule for the composition
+        raise
+
+
+def _drop(
+    x: Tensor,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    index_strides: Sequence[int] | None,
+    scale: float | None,
+) -> Tensor:
+    if inplace:
+        _check_no_overlap(x)
+    if key is None:
+        key = keys.no_key() if p == 1 else keys.draw_key(x.device, generator)
+    elif x.requires_grad and not is_compiling():
+        key = key.clone()  # what becomes of the caller's key is no matter of backward's
+    if not inplace:
+        return autograd.apply(x, p, key, index_strides, scale)
+    if autograd.must_compose(x) or is_compiling() or _needs_copy(x):
+        return x.copy_(autograd.apply(x, p, key, index_strides, scale))
+    operators.apply_(x, p, key, 0, index_strides, scale)
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None) -> bool:
+    """Whether the fused path, or its composition, takes x.
+
+    Raises:
+        TypeError: it does not, and a key or generator asks for it.
+    """
+    recorded = is_recorded()
+    plain = type(x) is Tensor or type(x) is Parameter
+    taken = (plain or (isinstance(x, Tensor) and wraps_tensors(x) and not _is_distributed(x))) and _has_kernel(x)
+    if taken and (not recorded or key is not None):
+        return True
+    if generator is not None and recorded:
+        raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
+    if key is not None or generator is not None:
+        described = f"a {type(x).__name__} of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else type(x)
+        raise TypeError(f"key and generator are for the fused path, which does not take {described}")
+    return False
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
+
+
+def _is_distributed(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _needs_copy(x: Tensor) -> bool:
+    """Whether copy_ has to write to x: it keeps autograd's rules for in-place changes, raises torch's own errors, and
+    knows negated views (``z.conj().imag``)."""
+    return x.is_inference() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled())
+
+
+def _check_no_overlap(x: Tensor) -> None:
+    """Refuses to write to memory that several elements share, as torch does where it can tell cheaply."""
+    span = 1
+    for d in reference.order_by_stride(x)[::-1]:
+        if x.shape[d] != 1 and x.stride(d) < span:
+            break
+        span += x.stride(d) * (x.shape[d] - 1)
+    else:
+        return
+    # Interleaved dimensions may still be free of overlap: count the addresses.
+    address = torch.arange(x.untyped_storage().nbytes() // x.element_size()).as_strided(x.shape, x.stride())
+    if 0 in x.stride() or address.unique().numel() != x.numel():
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )

@@ -1,0 +1,101 @@
+"""Every private name of torch that the core uses, but for Inductor's, which stand in ``inductor.py``.
+
+Each function says what it is for and what happens when torch no longer has the name. ``tests/test_internals.py`` goes
+through all of them under each version of torch that is tested.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+is_compiling = torch.compiler.is_compiling
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is recording. Not torch.compiler.is_exporting(): Dynamo takes that for true whenever it
+    compiles (torch 2.11). Without the flag the import of this module fails."""
+    return torch.compiler._is_exporting_flag
+
+
+def is_recorded() -> bool:
+    """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package."""
+    return is_exporting() or (not is_compiling() and torch._C._get_tracing_state() is not None)
+
+
+@torch.compiler.assume_constant_result
+def functorch_randomness() -> str | None:
+    """None outside of torch.func's transforms; else the strictest ``randomness`` of the vmaps that are active: "error",
+    "different", "same", or "" if there is no vmap.
+
+    Dynamo enters the transforms that it traces, and takes the answer of that moment for a constant. Without these names
+    the first call under a transform raises AttributeError or ImportError.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return None
+    from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
+
+    levels = [level for level in get_interpreter_stack() or () if level.key() == TransformType.Vmap]
+    modes = {CVmapInterpreterPtr(level).randomness().name.lower() for level in levels}
+    return next((mode for mode in ("error", "different", "same") if mode in modes), "")
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, torch.jit.trace or forward-mode AD sees each operation. Without these names the first
+    call raises AttributeError."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def function_mode() -> Any:
+    """The innermost torch_function mode, or None. Without the name the first call raises ImportError."""
+    from torch.overrides import _get_current_function_mode
+
+    return _get_current_function_mode()
+
+
+def is_fake(x: object) -> bool:
+    """Whether x has a shape and no values. Without the class nothing is taken for fake, and fake tensors go the way of
+    other subclasses."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(x, module.FakeTensor)
+
+
+def wraps_tensors(x: Tensor) -> bool:
+    """Whether x is of a subclass that sees each operation (``__torch_dispatch__``), and leaves functions alone."""
+    kind = type(x)
+    return (
+        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        and getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+        in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    )
+
+
+def known_zero(n: Any) -> bool:
+    """Whether a size is 0, as far as a compiler knows. Takes a second to import, with sympy: for compilers only."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(n == 0)
+
+
+def keep_draws_apart(draw: Any) -> None:
+    """Keeps AOTAutograd from merging two draws as a common subexpression, which would give two dropouts of a compiled
+    block one mask. Up to torch 2.15 it goes by this list of its own, not by the operator's tag.
+
+    Without the list nothing is done here; ``test_two_dropouts_of_one_tensor_differ`` fails if that is wrong.
+    """
+    from torch._functorch import compile_utils
+
+    if draw not in getattr(compile_utils, "rand_ops", [draw]):
+        compile_utils.rand_ops.append(draw)
+
+
+def apply_without_functorch(function: type[torch.autograd.Function]) -> Any:
+    """``Function.apply`` less what it does for torch.func: binding the arguments by their signature takes it 15 us a
+    call. Without the base class's ``apply`` the import of ``autograd`` fails."""
+    return super(torch.autograd.Function, function).apply
