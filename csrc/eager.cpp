@@ -1,12 +1,12 @@
 // The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a
 // small call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of
-// torch; without it, fused_dropout/autograd.py and rng.py do the same in Python, bit for bit.
+// torch; without it, fused_dropout/autograd.py and keys.py do the same in Python, bit for bit.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -33,46 +33,43 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-Tensor apply(const Tensor& x, double p, const Tensor& key) {
-  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::apply");
-  return op.call(x, p, key, 0);
-}
-
-void apply_(const Tensor& x, double p, const Tensor& key) {
-  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::apply_");
-  op.call(x, p, key, 0);
-}
-
-// A mask that is broadcast: its shape, and what kept elements are multiplied by.
-struct Noise {
-  std::vector<int64_t> shape;
-  double scale;
+// Which elements an operator drops, and what it multiplies the others by: its arguments besides x. The indices start at
+// 0; without index strides they follow the memory order of a dense x, and are row-major otherwise.
+struct Mask {
+  double p;
+  Tensor key;
+  std::optional<std::vector<int64_t>> index_strides;
+  std::optional<double> scale;
 };
 
-Tensor apply(const Tensor& x, double p, const Tensor& key, const Noise& noise) {
-  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, at::IntArrayRef, double)>(
-      "fused_dropout::apply_broadcast");
-  return op.call(x, p, key, noise.shape, noise.scale);
+at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
+  if (!mask.index_strides) return std::nullopt;
+  return c10::fromIntArrayRefSlow(*mask.index_strides);
 }
 
-void apply_(const Tensor& x, double p, const Tensor& key, const Noise& noise) {
-  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, at::IntArrayRef, double)>(
-      "fused_dropout::apply_broadcast_");
-  op.call(x, p, key, noise.shape, noise.scale);
+Tensor apply(const Tensor& x, const Mask& mask) {
+  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt,
+                                              at::OptionalSymIntArrayRef, std::optional<double>)>("fused_dropout::apply");
+  return op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
+}
+
+void apply_(const Tensor& x, const Mask& mask) {
+  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt,
+                                            at::OptionalSymIntArrayRef, std::optional<double>)>("fused_dropout::apply_");
+  op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
 }
 
 bool serves(c10::DeviceType device) {
 #ifdef FUSED_DROPOUT_CUDA
   static const bool has_cuda_kernels =
-      c10::Dispatcher::singleton().findSchema({"fused_dropout::write_captured_key", ""}).has_value();
+      c10::Dispatcher::singleton().findSchema({"fused_dropout::write_keys", ""}).has_value();
   if (device == at::kCUDA) return has_cuda_kernels;
 #endif
   return device == at::kCPU;
 }
 
-// A tensor that the kernels can take as it is, outside every transform, mode and tracer: all else is Python's to
-// decide.
-bool is_plain(const Tensor& x) {
+// Whether the kernels can take this tensor as it is, outside every transform, mode and tracer. Python decides on the rest.
+bool takes_fast_path(const Tensor& x) {
   using c10::DispatchKey;
   static const auto kPlainTensor =
       c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
@@ -92,88 +89,104 @@ bool is_plain(const Tensor& x) {
 }
 
 // A key whose words can be read here and now.
-bool is_plain_key(const Tensor& key) {
+bool is_readable(const Tensor& key) {
   return key.is_cpu() && key.scalar_type() == at::kUInt64 && key.numel() == 2 && key.is_contiguous() &&
          !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// Seed and Philox offset / 4 of the generator, which moves on by one counter step. During a graph capture both are
-// known only when the graph is replayed, so a kernel writes the key there.
-Tensor draw_cuda_key(at::Device device, const std::optional<at::Generator>& generator) {
+// Seed and Philox offset / 4 of the generator, which moves on by one counter step for each key. During a graph capture
+// both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them there.
+Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
   at::PhiloxCudaState state;
   {
     const std::lock_guard<std::mutex> lock(g->mutex_);
-    state = g->philox_cuda_state(4);
+    state = g->philox_cuda_state(4 * n);
   }
-  if (!state.captured_) {
-    Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64));
-    uint64_t* words = key.mutable_data_ptr<uint64_t>();
-    words[0] = state.seed_.val;
-    words[1] = state.offset_.val / 4;
-    return key;
+  if (!state.captured_ && !on_device) {
+    Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64));
+    uint64_t* words = keys.mutable_data_ptr<uint64_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      words[2 * i] = state.seed_.val;
+      words[2 * i + 1] = state.offset_.val / 4 + i;
+    }
+    return keys;
   }
   static const auto write =
-      find_operator<void(const Tensor&, int64_t, int64_t, int64_t)>("fused_dropout::write_captured_key");
-  Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64).device(device));
-  write.call(key, reinterpret_cast<int64_t>(state.seed_.ptr), reinterpret_cast<int64_t>(state.offset_.ptr),
+      find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
+  Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64).device(device));
+  const auto word = [&](const auto& one) {
+    return state.captured_ ? reinterpret_cast<int64_t>(one.ptr) : static_cast<int64_t>(one.val);
+  };
+  write.call(keys, word(state.seed_), word(state.offset_), state.captured_,
              static_cast<int64_t>(state.offset_intragraph_));
-  return key;
+  return keys;
 }
 #endif
 
-// What torch.empty((), dtype=torch.int64).random_() draws, as the seed of a fresh stream: 63 bits.
-Tensor draw_cpu_key(const std::optional<at::Generator>& generator) {
+// What torch.empty(n, dtype=torch.int64).random_() draws, as the seeds of fresh streams: 63 bits each.
+Tensor draw_cpu_keys(int64_t n, const std::optional<at::Generator>& generator) {
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  Tensor key = at::empty({2}, at::TensorOptions().dtype(at::kUInt64));
-  uint64_t* words = key.mutable_data_ptr<uint64_t>();
+  Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64));
+  uint64_t* words = keys.mutable_data_ptr<uint64_t>();
   const std::lock_guard<std::mutex> lock(g->mutex_);
-  words[0] = g->random64() & ~(uint64_t{1} << 63);
-  words[1] = 0;
-  return key;
+  for (int64_t i = 0; i < n; ++i) {
+    words[2 * i] = g->random64() & ~(uint64_t{1} << 63);
+    words[2 * i + 1] = 0;
+  }
+  return keys;
 }
 
-Tensor draw_key(at::Device device, const std::optional<at::Generator>& generator) {
+Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator) {
 #ifdef FUSED_DROPOUT_CUDA
-  if (device.is_cuda()) return draw_cuda_key(device, generator);
+  if (device.is_cuda()) return draw_cuda_keys(n, device, generator, false);
 #endif
-  return draw_cpu_key(generator);
+  return draw_cpu_keys(n, generator);
 }
 
-// The gradient with its elements in the order in which forward's were numbered: memory order for a dense input
-// (strides given unless that is row-major), row-major for the rest, which the operator itself takes a tensor with holes
-// for.
-Tensor in_order_of(const Tensor& gradient, const std::optional<std::vector<int64_t>>& strides) {
-  if (!strides) return gradient.is_non_overlapping_and_dense() ? gradient.contiguous() : gradient;
-  if (gradient.strides() == *strides) return gradient;
-  return at::empty_strided(gradient.sizes(), *strides, gradient.options()).copy_(gradient);
+// The operator, for compilers and modes: its keys are on the device.
+Tensor draw_keys_operator(c10::SymInt n, at::Device device) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (device.is_cuda()) return draw_cuda_keys(n.expect_int(), device, std::nullopt, true);
+#endif
+  return draw_cpu_keys(n.expect_int(), std::nullopt);
 }
 
-// The same by operations that know every transform.
-Tensor select_scaled(const Tensor& x, double p, const Tensor& key, const std::optional<Noise>& noise) {
-  static const auto op =
-      find_operator<Tensor(const Tensor&, double, const Tensor&, int64_t)>("fused_dropout::keep_mask");
-  const Tensor kept = op.call(noise ? at::empty(noise->shape, x.options().dtype(at::kBool)) : x, p, key, 0);
-  return at::where(kept, x.mul(noise ? noise->scale : p < 1 ? 1.0 / (1.0 - p) : 0.0), 0);
+std::vector<int64_t> row_major(at::IntArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
 }
 
-// Straight to the kernel where nothing else is looking; a gradient batched by vmap still needs its own rule.
-Tensor run_operator(const Tensor& x, double p, const Tensor& key, const std::optional<Noise>& noise, bool inplace) {
-  const bool plain = is_plain(x);
-  if (torch::autograd::isFwGradDefined(x) || (noise && !plain)) return select_scaled(x, p, key, noise);
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  if (plain) below.emplace();
-  if (!inplace) return noise ? apply(x, p, key, *noise) : apply(x, p, key);
-  noise ? apply_(x, p, key, *noise) : apply_(x, p, key);
+// The operator in torch's own operations, for which every transform has its rules: autograd.compose in Python.
+Tensor compose(const Tensor& x, const Mask& mask) {
+  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt,
+                                              at::OptionalSymIntArrayRef)>("fused_dropout::keep_mask");
+  std::vector<int64_t> shape = x.sizes().vec();
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if ((*mask.index_strides)[d] == 0) shape[d] = 1;
+  }
+  const Tensor like = at::empty(shape, at::TensorOptions().dtype(at::kBool).device(x.device()));
+  const Tensor kept = op.call(like, mask.p, mask.key, 0, strides_of(mask));
+  const double scale = mask.scale ? *mask.scale : mask.p < 1 ? 1.0 / (1.0 - mask.p) : 0.0;
+  const Tensor zero = at::zeros({}, at::TensorOptions().dtype(x.scalar_type()).device(x.device()));
+  return at::where(kept, x.mul(scale), zero);
+}
+
+// Straight to the kernel, past autograd: x takes the fast path.
+Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (!inplace) return apply(x, mask);
+  apply_(x, mask);
   return x;
 }
 
-// Checkpointing without reentry hands backward what it saved when it recomputed: another key means another mask than
-// forward's, which torch itself does not notice.
+// A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
+// recomputed activations have another mask than forward's, which torch itself does not notice.
 void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
-  if (saved.unsafeGetTensorImpl() == own.unsafeGetTensorImpl() || !is_plain_key(saved) || !is_plain_key(own)) return;
+  if (saved.unsafeGetTensorImpl() == own.unsafeGetTensorImpl() || !is_readable(saved)) return;
   if (std::memcmp(saved.const_data_ptr(), own.const_data_ptr(), 2 * sizeof(uint64_t)) == 0) return;
   TORCH_WARN(
       "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let the "
@@ -182,37 +195,46 @@ void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
 
 // Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, double p, const Tensor& key,
-                        const std::optional<Noise>& noise, bool inplace) {
-    ctx->save_for_backward({key});
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["key"] = key;
-    if (noise) {
-      ctx->saved_data["noise_shape"] = noise->shape;
-      ctx->saved_data["scale"] = noise->scale;
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask, bool inplace) {
+    ctx->save_for_backward({mask.key});
+    ctx->saved_data["p"] = mask.p;
+    ctx->saved_data["key"] = mask.key;
+    if (mask.scale) ctx->saved_data["scale"] = *mask.scale;
+    if (mask.index_strides) {
+      ctx->saved_data["index_strides"] = *mask.index_strides;
     } else if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) {
-      ctx->saved_data["strides"] = x.strides().vec();
+      ctx->saved_data["index_strides"] = x.strides().vec();
     }
     if (inplace) ctx->mark_dirty({x});
-    return run_operator(x, p, key, noise, inplace);
+    return run_kernel(x, mask, inplace);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
-    const auto saved_sizes = [&](const char* name) -> std::optional<std::vector<int64_t>> {
-      const auto found = ctx->saved_data.find(name);
-      return found == ctx->saved_data.end() ? std::nullopt : std::optional(found->second.toIntVector());
-    };
-    std::optional<Noise> noise;
-    if (auto shape = saved_sizes("noise_shape")) noise = {*std::move(shape), ctx->saved_data["scale"].toDouble()};
-    // A broadcast mask is numbered in its own shape, whatever the layout.
-    const Tensor gradient = noise ? gradients[0] : in_order_of(gradients[0], saved_sizes("strides"));
-    const double p = ctx->saved_data["p"].toDouble();
+    const auto& saved = ctx->saved_data;
+    const Tensor& gradient = gradients[0];
+    Mask mask{saved.at("p").toDouble(), saved.at("key").toTensor(), std::nullopt, std::nullopt};
     const Tensor key = ctx->get_saved_variables()[0];
-    warn_if_drawn_anew(key, ctx->saved_data["key"].toTensor());
-    const bool recorded = at::GradMode::is_enabled() && gradient.requires_grad() && is_plain(gradient);
-    return {recorded ? Dropout::apply(gradient, p, key, noise, false) : run_operator(gradient, p, key, noise, false),
-            Tensor(), Tensor(), Tensor(), Tensor()};
+    // Forward's key counts, except on a device: there its value is read when the graph is replayed.
+    if (is_readable(mask.key)) {
+      warn_if_drawn_anew(key, mask.key);
+    } else {
+      mask.key = key;
+    }
+    if (const auto found = saved.find("scale"); found != saved.end()) mask.scale = found->second.toDouble();
+    // Elements are numbered as in forward, whatever layout the gradient arrives in.
+    if (const auto found = saved.find("index_strides"); found != saved.end()) {
+      mask.index_strides = found->second.toIntVector();
+    } else if (!gradient.is_contiguous() || !takes_fast_path(gradient)) {
+      mask.index_strides = row_major(gradient.sizes());
+    }
+    return {backward(gradient, mask), Tensor(), Tensor()};
+  }
+
+  static Tensor backward(const Tensor& gradient, const Mask& mask) {
+    if (!takes_fast_path(gradient)) return compose(gradient, mask);
+    if (at::GradMode::is_enabled() && gradient.requires_grad()) return Dropout::apply(gradient, mask, false);
+    return run_kernel(gradient, mask, false);
   }
 };
 
@@ -233,38 +255,37 @@ bool may_overlap(const Tensor& x) {
 
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
 std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
-                           const std::optional<Tensor>& key, const std::optional<Noise>& noise) {
-  if (!is_plain(x)) return std::nullopt;
+                           const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
+                           std::optional<double> scale) {
+  if (!takes_fast_path(x)) return std::nullopt;
   if (x.numel() == 0) return x;
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
   if (inplace) {
     torch::autograd::check_inplace(x, recorded);
     if (may_overlap(x) || (x.is_inference() && !c10::InferenceMode::is_enabled())) return std::nullopt;
   }
-  const Tensor used = key ? *key : p == 1 ? at::zeros({2}, at::kUInt64) : draw_key(x.device(), generator);
-  if (recorded) return Dropout::apply(x, p, used, noise, inplace);
-  const Tensor y = run_operator(x, p, used, noise, inplace);
+  Mask mask{p, Tensor(), std::move(index_strides), scale};
+  if (!key) {
+    mask.key = p == 1 ? at::zeros({2}, at::kUInt64) : draw_keys(1, x.device(), generator).view(2);
+  } else {
+    // A copy: nothing that happens to the caller's key later changes the gradient.
+    mask.key = recorded && is_readable(*key) ? key->clone() : *key;
+  }
+  if (recorded) return Dropout::apply(x, mask, inplace);
+  const Tensor y = run_kernel(x, mask, inplace);
   if (inplace && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
   return y;
 }
 
-std::optional<Tensor> dropout(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
-                              const std::optional<Tensor>& key) {
-  return drop(x, p, inplace, generator, key, std::nullopt);
-}
-
-std::optional<Tensor> dropout_broadcast(const Tensor& x, double p, bool inplace,
-                                        const std::optional<at::Generator>& generator, const std::optional<Tensor>& key,
-                                        std::vector<int64_t> noise_shape, double scale) {
-  return drop(x, p, inplace, generator, key, Noise{std::move(noise_shape), scale});
-}
-
 }  // namespace
+
+TORCH_LIBRARY_IMPL(fused_dropout, CompositeExplicitAutograd, m) {
+  m.impl("draw_keys", draw_keys_operator);
+}
 
 PYBIND11_MODULE(_eager, m) {
   m.doc() = FUSED_DROPOUT_BUILT("_eager") " for torch " FUSED_DROPOUT_EXPANDED(FUSED_DROPOUT_TORCH) ";";
-  m.def("dropout", torch::wrap_pybind_function_no_gil(dropout));
-  m.def("dropout_broadcast", torch::wrap_pybind_function_no_gil(dropout_broadcast));
+  m.def("drop", torch::wrap_pybind_function_no_gil(drop));
   m.def("serves", [](const std::string& device) { return serves(c10::Device(device).type()); });
-  m.def("draw_key", torch::wrap_pybind_function_no_gil(draw_key));
+  m.def("draw_keys", torch::wrap_pybind_function_no_gil(draw_keys));
 }

@@ -1,6 +1,9 @@
 // The mask, version 1, for host and device: which elements survive, as a pure function of (key, p, element index).
-// Fixed bit for bit, for CUDA, every CPU path and fused_dropout/reference.py alike: an element that one of them decided
-// otherwise would get a gradient that belongs to another mask. No kernel and no binding repeats any of it.
+// docs/mask-v1.md specifies it. It is fixed bit for bit, for CUDA, every CPU path and fused_dropout/reference.py alike:
+// if one of them decided an element in another way, its gradient would belong to another mask.
+//
+// On CUDA keep() decides each element. On a CPU the vector layers of simd/ compare 16-bit draws with draw_limit(), which
+// decides almost all elements; keep() decides those of a group in which a draw equals the limit.
 #pragma once
 
 #include "philox.h"
@@ -12,12 +15,12 @@ namespace fused_dropout {
 // One Philox call makes eight 16-bit draws: element i has draw i % 8 of block i / 8.
 constexpr int kBlock = 8;
 
-// What a call draws with, and the 16 bytes that it leaves for its backward: a uint64 tensor [seed, offset].
+// The 16 bytes that a call draws with and saves for backward: a uint64 tensor [seed, offset].
 struct Key {
   uint64_t seed, offset;
 };
 
-// Of each 2^48 equally likely (draw, tie), so many are kept: those whose draw * 2^32 + tie is below.
+// How many of the 2^48 equally likely (draw, tie) pairs are kept: those with draw * 2^32 + tie < threshold.
 static inline uint64_t threshold(double p) {
   constexpr double kTwo48 = 281474976710656.0;
   double kept = std::floor((1.0 - p) * kTwo48 + 0.5);
@@ -27,7 +30,7 @@ static inline uint64_t threshold(double p) {
   return static_cast<uint64_t>(kept);
 }
 
-// What the kept elements are multiplied by, in the precision of the product: float, or double for double.
+// Kept elements are multiplied by this. The product is taken in float, or in double for double.
 static inline double scale(double p) {
   return 1.0 / (1.0 - p);
 }
@@ -46,10 +49,17 @@ FUSED_DROPOUT_HOST_DEVICE Words block_words(Key key, uint64_t block) {
   return philox(block_counter(key, block), philox_key(key));
 }
 
-// Does the element in this slot (its index modulo 8) of the block survive? Its draw nearly always decides; if that
-// equals the threshold's high part it is left to the tie: the block's three other words, XORed.
+// The draw alone decides unless it equals this limit: lower draws are kept, higher ones dropped. At p = 0 the threshold
+// has 17 high bits; then the highest draw counts as equal, and keep() keeps it.
+static inline uint16_t draw_limit(uint64_t threshold) {
+  const uint64_t high = threshold >> 32;
+  return static_cast<uint16_t>(high < 0xFFFF ? high : 0xFFFF);
+}
+
+// Does the element in this slot (its index modulo 8) of the block survive? If its draw equals the threshold's high part,
+// the tie decides: the XOR of the block's three other words.
 FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, uint64_t threshold) {
-  // Not words.w[slot / 2], for which a slot that is not known beforehand would put the words into memory.
+  // Not words.w[slot / 2]: a slot unknown at compile time would put the words into memory.
   const uint32_t front = slot < 2 ? words.w[0] : words.w[1], back = slot < 6 ? words.w[2] : words.w[3];
   const uint32_t word = slot < 4 ? front : back;
   const uint32_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;

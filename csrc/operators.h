@@ -1,5 +1,5 @@
-// The operators, whatever the device: what they check, what they allocate, and how a tensor becomes the rows that the
-// kernels work on. Only LibTorch's stable ABI: one binary serves every torch from 2.11 on.
+// The operators, whatever the device: what they check, what they allocate, and how a tensor and a window of indices
+// become the dimensions that the kernels work on. Only LibTorch's stable ABI: one binary serves every torch from 2.11 on.
 #pragma once
 
 #include "mask.h"
@@ -20,100 +20,133 @@ namespace fused_dropout {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Strides = std::optional<std::vector<int64_t>>;
 
-// Element (r, c) is read at r * x_stride + c, written at r * y_stride + c, and has index start + r * pitch + c.
-struct Rows {
-  int64_t count, length, x_stride, y_stride, pitch;
-};
-
-// A mask of a smaller shape, broadcast over x: the dimensions of a dense x as they lie in memory, innermost first, and
-// how far apart in the mask their elements are, 0 where all have the same one.
-struct Noise {
-  struct Dim {
-    int64_t size, stride;
-  };
-  std::vector<Dim> dims;
-  int64_t numel;  // of the mask
-};
-
-// What a kernel is given. A mask is written (one byte an element, x unused) where dtype is Bool.
-struct Job {
-  const void* x;
-  void* y;
-  ScalarType dtype;
-  Rows rows;
-  std::optional<Noise> noise;  // then x and y are one row
-  Tensor key;
-  double p, scale;
-  uint64_t start;
-  int device;
-  int64_t numel() const { return rows.count * rows.length; }
-};
-
-using Kernel = void (*)(const Job&);
-
+// A dimension of the elements that a kernel visits: its size, and how far apart neighbours are in x, in y and in the
+// element index, counted in elements. All elements have one index where index is 0.
 struct Dim {
-  int64_t size, stride;
+  int64_t size, x, y, index;
 };
 
-// The dimensions that matter for an address: those of more than one element.
-inline std::vector<Dim> dims_of(const Tensor& x) {
+// What a kernel is given.
+struct KernelArgs {
+  const void* x;
+  void* y;           // may be x
+  ScalarType dtype;  // Bool: the mask is written, one byte an element, and x is not read
+  // From the innermost in y outwards, at least one. Neighbours are merged where x, y and the index all continue.
   std::vector<Dim> dims;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) != 1) dims.push_back({x.size(d), x.stride(d)});
-  }
-  return dims;
+  int64_t numel;
+  Tensor key;       // uint64, shape (2,), contiguous: on the CPU, or on y's device
+  double p, scale;  // scale: of kept elements
+  uint64_t start;   // the index of the first element
+  int device;
+};
+
+using Kernel = void (*)(const KernelArgs&);
+
+// Element (r, c) is read at r * x + c, written at r * y + c, and has index start + r * index + c. The commonest windows:
+// dense tensors are one row, slices of columns are many.
+struct Rows {
+  int64_t count, length, x, y, index;
+};
+
+inline std::optional<Rows> as_rows(const std::vector<Dim>& dims) {
+  const Dim& inner = dims[0];
+  if (dims.size() > 2 || inner.x != 1 || inner.y != 1 || inner.index != 1) return std::nullopt;
+  if (dims.size() == 1) return Rows{1, inner.size, inner.size, inner.size, inner.size};
+  return Rows{dims[1].size, inner.size, dims[1].x, dims[1].y, dims[1].index};
 }
 
 // A dense, non-overlapping tensor fills one stretch of memory, in whatever order of its dimensions.
 inline bool is_dense(const Tensor& x) {
   if (x.is_contiguous()) return true;
-  std::vector<Dim> dims = dims_of(x);
-  std::sort(dims.begin(), dims.end(), [](Dim a, Dim b) { return a.stride < b.stride; });
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
   int64_t expected = 1;
-  for (const Dim& dim : dims) {
-    if (dim.stride != expected) return false;
-    expected *= dim.size;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
   }
   return true;
 }
 
-// A row-major tensor whose rows lie one fixed stride apart: a slice of columns, one of q, k, v beside each other.
-// Shorter rows than a block would draw each word several times over; those tensors are copied instead.
-inline std::optional<Rows> strided_rows(const Tensor& x) {
-  const std::vector<Dim> dims = dims_of(x);
-  auto dim = dims.rbegin();
-  int64_t length = 1;
-  for (; dim != dims.rend() && dim->stride == length; ++dim) length *= dim->size;
-  if (dim == dims.rend() || length < kBlock) return std::nullopt;
-  const int64_t stride = dim->stride;
-  int64_t count = 1;
-  for (; dim != dims.rend() && dim->stride == stride * count; ++dim) count *= dim->size;
-  if (dim != dims.rend()) return std::nullopt;
-  return Rows{count, length, stride, stride, length};
+inline std::vector<int64_t> row_major(const Tensor& x) {
+  std::vector<int64_t> strides(x.dim());
+  int64_t stride = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= x.size(d);
+  }
+  return strides;
 }
 
-inline Rows one_row(int64_t numel) {
-  return {1, numel, numel, numel, numel};
-}
-
-// Checks shape, dtype and device of the key, and the ranges of p and start; none of it reads the GPU's memory.
-// Pointers and rows are for the caller to fill in; what stands here is for a dense tensor.
-inline Job job_for(const Tensor& x, ScalarType dtype, double p, const Tensor& key, int64_t start) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout probability has to be between 0 and 1, but got ", p);
+// Refuses index strides that are negative or too few or too many, and windows whose largest index is 2^63 or more.
+inline void check_window(const Tensor& x, int64_t start, const Strides& index_strides) {
   STD_TORCH_CHECK(start >= 0, "start has to be 0 or more, but got ", start);
+  if (!index_strides) {
+    STD_TORCH_CHECK(start <= INT64_MAX - std::max<int64_t>(x.numel() - 1, 0), "the largest element index has to be below 2**63");
+    return;
+  }
+  STD_TORCH_CHECK(static_cast<int64_t>(index_strides->size()) == x.dim(), "index_strides needs one stride for each of ",
+                  x.dim(), " dimensions, but got ", index_strides->size());
+  int64_t last = start;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    const int64_t stride = (*index_strides)[d];
+    STD_TORCH_CHECK(stride >= 0, "index_strides have to be 0 or more, but got ", stride);
+    int64_t span = 0;
+    const bool overflow = __builtin_mul_overflow(stride, std::max<int64_t>(x.size(d) - 1, 0), &span) ||
+                          __builtin_add_overflow(last, span, &last);
+    STD_TORCH_CHECK(!overflow, "the largest element index has to be below 2**63");
+  }
+}
+
+// The dimensions of x and y (of one shape, not empty) in the order of y's memory, merged.
+inline std::vector<Dim> dims_of(const Tensor& x, const Tensor& y, const Strides& index_strides) {
+  if (!index_strides && x.is_contiguous() && y.is_contiguous()) return {{x.numel(), 1, 1, 1}};
+  const bool by_memory = !index_strides && is_dense(x);
+  const std::vector<int64_t> by_shape = index_strides || by_memory ? std::vector<int64_t>{} : row_major(x);
+  std::vector<Dim> dims;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    const int64_t index = index_strides ? (*index_strides)[d] : by_memory ? x.stride(d) : by_shape[d];
+    if (x.size(d) != 1) dims.push_back({x.size(d), x.stride(d), y.stride(d), index});
+  }
+  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.y < b.y; });
+  size_t last = 0;
+  for (size_t d = 1; d < dims.size(); ++d) {
+    Dim& inner = dims[last];
+    const Dim& outer = dims[d];
+    const auto continues = [&](int64_t Dim::* stride) { return outer.*stride == inner.*stride * inner.size; };
+    if (continues(&Dim::x) && continues(&Dim::y) && continues(&Dim::index)) {
+      inner.size *= outer.size;
+    } else {
+      dims[++last] = outer;
+    }
+  }
+  if (dims.empty()) return {{1, 1, 1, 1}};
+  dims.resize(last + 1);
+  return dims;
+}
+
+// Checks the key and the ranges of p and of the indices; none of it reads the GPU's memory. y and dims are left open.
+inline KernelArgs checked_args(const Tensor& x, ScalarType dtype, double p, const Tensor& key, int64_t start,
+                               const Strides& index_strides, std::optional<double> scale) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout probability has to be between 0 and 1, but got ", p);
   STD_TORCH_CHECK(key.scalar_type() == ScalarType::UInt64 && key.dim() == 1 && key.size(0) == 2,
                   "a key is a uint64 tensor of shape (2,): [seed, offset]");
   STD_TORCH_CHECK(key.is_cpu() || (key.is_cuda() && x.is_cuda() && key.get_device_index() == x.get_device_index()),
                   "a key has to be on the CPU or on the input's own device");
+  check_window(x, start, index_strides);
   return {nullptr,
           nullptr,
           dtype,
-          one_row(x.numel()),
-          std::nullopt,
+          {},
+          x.numel(),
           key.is_contiguous() ? key : torch::stable::contiguous(key),
           p,
-          scale(p),
+          scale ? *scale : fused_dropout::scale(p),
           static_cast<uint64_t>(start),
           x.get_device_index()};
 }
@@ -146,122 +179,46 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline void check_writable(const Tensor& x) {
-  for (const Dim& dim : dims_of(x)) {
-    STD_TORCH_CHECK(dim.stride != 0, "unsupported operation: more than one element of the written-to tensor refers to ",
+template <Kernel run>
+void apply_(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+            std::optional<double> scale) {
+  check_dtype(x.scalar_type());
+  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
+  if (x.numel() == 0) return;
+  args.dims = dims_of(x, x, index_strides);
+  for (const Dim& dim : args.dims) {
+    STD_TORCH_CHECK(dim.y != 0, "unsupported operation: more than one element of the written-to tensor refers to ",
                     "a single memory location. Please clone() the tensor before performing the operation.");
   }
+  args.x = args.y = x.mutable_data_ptr();
+  run(args);
 }
 
 template <Kernel run>
-void apply_(const Tensor& x, double p, const Tensor& key, int64_t start) {
+Tensor apply(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+             std::optional<double> scale) {
   check_dtype(x.scalar_type());
-  Job job = job_for(x, x.scalar_type(), p, key, start);
-  if (x.numel() == 0) return;
-  check_writable(x);
-  const bool dense = is_dense(x);
-  const std::optional<Rows> rows = dense ? one_row(x.numel()) : strided_rows(x);
-  const Tensor y = rows ? x : torch::stable::contiguous(x);
-  if (rows) job.rows = *rows;
-  job.x = job.y = y.mutable_data_ptr();
-  run(job);
-  Tensor out = x;
-  if (!rows) torch::stable::copy_(out, y);
-}
-
-template <Kernel run>
-Tensor apply(const Tensor& x, double p, const Tensor& key, int64_t start) {
-  check_dtype(x.scalar_type());
-  Job job = job_for(x, x.scalar_type(), p, key, start);
+  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
   Tensor y = empty_like(x, x.scalar_type());
   if (x.numel() == 0) return y;
-  const std::optional<Rows> rows = is_dense(x) ? one_row(x.numel()) : strided_rows(x);
-  if (!rows || (!is_dense(x) && !y.is_contiguous())) {
-    const Tensor row_major = torch::stable::contiguous(x);
-    apply_<run>(row_major, p, job.key, start);
-    return torch::stable::copy_(y, row_major);
-  }
-  job.rows = *rows;
-  job.rows.y_stride = rows->length;
-  job.x = x.const_data_ptr();
-  job.y = y.mutable_data_ptr();
-  run(job);
+  args.dims = dims_of(x, y, index_strides);
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  run(args);
   return y;
 }
 
 template <Kernel run>
-Tensor keep_mask(const Tensor& x, double p, const Tensor& key, int64_t start) {
-  Job job = job_for(x, ScalarType::Bool, p, key, start);
+Tensor keep_mask(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides) {
+  KernelArgs args = checked_args(x, ScalarType::Bool, p, key, start, index_strides, std::nullopt);
   Tensor mask = empty_like(x, ScalarType::Bool);
   if (x.numel() == 0) return mask;
-  const bool in_place = is_dense(x) || mask.is_contiguous();
-  const Tensor row_major = in_place ? mask : torch::stable::contiguous(mask);
-  job.y = row_major.mutable_data_ptr();
-  run(job);
-  return in_place ? mask : torch::stable::copy_(mask, row_major);
-}
-
-// The mask's elements are numbered row-major in the noise's shape, whatever the layout of x.
-inline Noise noise_of(const Tensor& x, const std::vector<int64_t>& noise_shape) {
-  STD_TORCH_CHECK(static_cast<int64_t>(noise_shape.size()) == x.dim(), "noise_shape needs a size for each dimension");
-  std::vector<std::pair<int64_t, Noise::Dim>> dims;  // with the stride in x
-  int64_t numel = 1;
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    const int64_t size = noise_shape[d];
-    STD_TORCH_CHECK(size == 1 || size == x.size(d), "each size of noise_shape has to be 1 or the input's");
-    if (x.size(d) != 1) dims.push_back({x.stride(d), {x.size(d), size == 1 ? 0 : numel}});
-    numel *= size;
-  }
-  std::sort(dims.begin(), dims.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<Noise::Dim> merged = {{1, 0}};
-  for (const auto& [stride, dim] : dims) {
-    Noise::Dim& inner = merged.back();
-    if (inner.size == 1) {
-      inner = dim;
-    } else if (dim.stride == inner.stride * inner.size) {
-      inner.size *= dim.size;
-    } else {
-      merged.push_back(dim);
-    }
-  }
-  return {std::move(merged), numel};
-}
-
-template <Kernel run>
-void apply_broadcast_(const Tensor& x, double p, const Tensor& key, const std::vector<int64_t>& noise_shape,
-                      double scale) {
-  check_dtype(x.scalar_type());
-  Job job = job_for(x, x.scalar_type(), p, key, 0);
-  if (x.numel() == 0) return;
-  check_writable(x);
-  const bool dense = is_dense(x);
-  const Tensor y = dense ? x : torch::stable::contiguous(x);
-  job.noise = noise_of(y, noise_shape);
-  job.scale = scale;
-  job.x = job.y = y.mutable_data_ptr();
-  run(job);
-  Tensor out = x;
-  if (!dense) torch::stable::copy_(out, y);
-}
-
-template <Kernel run>
-Tensor apply_broadcast(const Tensor& x, double p, const Tensor& key, const std::vector<int64_t>& noise_shape,
-                       double scale) {
-  check_dtype(x.scalar_type());
-  Job job = job_for(x, x.scalar_type(), p, key, 0);
-  Tensor y = empty_like(x, x.scalar_type());
-  if (x.numel() == 0) return y;
-  if (!is_dense(x)) {
-    torch::stable::copy_(y, x);
-    apply_broadcast_<run>(y, p, job.key, noise_shape, scale);
-    return y;
-  }
-  job.noise = noise_of(x, noise_shape);
-  job.scale = scale;
-  job.x = x.const_data_ptr();
-  job.y = y.mutable_data_ptr();
-  run(job);
-  return y;
+  // The elements of x are not read: one that stands for all, expanded to x's shape, is x enough.
+  const bool by_memory = index_strides || is_dense(x);
+  args.dims = dims_of(mask, mask, by_memory ? index_strides : Strides(row_major(x)));
+  args.y = mask.mutable_data_ptr();
+  run(args);
+  return mask;
 }
 
 template <Kernel run>
@@ -269,8 +226,6 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("apply", TORCH_BOX(&apply<run>));
   library.impl("apply_", TORCH_BOX(&apply_<run>));
   library.impl("keep_mask", TORCH_BOX(&keep_mask<run>));
-  library.impl("apply_broadcast", TORCH_BOX(&apply_broadcast<run>));
-  library.impl("apply_broadcast_", TORCH_BOX(&apply_broadcast_<run>));
 }
 
 }  // namespace fused_dropout

@@ -63,13 +63,29 @@ def _draw_keys_in_python(n: int, device: torch.device, generator: Generator | No
         return (seeds & _SEED_AND_ZERO).view(torch.uint64)
     if torch.cuda.is_current_stream_capturing():
         return torch.empty(n, 2, dtype=torch.int64, device=device).random_(generator=generator).view(torch.uint64)
+    seed, offset = _advance_cuda(n, device, generator)
+    return torch.tensor([[seed, offset + i] for i in range(n)], dtype=torch.uint64, device=_CPU)
+
+
+def draw_keys_on(n: int, *, device: torch.device) -> Tensor:
+    """The operator ``draw_keys`` without the eager binding: keys on the device, for which nothing waits."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return draw_keys(n, device)
+    seed, offset = _advance_cuda(n, device, None)
+    keys = torch.empty(n, 2, dtype=torch.int64, device=device)
+    keys[:, 0] = _signed(seed, "seed")  # a number goes to a kernel by value
+    torch.arange(offset, offset + n, out=keys[:, 1])
+    return keys.view(torch.uint64)
+
+
+def _advance_cuda(n: int, device: torch.device, generator: Generator | None) -> tuple[int, int]:
+    """Seed and Philox offset / 4 of the generator, which moves on by n counter steps."""
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
     offset = generator.get_offset()
     generator.set_offset(offset + 4 * n)
-    seed = generator.initial_seed()
-    return torch.tensor([[seed, offset // 4 + i] for i in range(n)], dtype=torch.uint64, device="cpu")
+    return generator.initial_seed(), offset // 4
 
 
 def no_key() -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import keys, reference
+from . import keys, native, reference
 from .torch_internals import keep_draws_apart
 
 _library = torch.library.Library("fused_dropout", "DEF")
@@ -49,7 +49,9 @@ def _fake_draw_keys(n: int, *, device: torch.device) -> Tensor:
 _implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
 _implement("apply_", _apply_, lambda x, *_: None)
 _implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
-_implement("draw_keys", lambda n, *, device: keys.draw_keys(n, device).to(device), _fake_draw_keys)
+torch.library.register_fake("fused_dropout::draw_keys", _fake_draw_keys, lib=_library)
+if native.eager is None:  # which has it in C++
+    _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd")
 
 
 def _keep_mask_batched(

@@ -182,7 +182,8 @@ def keep_window(
     kept = keep_indices(start, steps, sizes, p, key.to(device)).view([shape[d] for d in order])
     missing = [d for d in range(len(shape)) if d not in order]
     place = {d: i for i, d in enumerate([*missing, *order])}
-    return kept.view(*(1 for _ in missing), *kept.shape).permute([place[d] for d in range(len(shape))]).expand(shape)
+    kept = kept.view([1] * len(missing) + list(kept.shape))
+    return kept.permute([place[d] for d in range(len(shape))]).expand(shape)
 
 
 def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None) -> Tensor:

@@ -35,6 +35,11 @@ inline Lanes blocks_from(uint64_t first) {
   return {_mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 2, 1, 3))};
 }
 
+// Blocks by their numbers, in the same order.
+inline Lanes blocks_at(const uint64_t* blocks) {
+  return {_mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks)), 0xD8)};
+}
+
 struct Draws {
   __m256i v;
 };
@@ -57,7 +62,7 @@ using Kept = __m256i;
 inline __m256i half_range() {
   return _mm256_set1_epi16(INT16_MIN);
 }
-inline Limit limit_of(uint32_t high) {
+inline Limit limit_of(uint16_t high) {
   return _mm256_xor_si256(_mm256_set1_epi16(static_cast<int16_t>(high)), half_range());
 }
 inline Kept below(Draws draws, Limit limit) {
@@ -125,6 +130,9 @@ inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
 inline void write(const bool*, bool* y, Kept kept, float) {
   const __m128i bytes = _mm_packs_epi16(part(kept, 0), part(kept, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_and_si128(bytes, _mm_set1_epi8(1)));
+}
+inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(flags), kept);
 }
 
 }  // namespace

@@ -35,6 +35,11 @@ inline Lanes blocks_from(uint64_t first) {
   return {_mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
 }
 
+// Blocks by their numbers, in the same order.
+inline Lanes blocks_at(const uint64_t* blocks) {
+  return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(blocks))};
+}
+
 struct Draws {
   __m512i v;
 };
@@ -51,7 +56,7 @@ inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
 using Limit = __m512i;
 using Kept = __mmask32;
 
-inline Limit limit_of(uint32_t high) {
+inline Limit limit_of(uint16_t high) {
   return _mm512_set1_epi16(static_cast<int16_t>(high));
 }
 inline Kept below(Draws draws, Limit limit) {
@@ -109,6 +114,9 @@ inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
 
 inline void write(const bool*, bool* y, Kept kept, float) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_maskz_set1_epi8(kept, 1));
+}
+inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+  _mm512_storeu_si512(flags, _mm512_movm_epi16(kept));
 }
 
 }  // namespace

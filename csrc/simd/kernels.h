@@ -1,17 +1,18 @@
-// What the CPU kernels of every instruction set offer: dropout of consecutive elements, for each dtype, and their mask.
+// What the CPU kernels of every instruction set offer, for each dtype.
 #pragma once
 
 #include "../mask.h"
 
 namespace fused_dropout {
 
-struct Draw {
+// What the mask of a call depends on, and what kept elements are multiplied by.
+struct MaskParams {
   Key key;
   uint64_t threshold;
   double scale;
 };
 
-// 16-bit floats by their bits: how they are converted is each instruction set's own affair.
+// 16-bit floats as bits: each instruction set has its own conversions.
 struct Half {
   uint16_t bits;
 };
@@ -19,19 +20,26 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// n elements from x to y, which may be the same; index is that of the first one.
+template <typename T>
+struct TypedKernels {
+  // Dropout of n elements from x to y, which may be the same; index is that of the first element.
+  void (*drop)(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params);
+  // The same by a flag for each element: 0xFFFF where it is kept, else 0. Without flags all are kept.
+  void (*select)(const T* x, T* y, const uint16_t* flags, int64_t n, double scale);
+};
+
+// draw_flags() works on this many blocks at a time: its arrays have room for n rounded up to a multiple of it.
+constexpr int kBlockPadding = 8;
+
 struct CpuKernels {
   const char* isa;
-  void (*float32)(const float* x, float* y, uint64_t index, int64_t n, const Draw& draw);
-  void (*float64)(const double* x, double* y, uint64_t index, int64_t n, const Draw& draw);
-  void (*float16)(const Half* x, Half* y, uint64_t index, int64_t n, const Draw& draw);
-  void (*bfloat16)(const BFloat16* x, BFloat16* y, uint64_t index, int64_t n, const Draw& draw);
-  void (*mask)(bool* y, uint64_t index, int64_t n, const Draw& draw);
-  // The same by flags of 16 bits for each element, all of them set where it is kept; with no flags all are kept.
-  void (*select_float32)(const float* x, float* y, const uint16_t* flags, int64_t n, double scale);
-  void (*select_float64)(const double* x, double* y, const uint16_t* flags, int64_t n, double scale);
-  void (*select_float16)(const Half* x, Half* y, const uint16_t* flags, int64_t n, double scale);
-  void (*select_bfloat16)(const BFloat16* x, BFloat16* y, const uint16_t* flags, int64_t n, double scale);
+  TypedKernels<float> float32;
+  TypedKernels<double> float64;
+  TypedKernels<Half> float16;
+  TypedKernels<BFloat16> bfloat16;
+  TypedKernels<bool> mask;  // true where an element is kept; x is not read
+  // The flags of n blocks, eight for each, given their numbers in any order.
+  void (*draw_flags)(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params);
 };
 
 extern const CpuKernels kPortableKernels;

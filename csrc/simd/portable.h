@@ -56,6 +56,10 @@ inline Lanes blocks_from(uint64_t first) {
   return {Lanes64{first, first + 1}};
 }
 
+inline Lanes blocks_at(const uint64_t* blocks) {
+  return {Lanes64{blocks[0], blocks[1]}};
+}
+
 constexpr int kDraws = kLanes * kBlock / 2;
 
 struct Draws {
@@ -73,7 +77,7 @@ inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
 using Limit = Lanes16;
 using Kept = Lanes16;  // all ones or zeros
 
-inline Limit limit_of(uint32_t high) {
+inline Limit limit_of(uint16_t high) {
   return Lanes16{} + static_cast<uint16_t>(high);
 }
 inline Kept below(Draws draws, Limit limit) {
@@ -138,6 +142,9 @@ inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
 
 inline void write(const bool*, bool* y, Kept kept, float) {
   for (int i = 0; i < kDraws; ++i) y[i] = kept[i] != 0;
+}
+inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+  std::memcpy(flags, &kept, sizeof(kept));
 }
 
 }  // namespace
