@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fused_dropout import bench, tables
+from fused_dropout.bench import command as bench
+from fused_dropout.bench import tables
 
 MODELS = list(itertools.product(["nn.Dropout", "fd.Dropout", "p = 0"], [False, True]))
 
@@ -135,7 +136,7 @@ def test_models():
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
 def test_report(result, tmp_path):
     """One page that holds its pictures, and the same in Markdown with files beside it."""
-    from fused_dropout.report import write_report
+    from fused_dropout.bench.report import write_report
 
     memory = [asdict(r) for r in bench.measure_memory("cpu", "one dropout, 2^24 floats")]
     models = [asdict(bench.Model("cpu", "a model", name, c, 1.0, 1.0, 0.9, 1.1)) for name, c in MODELS]

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import fused_dropout as fd
-from fused_dropout import __main__, gpu_check, gpu_correctness, gpu_report, gpu_speed
-from fused_dropout.gpu_report import Check, Clocks, HostTime, Note, Overlap, Speed, Step
+from fused_dropout import __main__
+from fused_dropout.bench.gpu import check as gpu_check
+from fused_dropout.bench.gpu import correctness
+from fused_dropout.bench.gpu import report as gpu_report
+from fused_dropout.bench.gpu import speed as gpu_speed
+from fused_dropout.bench.gpu.report import Check, Clocks, HostTime, Note, Overlap, Speed, Step
 
 MACHINE = {"gpu": {"name": "NVIDIA Test-1 80GB", "processors": 1}, "torch": "2.13.0", "cuda": "13.0"}
 OVERLAP = Overlap("F.dropout", "float16", 2**20, 0.001, {"-1": 0.0004, "+0": -0.0007, "+1": 0.0002})
@@ -110,7 +114,7 @@ def test_default_path_of_the_report():
 @pytest.mark.gpu
 def test_the_short_checks_pass():
     """Those that compute-sanitizer runs."""
-    results = list(gpu_correctness.short(True, math.inf))
+    results = list(correctness.short(True, math.inf))
     assert len(results) == 5
     assert {check.result for check in results} == {"passed"}
 
@@ -122,7 +126,7 @@ def test_overlap_finds_a_planted_shift(shift, key):
     first = fd.keep_mask((n,), 0.5, key)
     fresh = fd.keep_mask((n,), 0.5, torch.tensor([7, 7], dtype=torch.uint64))
     second = torch.where(torch.arange(n) % 8 < 4, first.roll(-shift), fresh)
-    found = gpu_correctness.overlap(first, second)
+    found = correctness.overlap(first, second)
     assert list(found) == [f"{s:+d}" for s in range(-8, 9)]
     assert found.pop(f"{shift:+d}") == pytest.approx(0.5, abs=0.02)
     assert all(abs(rest) < 6 / math.sqrt(n) for rest in found.values())
@@ -130,15 +134,15 @@ def test_overlap_finds_a_planted_shift(shift, key):
 
 def test_overlap_of_independent_masks_at_another_rate(key):
     masks = [fd.keep_mask((2**16,), 0.1, torch.tensor([k, 0], dtype=torch.uint64)) for k in (1, 2)]
-    assert all(abs(found) < 6 / 2**8 for found in gpu_correctness.overlap(*masks).values())
+    assert all(abs(found) < 6 / 2**8 for found in correctness.overlap(*masks).values())
 
 
 def test_same_is_exact():
     x = torch.tensor([1.0, -0.0, math.nan, 4.0]).reshape(2, 2)
-    gpu_correctness.same(x, x.clone())
+    correctness.same(x, x.clone())
     for wrong in (x * torch.tensor([1.0, -1.0]), torch.nextafter(x, x + 1), x.t().contiguous().t()):
         with pytest.raises(AssertionError):
-            gpu_correctness.same(x, wrong)
+            correctness.same(x, wrong)
 
 
 def test_parts_share_the_time():
@@ -204,14 +208,14 @@ def test_checks_survive_each_other(monkeypatch):
         raise ValueError("wrong\nand more")
 
     def skip():
-        raise gpu_correctness.Skipped("not here")
+        raise correctness.Skipped("not here")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     named = {"a": fail, "b": skip, "c": lambda: "fine", "d": lambda: None}
-    results = [(c.name, c.result, c.detail) for c in gpu_correctness.run_checks(named, time.perf_counter() + 60)]
+    results = [(c.name, c.result, c.detail) for c in correctness.run_checks(named, time.perf_counter() + 60)]
     expected = [("a", "failed", "ValueError: wrong"), ("b", "skipped", "not here"), ("c", "passed", "fine")]
     assert results == [*expected, ("d", "passed", "")]
-    (late,) = gpu_correctness.run_checks({"a": fail}, time.perf_counter() - 1)
+    (late,) = correctness.run_checks({"a": fail}, time.perf_counter() - 1)
     assert (late.result, late.detail) == ("skipped", "there was no time left")
 
 
@@ -220,7 +224,7 @@ def test_checks_after_the_gpu_is_lost(monkeypatch):
         raise RuntimeError("illegal address")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lose)
-    results = list(gpu_correctness.run_checks({"a": lose, "b": lambda: "fine"}, time.perf_counter() + 60))
+    results = list(correctness.run_checks({"a": lose, "b": lambda: "fine"}, time.perf_counter() + 60))
     assert [check.result for check in results] == ["failed", "failed"]
     assert "not run" in results[1].detail
 

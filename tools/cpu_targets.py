@@ -28,7 +28,7 @@ if os.environ.get(HIDE_EAGER):
     sys.modules["fused_dropout._eager"] = None
 
 import fused_dropout as fd  # noqa: E402
-from fused_dropout.bench import P, describe_environment  # noqa: E402
+from fused_dropout.bench.command import P, describe_environment  # noqa: E402
 
 SAMPLE_NS = 2e6
 MIN_ROUNDS = 9

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import DTYPES, P, _peak_bytes, _spread, _time_cpu, _time_cuda
-from .functional import dropout
-from .gpu_report import COPY, HostTime, Note, Speed, Step
-from .workloads import Attention, Block, swap
+from ...functional import dropout
+from ..command import DTYPES, P, _peak_bytes, _spread, _time_cpu, _time_cuda
+from ..workloads import Attention, Block, swap
+from .report import COPY, HostTime, Note, Speed, Step
 
 try:
     import triton

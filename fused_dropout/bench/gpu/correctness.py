@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from . import gpu_speed, operators
-from .bench import DTYPES, P, _peak_bytes
-from .functional import dropout, keep_mask
-from .gpu_report import Check, Overlap, largest_of
-from .gpu_speed import first_line
-from .modules import Dropout
-from .native import eager
+from ... import operators
+from ...functional import dropout, keep_mask
+from ...modules import Dropout
+from ...native import eager
+from ..command import DTYPES, P, _peak_bytes
+from . import speed
+from .report import Check, Overlap, largest_of
+from .speed import first_line
 
 _WINDOW = 1 << 24  # elements that are compared at once
 _SHIFTS = range(-8, 9)
@@ -230,7 +231,7 @@ def check_memory(numel: int) -> str:
 
 def check_compiled(numel: int) -> None:
     """Eager's masks, gradients and generator."""
-    if gpu_speed.triton is None:
+    if speed.triton is None:
         raise Skipped("there is no triton")
     x, gradient = torch.randn(numel, device="cuda", requires_grad=True), torch.randn(numel, device="cuda")
     block, results = lambda x: dropout(dropout(x * 2, 0.5), 0.3), []

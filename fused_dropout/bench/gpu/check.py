@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from . import gpu_correctness, gpu_report, gpu_speed
-from .bench import P, describe_environment
-from .gpu_report import KINDS, Check, Clocks, Note, Speed
-from .native import backend_info
+from ...native import backend_info
+from ..command import P, describe_environment
+from . import correctness, speed
+from .report import KINDS, Check, Clocks, Note, Speed, failed, summary, write
 
 SECONDS, QUICK_SECONDS = 440.0, 60.0
 _GRACE = 20.0  # for what a part has begun when its time is up
@@ -36,7 +36,7 @@ _SMI_FIELDS = (
     "driver_version pstate clocks.sm clocks.mem clocks.max.sm clocks.max.mem temperature.gpu power.draw power.limit"
 )
 
-_Record = Any  # one of gpu_report's
+_Record = Any  # one of report's
 
 
 def measure(quick: bool, deadline: float) -> Iterator[_Record]:
@@ -47,8 +47,8 @@ def measure(quick: bool, deadline: float) -> Iterator[_Record]:
             x[0].copy_(x[1])
         yield Clocks("under load", nvidia_smi())
         del x
-    yield from gpu_speed.host_times(0.3 if quick else 3.0)
-    yield from gpu_speed.speeds(quick, deadline)
+    yield from speed.host_times(0.3 if quick else 3.0)
+    yield from speed.speeds(quick, deadline)
 
 
 def sanitizer_verdict(status: int, output: str) -> tuple[str, str]:
@@ -87,14 +87,14 @@ class Part:
 
 # What a part leaves of its time goes to those after it.
 PARTS = {
-    "checks": Part(gpu_correctness.checks, 30),
-    "graphs": Part(gpu_correctness.graphs, 6),
-    "overlap": Part(gpu_correctness.overlaps, 4),
+    "checks": Part(correctness.checks, 30),
+    "graphs": Part(correctness.graphs, 6),
+    "overlap": Part(correctness.overlaps, 4),
     "speed": Part(measure, 38),
     "sanitizer": Part(sanitize, 12),
-    "block": Part(gpu_speed.blocks, 14),
+    "block": Part(speed.blocks, 14),
 }
-_HIDDEN = {"short": Part(gpu_correctness.short, 0)}
+_HIDDEN = {"short": Part(correctness.short, 0)}
 
 
 def allot(left: float, part: str) -> float:
@@ -249,6 +249,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_parts(options, report)
     except KeyboardInterrupt:
         interrupted = True
-    written = gpu_report.write(report, report_path(options.json, machine))
-    print("", *gpu_report.summary(report), "Written: " + ", ".join(map(str, written)), sep="\n")
-    return 130 if interrupted else int(bool(gpu_report.failed(report)))
+    written = write(report, report_path(options.json, machine))
+    print("", *summary(report), "Written: " + ", ".join(map(str, written)), sep="\n")
+    return 130 if interrupted else int(bool(failed(report)))

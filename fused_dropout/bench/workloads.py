@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .modules import Dropout
+from ..modules import Dropout
 
 P = 0.1
 

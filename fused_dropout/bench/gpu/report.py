@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .tables import Record, power, short
+from ..tables import Record, power, short
 
 COPY = "copy"
 _MACHINE = ("date", "torch", "cuda", "driver", "triton", "python", "platform", "cpu", "fused_dropout")

@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .modules import Dropout
-from .statistics import correlations
+from ..modules import Dropout
+from ..testing.statistics import correlations
 from .tables import Record, describe, mebibytes
 
 TORCH, OURS, FLOOR = "#D55E00", "#0072B2", "#999999"
