@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from .native import backend_info
+from .build_info import backend_info
 
 
 def info(arguments: Sequence[str]) -> int:

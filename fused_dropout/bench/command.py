@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ..build_info import backend_info
 from ..modules import Dropout
-from ..native import backend_info
 from .tables import describe, power
 from .workloads import MEMORY_WORKLOADS, WORKLOADS, step, swap
 

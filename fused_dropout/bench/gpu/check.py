@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ...native import backend_info
+from ...build_info import backend_info
 from ..command import P, describe_environment
 from . import correctness, speed
 from .report import KINDS, Check, Clocks, Note, Speed, failed, summary, write
