@@ -14,7 +14,8 @@ INSTALLED := build/installed$(subst /,-,$(VENV))
 CUDA_PY := .venv-cuda/bin/python
 OLDEST_PY := .venv-oldest/bin/python
 FLOOR_PY := .venv-floor/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/simd/*)
+SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/* csrc/simd/*)
+PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/*.py)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
@@ -28,7 +29,7 @@ bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fuse
 	$(PY) -m fused_dropout bench
 
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
-	$(PY) benchmarks/cpu_targets.py
+	$(PY) tools/cpu_targets.py
 
 examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
 	$(PY) examples/gallery.py
@@ -63,12 +64,12 @@ wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for ev
 	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel \
 		--config-settings=--build-option=--py-limited-api=cp310 .
 	PATH="$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
-	PYTHONPATH=csrc $(PY) -c 'import toolchain; toolchain.build_sdist("dist")'
+	PYTHONPATH=build_backend $(PY) -c 'import toolchain; toolchain.build_sdist("dist")'
 	$(PY) -m abi3audit --strict dist/*.whl
 	$(PY) -m twine check --strict dist/*
 
 import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch": less than 30 ms
-	@$(PY) -W ignore -c "$$IMPORT_TIME"
+	@$(PY) tools/import_time.py
 
 FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
@@ -85,7 +86,7 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 		cpu=$${machine%:*} isa=$${machine#*:}; echo "$$cpu has to choose $$isa"; \
 		test "$$(qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --dispatch)" = $$isa && \
 		qemu-x86_64 -cpu $$cpu build/cpu-kernels-test && \
-		qemu-x86_64 -cpu $$cpu $(PY) -W ignore -c "$$ON_THIS_CPU" $$isa || exit 1; \
+		qemu-x86_64 -cpu $$cpu $(PY) -W ignore tools/check_isa.py $$isa || exit 1; \
 	done 2> >(grep -v "TCG doesn't support" >&2)
 	@# Kernels of more than the CPU has, run by force, are stopped: it would have been noticed.
 	for machine in Nehalem:avx2 Haswell:avx512; do \
@@ -95,10 +96,10 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
 
 inductor: build/installed-cuda ## what torch.compile makes of dropout for a GPU, from Inductor and Triton without one: kernels, instructions
-	cd benchmarks && ../$(CUDA_PY) -W ignore inductor.py | tee results/inductor.md
+	$(CUDA_PY) -W ignore tools/inductor.py | tee benchmarks/results/inductor.md
 
 sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
-	cd benchmarks && ../$(CUDA_PY) sass.py
+	$(CUDA_PY) tools/sass.py
 
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
 	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda $(CORE) tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
@@ -114,10 +115,10 @@ sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels u
 	build/cpu-kernels-tsan --threads
 
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
-	$(PY) benchmarks/readme_numbers.py
+	$(PY) tools/readme_numbers.py
 
 lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
-	$(PY) benchmarks/readme_numbers.py --check
+	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.cpp
@@ -161,43 +162,8 @@ build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cp
 	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
 		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
 
-# The library itself on an emulated CPU: what it chooses there, and that it runs.
-define ON_THIS_CPU
-import sys, torch, fused_dropout as fd
-from fused_dropout import reference
-assert fd.backend_info().cpu_isa == sys.argv[1], fd.backend_info()
-key = torch.tensor([1, 2], dtype=torch.uint64)
-for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-    x = torch.randn(200003).to(dtype)
-    assert torch.equal(fd.dropout(x, 0.3, key=key), reference.apply(x, 0.3, key)), dtype
-assert torch.equal(fd.keep_mask(x, 0.3, key), reference.keep_mask(x, 0.3, key))
-print("ok fused_dropout with", fd.backend_info().cpu_isa)
-endef
-export ON_THIS_CPU
-
-# What "import fused_dropout" takes in processes that have torch; 11 of them, since a machine has its moments.
-define IMPORT_TIME
-import os, statistics, subprocess, sys
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it
-code = "import time, torch; t = time.perf_counter(); import fused_dropout; print(time.perf_counter() - t)"
-runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(11)]
-took = 1000 * statistics.median(float(run.stdout) for run in runs)
-print(f"import fused_dropout adds {took:.0f} ms")
-sys.exit(took >= 30)
-endef
-export IMPORT_TIME
-
-define DEV_EXTRA
-try:
-    import tomllib
-except ImportError:
-    from pip._vendor import tomli as tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")
-endef
-export DEV_EXTRA
-
 build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
-	@$(PY) -c "$$DEV_EXTRA" >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
+	@$(PY) tools/extra.py dev >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
 	@touch $@
 
 build/torch-cuda: $(CUDA_PY)
@@ -206,7 +172,7 @@ build/torch-cuda: $(CUDA_PY)
 		"cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$($(CUDA_PY) -c 'import torch; print(torch.version.cuda)').*"
 	@mkdir -p build && touch $@
 
-build/installed-cuda: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
+build/installed-cuda: build/torch-cuda $(SOURCES) $(PACKAGE)
 	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
@@ -218,11 +184,11 @@ build/torch-floor: $(FLOOR_PY)
 	$(FLOOR_PY) -m pip install -q torch==2.8.0 "setuptools>=77" pytest hypothesis numpy
 	@mkdir -p build && touch $@
 
-build/installed-oldest: build/torch-oldest $(SOURCES) $(wildcard fused_dropout/*.py)
+build/installed-oldest: build/torch-oldest $(SOURCES) $(PACKAGE)
 	FUSED_DROPOUT_BUILD=cpu $(OLDEST_PY) -m pip install -q --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
 
-build/installed-fakegpu: build/torch-cuda $(SOURCES) $(wildcard fused_dropout/*.py)
+build/installed-fakegpu: build/torch-cuda $(SOURCES) $(PACKAGE)
 	rm -rf build/fakegpu
 	FUSED_DROPOUT_BUILD=cuda FUSED_DROPOUT_CUDART=shared TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0+PTX" \
 		$(CUDA_PY) -m pip install -q --no-build-isolation --no-deps --target build/fakegpu .

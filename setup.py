@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-sys.path.append("csrc")
+sys.path.append("build_backend")
 from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_nothing
 
 SOURCES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_dropout.workloads import WORKLOADS, step, swap
+from fused_dropout.bench.workloads import WORKLOADS, step, swap
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -60,7 +60,7 @@ def triton_low_memory(p):
     if not torch.cuda.is_available():
         pytest.skip("Triton needs a GPU")
     pytest.importorskip("triton", reason="Triton is not installed")
-    from fused_dropout.gpu_speed import TritonDropout
+    from fused_dropout.bench.gpu.speed import TritonDropout
 
     return TritonDropout.apply
 

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from fused_dropout.bench import describe_environment
+from fused_dropout.bench.environment import describe_environment
 
 FOLDER = Path(__file__).parent
 

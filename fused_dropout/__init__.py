@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .audit import AuditReport, audit
+from .build_info import BackendInfo, backend_info
 from .convert import ConvertReport, convert, convert_report, revert
 from .functional import (
     alpha_dropout,
@@ -16,7 +17,6 @@ from .functional import (
 )
 from .keys import fold_in, key, split
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
-from .native import BackendInfo, backend_info
 from .patching import patch, patched, unpatch
 from .uncertainty import mc_dropout, mc_predict
 

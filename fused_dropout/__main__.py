@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 
-from .native import backend_info
+from .build_info import backend_info
 
 
 def info(arguments: Sequence[str]) -> int:
@@ -32,15 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "info":
         return info(rest)
     if command == "bench":
-        from . import bench
+        from .bench import command as bench
 
         return bench.main(rest)
     if command == "check":
-        from . import testing
+        from .testing import command as check
 
-        return testing.main(rest)
+        return check.main(rest)
     if command == "gpu-check":
-        from . import gpu_check
+        from .bench.gpu import check as gpu_check
 
         return gpu_check.main(rest)
     print("usage: python -m fused_dropout info | bench | check | gpu-check [--help]", file=sys.stderr)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .native import how_to_improve
+from .build_info import how_to_improve
 
 _failed: set[tuple[Any, ...]] = set()  # what did not compile here: then the reference serves as it is
 

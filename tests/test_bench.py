@@ -3,13 +3,17 @@
 import itertools
 import json
 import math
+import time
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from fused_dropout import bench, tables
+from fused_dropout.bench import command, speed, tables, timing
+from fused_dropout.bench.memory import measure_memory
+from fused_dropout.bench.workloads import MODULES, P
 
 MODELS = list(itertools.product(["nn.Dropout", "fd.Dropout", "p = 0"], [False, True]))
 
@@ -22,7 +26,7 @@ def result(request, tmp_path_factory):
     """The JSON of one run: on one thread, so that other work on the machine cannot stall it at OpenMP's barriers."""
     path, threads = tmp_path_factory.mktemp("bench") / "result.json", torch.get_num_threads()
     try:
-        assert bench.main(["--quick", "--json", str(path), "--device", request.param, "--threads", "1"]) == 0
+        assert command.main(["--quick", "--json", str(path), "--device", request.param, "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(threads)
     return json.loads(path.read_text()) | {"device": request.param}
@@ -38,11 +42,11 @@ def test_environment(result, info):
 
 def test_speed(result):
     cases = {(r["dtype"], r["numel"], r["case"]) for r in result["speed"] if r["case"] != "eval"}
-    assert cases == {(t, n, c) for t in bench.DTYPES for n in bench.SIZES[result["device"]] for c in bench.CASES}
+    assert cases == {(t, n, c) for t in speed.DTYPES for n in speed.SIZES[result["device"]] for c in speed.CASES}
     assert len(result["speed"]) == len(cases) + 1
     for r in result["speed"]:
         assert r["device"] == result["device"]
-        assert r["p"] == bench.P
+        assert r["p"] == P
         assert r["torch_ns"] > 0
         assert r["fd_ns"] > 0
         assert 0 < r["ratio_p10"] <= r["ratio"] <= r["ratio_p90"] < math.inf
@@ -58,7 +62,7 @@ def test_saved_bytes(result):
 def test_drop_rate(result):
     """The seed is fixed, so these are the same draws at each run."""
     rates = {(r["module"], r["p"]): r for r in result["drop_rate"]}
-    assert rates.keys() == {(module, p) for module in bench.MODULES for p in (0.1, 0.5)}
+    assert rates.keys() == {(module, p) for module in MODULES for p in (0.1, 0.5)}
     for (_, p), r in rates.items():
         assert r["low"] < r["rate"] < r["high"]
         assert r["inside"] == (r["low"] <= p <= r["high"])
@@ -69,7 +73,7 @@ def test_drop_rate(result):
 
 @pytest.mark.skipif(not find_spec("sklearn"), reason="needs scikit-learn")
 def test_training(result):
-    assert [r["module"] for r in result["training"]] == list(bench.MODULES)
+    assert [r["module"] for r in result["training"]] == list(MODULES)
     for r in result["training"]:
         assert r["accuracy"] > 0.85
         assert 0 < r["loss"] < 0.5
@@ -82,11 +86,11 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    speed = bench.Speed("cpu", "float32", 2**10, "forward", bench.P, 2.0, 1.0, 2.0, 1.9, 2.1, 5)
-    monkeypatch.setattr(bench, "measure_speed", lambda *_: [speed])
-    monkeypatch.setattr(bench, "measure_saved_bytes", interrupt)
+    record = speed.Comparison("cpu", "float32", 2**10, "forward", P, 2.0, 1.0, 2.0, 1.9, 2.1, 5)
+    monkeypatch.setattr(command, "measure_speed", lambda *_: [record])
+    monkeypatch.setattr(command, "measure_saved_bytes", interrupt)
     path = tmp_path / "result.json"
-    assert bench.main(["--device", "cpu", "--json", str(path)]) == 130
+    assert command.main(["--device", "cpu", "--json", str(path)]) == 130
     assert json.loads(path.read_text())["speed"][0]["ratio"] == 2
     assert "2.00x 1.90-2.10" in capsys.readouterr().out
 
@@ -98,23 +102,54 @@ def test_refusals(arguments, tmp_path, monkeypatch, capsys):
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        bench.main(arguments)
+        command.main(arguments)
     assert "there is no" in capsys.readouterr().err
 
 
 def test_width_of_the_table():
     """100 columns, at the widest numbers that are to be expected."""
     wide = [
-        bench.Speed("cpu", dtype, numel, case, bench.P, 987654e3 / numel, 98765e3 / numel, 10.0, 10.0, 10.0, 5)
-        for dtype, numel, case in itertools.product(bench.DTYPES, bench.SIZES["cpu"], bench.CASES)
+        speed.Comparison("cpu", dtype, numel, case, P, 987654e3 / numel, 98765e3 / numel, 10.0, 10.0, 10.0, 5)
+        for dtype, numel, case in itertools.product(speed.DTYPES, speed.SIZES["cpu"], speed.CASES)
     ]
     assert max(len(line) for line in tables.speed_lines([asdict(record) for record in wide])) <= 100
+
+
+def test_contenders_take_turns():
+    """Until the end, and for a few rounds after it; what prepares a sample comes before each."""
+    taken = []
+    contenders = {n: timing.Contender(partial(taken.append, n), prepare=partial(taken.append, "-")) for n in "ab"}
+    times = timing.rounds(contenders, 0.0)
+    assert len(times["a"]) == len(times["b"]) == timing.MIN_ROUNDS
+    assert taken == ["-", "a", "-", "b"] * timing.MIN_ROUNDS
+    end = time.perf_counter() + 0.05
+    assert len(timing.rounds(contenders, end)["a"]) > timing.MIN_ROUNDS
+    assert time.perf_counter() >= end
+
+
+@pytest.mark.parametrize(("ns", "calls"), [(2e6, 1), (3e5, 4), (1.0, 64)])
+def test_warming_up_chooses_the_calls_of_a_sample(ns, calls):
+    """As many as take a millisecond, or as are allowed; a sample is a unit's share."""
+    contender = timing.Contender(lambda: None, lambda call, calls: calls * ns, units=5, most=64)
+    contender.warm_up()
+    assert contender.calls == calls
+    assert contender.sample() == pytest.approx(ns / 5)
+
+
+def test_speed_is_of_neighbours():
+    """The ratio's median is not the medians' ratio: each sample is compared with that of its own round."""
+    found = timing.Speed.of([1.0, 2.0, 30.0], [2.0, 40.0, 30.0])
+    assert found.ns.median == 2
+    assert found.ratio == pytest.approx((2.0, 1.2, 16.4))
+    assert found.samples == 3
+    assert timing.Speed.of([1.0, 3.0]).ratio == (1, 1, 1)
+    assert found.ns.times(0.5) == pytest.approx([0.5 * x for x in found.ns])
 
 
 @pytest.mark.parametrize("workload", ["one dropout, 2^24 floats", "TransformerEncoderLayer"])
 def test_memory(workload):
     """nn.Dropout keeps a mask or a noise of the input's size; here it is 16 bytes for each dropout."""
-    records = {(r.module, r.checkpointed): r for r in bench.measure_memory("cpu", workload)}
+    records = {(r.module, r.checkpointed): r for r in measure_memory("cpu", workload)}
     assert len(records) == 4
     ours, torchs = records["fd.Dropout", False], records["nn.Dropout", False]
     if workload.startswith("one"):
@@ -126,7 +161,7 @@ def test_memory(workload):
 
 
 def test_models():
-    records = bench.measure_model("cpu", "MLP 784-512-256-128-10", 0.1, compiled=False)
+    records = speed.measure_model("cpu", "MLP 784-512-256-128-10", 0.1, compiled=False)
     assert [r.module for r in records] == ["nn.Dropout", "fd.Dropout", "p = 0"]
     assert records[0].ratio == 1
     assert all(r.seconds > 0 and 0 < r.ratio_p10 <= r.ratio <= r.ratio_p90 for r in records)
@@ -135,10 +170,10 @@ def test_models():
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
 def test_report(result, tmp_path):
     """One page that holds its pictures, and the same in Markdown with files beside it."""
-    from fused_dropout.report import write_report
+    from fused_dropout.bench.report import write_report
 
-    memory = [asdict(r) for r in bench.measure_memory("cpu", "one dropout, 2^24 floats")]
-    models = [asdict(bench.Model("cpu", "a model", name, c, 1.0, 1.0, 0.9, 1.1)) for name, c in MODELS]
+    memory = [asdict(r) for r in measure_memory("cpu", "one dropout, 2^24 floats")]
+    models = [asdict(speed.Model("cpu", "a model", name, c, 1.0, 1.0, 0.9, 1.1)) for name, c in MODELS]
     page = write_report(
         {k: v for k, v in result.items() if k != "device"} | {"memory": memory, "model": models}, tmp_path
     ).read_text()

@@ -58,7 +58,7 @@ def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
     (tmp_path / "wrapper").touch(0o755)
     code = "import os, toolchain; print(toolchain.compiler, os.environ['CXX'], os.environ['CC'], sep='|')"
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
-    environment |= {"PYTHONPATH": str(CSRC), "PATH": f"{os.environ['PATH']}:{tmp_path}"} | (
+    environment |= {"PYTHONPATH": str(CSRC.parent / "build_backend"), "PATH": f"{os.environ['PATH']}:{tmp_path}"} | (
         {"CXX": asked} if asked else {}
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

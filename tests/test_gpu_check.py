@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,13 @@ import pytest
 import torch
 
 import fused_dropout as fd
-from fused_dropout import __main__, gpu_check, gpu_correctness, gpu_report, gpu_speed
-from fused_dropout.gpu_report import Check, Clocks, HostTime, Note, Overlap, Speed, Step
+from fused_dropout import __main__
+from fused_dropout.bench.gpu import check as gpu_check
+from fused_dropout.bench.gpu import correctness
+from fused_dropout.bench.gpu import report as gpu_report
+from fused_dropout.bench.gpu import speed as gpu_speed
+from fused_dropout.bench.gpu.report import Bandwidth, Check, Clocks, HostTime, Note, Overlap, Step
+from fused_dropout.bench.timing import MIN_ROUNDS, Contender
 
 MACHINE = {"gpu": {"name": "NVIDIA Test-1 80GB", "processors": 1}, "torch": "2.13.0", "cuda": "13.0"}
 OVERLAP = Overlap("F.dropout", "float16", 2**20, 0.001, {"-1": 0.0004, "+0": -0.0007, "+1": 0.0002})
@@ -21,7 +27,9 @@ OVERLAP = Overlap("F.dropout", "float16", 2**20, 0.001, {"-1": 0.0004, "+0": -0.
 
 def speed(implementation, numel, us, case="forward", dtype="float16", **others):
     spread = {"us": us, "us_p10": us - 1, "us_p90": us + 1, "of_copy": 8 / us, "of_copy_p10": 0.9, "of_copy_p90": 1.0}
-    return Speed(case, dtype, numel, implementation, gb_s=4 * numel / us / 1e3, samples=9, buffers=3, **spread | others)
+    return Bandwidth(
+        case, dtype, numel, implementation, gb_s=4 * numel / us / 1e3, samples=9, buffers=3, **spread | others
+    )
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ def report():
     made |= {kind: [] for kind in gpu_report.KINDS}
     for record in records:
         assert str(record)
-        made[type(record).__name__.lower()].append(asdict(record))
+        made[gpu_report.kind_of(record)].append(asdict(record))
     return made
 
 
@@ -110,7 +118,7 @@ def test_default_path_of_the_report():
 @pytest.mark.gpu
 def test_the_short_checks_pass():
     """Those that compute-sanitizer runs."""
-    results = list(gpu_correctness.short(True, math.inf))
+    results = list(correctness.short(True, math.inf))
     assert len(results) == 5
     assert {check.result for check in results} == {"passed"}
 
@@ -122,7 +130,7 @@ def test_overlap_finds_a_planted_shift(shift, key):
     first = fd.keep_mask((n,), 0.5, key)
     fresh = fd.keep_mask((n,), 0.5, torch.tensor([7, 7], dtype=torch.uint64))
     second = torch.where(torch.arange(n) % 8 < 4, first.roll(-shift), fresh)
-    found = gpu_correctness.overlap(first, second)
+    found = correctness.overlap(first, second)
     assert list(found) == [f"{s:+d}" for s in range(-8, 9)]
     assert found.pop(f"{shift:+d}") == pytest.approx(0.5, abs=0.02)
     assert all(abs(rest) < 6 / math.sqrt(n) for rest in found.values())
@@ -130,15 +138,15 @@ def test_overlap_finds_a_planted_shift(shift, key):
 
 def test_overlap_of_independent_masks_at_another_rate(key):
     masks = [fd.keep_mask((2**16,), 0.1, torch.tensor([k, 0], dtype=torch.uint64)) for k in (1, 2)]
-    assert all(abs(found) < 6 / 2**8 for found in gpu_correctness.overlap(*masks).values())
+    assert all(abs(found) < 6 / 2**8 for found in correctness.overlap(*masks).values())
 
 
 def test_same_is_exact():
     x = torch.tensor([1.0, -0.0, math.nan, 4.0]).reshape(2, 2)
-    gpu_correctness.same(x, x.clone())
+    correctness.same(x, x.clone())
     for wrong in (x * torch.tensor([1.0, -1.0]), torch.nextafter(x, x + 1), x.t().contiguous().t()):
         with pytest.raises(AssertionError):
-            gpu_correctness.same(x, wrong)
+            correctness.same(x, wrong)
 
 
 def test_parts_share_the_time():
@@ -173,15 +181,39 @@ def test_speeds_stop_in_time(monkeypatch):
     assert last.text.startswith(f"no time left for {total - len(measured)} cases: ")
 
 
-def test_contenders_take_turns():
+def test_buffers_take_turns():
     taken = []
-    samplers = {name: lambda name=name: taken.append(name) or 1.0 for name in "ab"}
-    times = gpu_speed.rounds(samplers, 0.0)
-    assert taken == ["a", "b"] * len(times["a"])
     call = gpu_speed.in_turn([lambda i=i: taken.append(i) for i in range(3)])
     for _ in range(4):
         call()
-    assert taken[-4:] == [0, 1, 2, 0]
+    assert taken == [0, 1, 2, 0]
+
+
+def test_records_of_a_measurement(monkeypatch, tmp_path):
+    """The copy's own share is 1, a contender of twice its time has half the bandwidth; the JSON calls both "speed"."""
+
+    def contenders_for(case, dtype, log2, buffers):
+        for name, ns in (("copy", 1e6), ("fd", 2e6)):
+            yield name, lambda ns=ns: Contender(lambda: None, lambda call, calls: calls * ns)
+        yield "broken", lambda: 1 / 0
+
+    monkeypatch.setattr(gpu_speed, "contenders_for", contenders_for)
+    monkeypatch.setattr(gpu_speed, "buffer_count", lambda nbytes: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    part = gpu_check.Part(lambda quick, deadline: gpu_speed.measure_speed("forward", "float16", 20, 0.0), 1)
+    options = gpu_check._parse(["--seconds", "9", "--json", str(tmp_path / "records")])
+    try:
+        assert gpu_check.run_part(part, options) == 0
+    finally:
+        signal.alarm(0)
+    note, copy, ours = map(json.loads, (tmp_path / "records").read_text().splitlines())
+    assert note["kind"] == "note"
+    assert "broken left out: ZeroDivisionError" in note["text"]
+    assert copy["kind"] == ours["kind"] == "speed"
+    assert [copy[name] for name in ("us", "of_copy", "gb_s")] == pytest.approx([1000, 1, 4 * 2**20 / 1e6])
+    assert [ours[name] for name in ("us", "of_copy", "gb_s")] == pytest.approx([2000, 0.5, 2 * 2**20 / 1e6])
+    assert ours["samples"] == MIN_ROUNDS
+    assert ours["buffers"] == 3
 
 
 @pytest.mark.parametrize("case", gpu_speed.CASES)
@@ -204,14 +236,14 @@ def test_checks_survive_each_other(monkeypatch):
         raise ValueError("wrong\nand more")
 
     def skip():
-        raise gpu_correctness.Skipped("not here")
+        raise correctness.Skipped("not here")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     named = {"a": fail, "b": skip, "c": lambda: "fine", "d": lambda: None}
-    results = [(c.name, c.result, c.detail) for c in gpu_correctness.run_checks(named, time.perf_counter() + 60)]
+    results = [(c.name, c.result, c.detail) for c in correctness.run_checks(named, time.perf_counter() + 60)]
     expected = [("a", "failed", "ValueError: wrong"), ("b", "skipped", "not here"), ("c", "passed", "fine")]
     assert results == [*expected, ("d", "passed", "")]
-    (late,) = gpu_correctness.run_checks({"a": fail}, time.perf_counter() - 1)
+    (late,) = correctness.run_checks({"a": fail}, time.perf_counter() - 1)
     assert (late.result, late.detail) == ("skipped", "there was no time left")
 
 
@@ -220,7 +252,7 @@ def test_checks_after_the_gpu_is_lost(monkeypatch):
         raise RuntimeError("illegal address")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lose)
-    results = list(gpu_correctness.run_checks({"a": lose, "b": lambda: "fine"}, time.perf_counter() + 60))
+    results = list(correctness.run_checks({"a": lose, "b": lambda: "fine"}, time.perf_counter() + 60))
     assert [check.result for check in results] == ["failed", "failed"]
     assert "not run" in results[1].detail
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fused_dropout as fd
-from fused_dropout import native
+from fused_dropout import build_info, native
 
 REPORT = """
 import json, sys, warnings
@@ -234,7 +234,7 @@ def test_torch_that_an_eager_binding_fits(built_for, here, fits):
     ],
 )
 def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver, refused):
-    monkeypatch.setattr(native, "_built", lambda: {"cuda": built})
+    monkeypatch.setattr(native, "built", lambda: {"cuda": built})
     monkeypatch.setattr(torch.version, "cuda", here)
     monkeypatch.setattr(native, "_driver", lambda: driver)
     why = native._why_refused("_cuda", f"fused_dropout._cuda {fd.__version__};".encode())
@@ -326,16 +326,16 @@ def test_command_that_rebuilds(monkeypatch, origin, command):
         def read_text(name):
             return origin and json.dumps(origin)
 
-    monkeypatch.setattr(native.metadata, "distribution", lambda name: Distribution)
-    monkeypatch.setattr(native, "_missing", {"_eager": "not built"})
-    assert command in native.how_to_improve()
-    monkeypatch.setattr(native, "_missing", {"_cuda": "not built"})
-    monkeypatch.setattr(native.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
+    monkeypatch.setattr(build_info.metadata, "distribution", lambda name: Distribution)
+    monkeypatch.setattr(native, "missing", {"_eager": "not built"})
+    assert command in build_info.how_to_improve()
+    monkeypatch.setattr(native, "missing", {"_cuda": "not built"})
+    monkeypatch.setattr(build_info.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
     for cuda, brings_nvcc in (("13.0", True), ("12.8", False)):  # PyPI has nvcc from CUDA 13 on
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        assert native.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install") == brings_nvcc
-    monkeypatch.setattr(native, "_missing", {})
-    assert native.how_to_improve() is None
+        assert build_info.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install") == brings_nvcc
+    monkeypatch.setattr(native, "missing", {})
+    assert build_info.how_to_improve() is None
 
 
 def test_saying_so_leaves_the_process_as_it_was():

@@ -17,7 +17,7 @@ if ON_FAKE_GPU:
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU runs PTX from a file")]
 
-INDUCTOR = Path(__file__).parent.parent / "benchmarks" / "inductor.py"
+INDUCTOR = Path(__file__).parent.parent / "tools" / "inductor.py"
 SEED, OFFSET, P, BLOCK = 0xFEDC_BA98_7654_3210, 0x8000_0001_FFFF_FFFF, 0.1, 1024
 
 

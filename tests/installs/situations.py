@@ -231,13 +231,13 @@ def test_7_torch_is_changed_after_the_installation(wheels, folder, request):
 
 def test_8_sdist(cpu, sources):
     """It holds what is needed and nothing else, and so does the wheel made of it."""
-    name = cpu.run("-c", AS_SDIST, cwd=sources, PYTHONPATH="csrc").stdout.split()[-1]
+    name = cpu.run("-c", AS_SDIST, cwd=sources, PYTHONPATH="build_backend").stdout.split()[-1]
     sdist = sources / "dist" / name
     with tarfile.open(sdist) as archive:
         held = {member.name.split("/", 1)[1] for member in archive if member.isfile()}
     tracked = {
         str(path.relative_to(sources))
-        for top in ("csrc", "fused_dropout")
+        for top in ("build_backend", "csrc", "fused_dropout")
         for path in (sources / top).rglob("*")
         if path.is_file()
     }

@@ -23,8 +23,8 @@ from torch import nn
 
 import fused_dropout as fd
 from fused_dropout import testing
-from fused_dropout.distributions import binomial_p_value, normal_limit
-from fused_dropout.statistics import HEADER
+from fused_dropout.testing.distributions import binomial_p_value, normal_limit
+from fused_dropout.testing.statistics import HEADER
 
 TESTS = 400
 ALPHA = 1e-6 / TESTS

@@ -8,7 +8,7 @@ import torch
 from common import one_thread  # noqa: F401
 
 from fused_dropout import testing
-from fused_dropout.distributions import (
+from fused_dropout.testing.distributions import (
     binomial_p_value,
     chi_square_limit,
     chi_square_p_value,

@@ -15,7 +15,7 @@ from helpers import forge, key_tensor
 
 from fused_dropout import reference as original
 from fused_dropout import rng, testing
-from fused_dropout.distributions import normal_limit
+from fused_dropout.testing.distributions import normal_limit
 
 SEED, P = 0x0123_4567_89AB_CDEF, 0.1
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .tables import Record, power, short
+from ..tables import Record, power, short
 
 COPY = "copy"
 _MACHINE = ("date", "torch", "cuda", "driver", "triton", "python", "platform", "cpu", "fused_dropout")
@@ -30,7 +30,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Bandwidth:
     case: str
     dtype: str
     numel: int
@@ -105,7 +105,20 @@ class Note:
         return f"note: {self.text}"
 
 
-KINDS = {kind.__name__.lower(): kind for kind in (Check, Speed, HostTime, Step, Overlap, Clocks, Note)}
+Recorded = Check | Bandwidth | HostTime | Step | Overlap | Clocks | Note
+KINDS: dict[str, type] = {
+    "check": Check,
+    "speed": Bandwidth,
+    "hosttime": HostTime,
+    "step": Step,
+    "overlap": Overlap,
+    "clocks": Clocks,
+    "note": Note,
+}
+
+
+def kind_of(record: Recorded) -> str:
+    return next(name for name, kind in KINDS.items() if type(record) is kind)
 
 
 def largest_of(correlations: dict[str, float]) -> tuple[str, float]:
@@ -124,7 +137,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[
     yield ""
 
 
-def _spread(record: Record | None, unit: str) -> str:
+def _interval(record: Record | None, unit: str) -> str:
     """Median and 10th to 90th percentile."""
     if record is None:
         return ""
@@ -149,7 +162,7 @@ def _speed_tables(speeds: Sequence[Record]) -> Iterator[str]:
         rows = []
         for (dtype, numel), group in groupby(of_case, key=lambda r: (r["dtype"], r["numel"])):
             found = {record["implementation"]: record for record in group}
-            cells = [_spread(found.get(name), "us") for name in names]
+            cells = [_interval(found.get(name), "us") for name in names]
             rows.append([dtype, power(numel), *cells, *(_share(found.get(name)) for name in ("fd", "fd, graph"))])
         yield f"### {case.capitalize()}\n"
         yield "Microseconds a call, and fd's share of the copy's bandwidth: median (10th-90th percentile).\n"
@@ -180,12 +193,12 @@ def _sections(report: dict[str, Any], plots: Sequence[Path]) -> Iterator[str]:
         yield from _speed_tables(report["speed"])
     if report["hosttime"]:
         yield "## Host time of a call of 64 floats\n"
-        cells = ([r["case"], r["implementation"], _spread(r, "us")] for r in report["hosttime"])
+        cells = ([r["case"], r["implementation"], _interval(r, "us")] for r in report["hosttime"])
         yield from _table(["", "", "microseconds: median (10th-90th percentile)"], cells)
     if report["step"]:
         yield "## A transformer block, forward + backward\n"
         yield "Milliseconds: median (10th-90th percentile). Memory: the peak above what there was before the step.\n"
-        cells = ([r["block"], r["implementation"], _spread(r, "ms"), f"{r['peak_mib']:.0f}"] for r in report["step"])
+        cells = ([r["block"], r["implementation"], _interval(r, "ms"), f"{r['peak_mib']:.0f}"] for r in report["step"])
         yield from _table(["block", "dropout", "ms", "MiB"], cells)
     if report["overlap"]:
         yield "## Masks of consecutive calls\n"

@@ -1,27 +1,13 @@
-"""What is wrong with a dropout's masks: tests that can fail, for any callable that drops.
+"""Tests of a callable that drops, and ``check``, which runs them and those of ``statistics`` on its masks."""
 
-    report = testing.check(my_dropout, p=0.1)    # any fn(x) -> y in training mode: ours, torch's, a compiled block
-    print(report)                                # a table of all tests, then what is wrong
-    assert not report.faults
-
-``check`` samples masks and runs every test on them: those of ``statistics``, which take masks and can be used by
-themselves, and those below, which take the callable. What must hold exactly, such as one mask in forward and backward,
-is compared element by element, never by statistics. ``python -m fused_dropout check`` does it from the command line.
-"""
-
-import argparse
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
-from operator import attrgetter
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .distributions import normal_p_value
@@ -33,7 +19,6 @@ from .statistics import (
     blocks,
     collisions,
     cross_correlation,
-    dispersion,
     identical,
     mean,
     rate,
@@ -42,29 +27,6 @@ from .statistics import (
     uniformity,
     variance,
 )
-
-__all__ = [
-    "ALPHA",
-    "Report",
-    "Result",
-    "autocorrelation",
-    "blocks",
-    "check",
-    "collisions",
-    "cross_correlation",
-    "dispersion",
-    "draws_nothing",
-    "identical",
-    "mean",
-    "rate",
-    "runs",
-    "same_mask",
-    "same_mask_in_backward",
-    "sample",
-    "scale",
-    "uniformity",
-    "variance",
-]
 
 Dropping = Callable[[Tensor], Tensor]
 
@@ -214,7 +176,7 @@ def check(
     Raises:
         ValueError: p is not between 0.01 and 0.99, or n too small. Whatever ``fn`` raises is passed on.
     """
-    _check_settings(p, n)
+    check_settings(p, n)
     alpha = family / 50  # there are fewer than fifty tests
     with torch.no_grad():
         draw = partial(sample, fn, dtype=dtype, device=device, seconds=seconds / 3)
@@ -240,7 +202,7 @@ def check(
     return Report(p, alpha, tuple(results), tuple(remarks))
 
 
-def _check_settings(p: float, n: int) -> None:
+def check_settings(p: float, n: int) -> None:
     if n < 2**18 or n & (n - 1):
         raise ValueError(f"n has to be a power of two, 2^18 at least, but is {n}")
     if not 0.01 <= p <= 0.99:
@@ -260,72 +222,3 @@ def _independence(long: Tensor, short: Tensor, tiny: Tensor, alpha: float) -> It
     yield partial(runs, long[0], alpha)
     for side in (8, 32):
         yield partial(blocks, long[1].flatten().view(2048, -1), side, alpha)
-
-
-# ------------------------------------------------------------------------------------------ command line
-
-
-def adapt(target: Any, p: float) -> tuple[Dropping, list[Dropping]]:
-    """``fn`` and ``idle`` for ``testing.check``: of a module class, of a function with a parameter ``p``; of anything
-    else it is the callable itself, and nothing that has to be idle is known."""
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return target(p), [target(p).eval(), target(0.0)]
-    try:
-        parameters = set(inspect.signature(target).parameters)
-    except ValueError:  # built in
-        parameters = set()
-    if "p" not in parameters:
-        return target, []
-    idle: list[Dropping] = [partial(target, p=0.0)]
-    if "training" in parameters:
-        idle.append(partial(target, p=p, training=False))
-    return partial(target, p=p), idle
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m fused_dropout check", description="What is wrong with a dropout's masks"
-    )
-    parser.add_argument(
-        "target",
-        nargs="?",
-        default="fused_dropout:dropout",
-        metavar="module:callable",
-        help="a module class, a function with a parameter p, or any fn(x) whose p is then to be given. "
-        "Default: %(default)s",
-    )
-    parser.add_argument("--p", type=float, action="append", help="may be repeated. Default: 0.1 and 0.5")
-    parser.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--n", type=int, default=2**22, help="elements of a long call. Default: %(default)s")
-    parser.add_argument("--seed", type=int, help="for torch.manual_seed. Default: a fresh one")
-    options = parser.parse_args(argv)
-    module, _, name = options.target.partition(":")
-    try:
-        options.callable = attrgetter(name)(import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        parser.error(f"there is no {options.target}: {error}")
-    if not options.p and adapt(options.callable, 0.5)[0] is options.callable:
-        parser.error(f"{options.target} has no parameter p: say with --p which it drops with")
-    options.p = options.p or [0.1, 0.5]
-    try:
-        for p in options.p:
-            _check_settings(p, options.n)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a report for each p. Returns the exit status: 1 if something is wrong, else 0."""
-    options = _parse(argv)
-    seed = torch.seed() if options.seed is None else torch.manual_seed(options.seed).initial_seed()
-    print(f"{options.target}, {options.dtype} on {options.device}, seed {seed}")
-    dtype, wrong = getattr(torch, options.dtype), False
-    for p in options.p:
-        fn, idle = adapt(options.callable, p)
-        family = 1e-6 / len(options.p)
-        report = check(fn, p, idle=idle, dtype=dtype, device=options.device, n=options.n, seconds=12, family=family)
-        print(f"\n{report}", flush=True)
-        wrong |= bool(report.faults)
-    return int(wrong)

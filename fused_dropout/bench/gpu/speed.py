@@ -4,20 +4,21 @@ for small calls, and a transformer block. Contenders take turns, so that whateve
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .bench import DTYPES, P, _peak_bytes, _spread, _time_cpu, _time_cuda
-from .functional import dropout
-from .gpu_report import COPY, HostTime, Note, Speed, Step
-from .workloads import Attention, Block, swap
+from ...functional import dropout
+from ..memory import peak_bytes
+from ..speed import DTYPES
+from ..timing import Contender, Speed, rounds, time_busy_cuda
+from ..workloads import Attention, Block, P, swap, without_dropout
+from .report import COPY, Bandwidth, HostTime, Note, Step
 
 try:
     import triton
@@ -31,8 +32,6 @@ LOG2_SIZES = (24, 28, 20, 16, 26, 22, 30, 12, 18, 14, 10)
 QUICK_LOG2_SIZES = (26, 12)  # not compiled
 _COMPILED_LOG2_SIZES = {"forward": (20, 24, 28), "forward + backward": (24,)}
 _CASE_SECONDS = 1.2  # at most, for the samples
-_SAMPLE_NS = 5e5
-_MIN_ROUNDS = 7
 _IN_PLACE_CALLS = 16  # on each buffer in a sample, so that enough values are left that are neither 0 nor huge
 _MAX_BUFFERS = 1024
 _BLOCK_SECONDS, _COMPILE_SECONDS = 8.0, 30.0
@@ -101,27 +100,6 @@ def _compiled() -> Dropping:
     return torch.compile(lambda x: F.dropout(x, P), dynamic=False)
 
 
-@dataclass
-class Contender:
-    call: Callable[[], object]
-    units: int = 1  # of work in a call
-    most: int = 1 << 16  # calls in a sample
-    prepare: Callable[[], object] = lambda: None  # not timed
-    calls: int = 1
-
-    def sample(self) -> float:
-        """Nanoseconds a unit."""
-        self.prepare()
-        self.call()  # keeps the GPU busy while the host sets out, if it takes long enough to matter
-        return _time_cuda(self.call, self.calls) / (self.calls * self.units)
-
-    def warm_up(self) -> None:
-        for _ in range(3):
-            self.sample()
-        while self.calls < self.most and self.sample() * self.calls * self.units < _SAMPLE_NS:
-            self.calls *= 2
-
-
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """A call of the next at each call."""
     turns = itertools.cycle(calls)
@@ -133,7 +111,7 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
 
 
 def eager(make: Callable[[], list[Callable[[], object]]], **options: Any) -> Contender:
-    return Contender(in_turn(make()), **options)
+    return Contender(in_turn(make()), time_busy_cuda, **options)
 
 
 def replayed(
@@ -149,7 +127,7 @@ def replayed(
     def replay(_alive: Sequence[Tensor | None] = written) -> None:
         graph.replay()
 
-    return Contender(replay, units=len(calls), **options)
+    return Contender(replay, time_busy_cuda, units=len(calls), **options)
 
 
 def buffer_count(nbytes: int) -> int:
@@ -208,21 +186,7 @@ def contenders_for(case: str, dtype: str, log2: int, buffers: int) -> Iterator[t
             yield f"{name}, graph", partial(replayed, make_calls, outputs, **options, **most)
 
 
-Name = TypeVar("Name")
-
-
-def rounds(samplers: Mapping[Name, Callable[[], float]], seconds: float) -> dict[Name, list[float]]:
-    """The samples of each, taken in turn until the time is up, and a few rounds in any case."""
-    times: dict[Name, list[float]] = {name: [] for name in samplers}
-    end, taken = time.perf_counter() + seconds, 0
-    while samplers and (taken < _MIN_ROUNDS or time.perf_counter() < end):
-        for name, sample in samplers.items():
-            times[name].append(sample())
-        taken += 1
-    return times
-
-
-def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[Speed | Note]:
+def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[Bandwidth | Note]:
     nbytes = 2**log2 * getattr(torch, dtype).itemsize
     buffers = buffer_count(nbytes)
     if 10 * buffers * nbytes > torch.cuda.mem_get_info()[0]:
@@ -236,17 +200,16 @@ def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[
             contenders[name] = contender
         except Exception as error:
             yield Note(f"{case}, {dtype}, 2^{log2}: {name} left out: {first_line(error)}")
-    times = rounds({name: contender.sample for name, contender in contenders.items()}, min(seconds, _CASE_SECONDS))
+    times = rounds(contenders, time.perf_counter() + min(seconds, _CASE_SECONDS))
     moved = 2 * nbytes * (2 if case == "forward + backward" else 1)
     for name, samples in times.items():
         copy = times.get(f"{COPY}, graph" if name.endswith(", graph") else COPY, samples)
-        shares = _spread([of_copy / own for of_copy, own in zip(copy, samples, strict=True)])
-        middle, p10, p90 = _spread(samples)
-        us = (middle / 1e3, p10 / 1e3, p90 / 1e3)
-        yield Speed(case, dtype, 2**log2, name, *us, moved / middle, *shares, len(samples), buffers)
+        found = Speed.of(samples, copy)
+        us, gb_s = found.ns.times(1e-3), moved / found.ns.median
+        yield Bandwidth(case, dtype, 2**log2, name, *us, gb_s, *found.ratio, found.samples, buffers)
 
 
-def speeds(quick: bool, deadline: float) -> Iterator[Speed | Note]:
+def speeds(quick: bool, deadline: float) -> Iterator[Bandwidth | Note]:
     """Each case gets its share of the time that is left."""
     cases = list(itertools.product(CASES, QUICK_LOG2_SIZES if quick else LOG2_SIZES, DTYPES))
     for done, (case, log2, dtype) in enumerate(cases):
@@ -270,21 +233,17 @@ def host_times(seconds: float) -> Iterator[HostTime]:
     def forward_backward(run: Callable[[Tensor, float], Tensor]) -> None:
         torch.autograd.grad(run(leaf, P), leaf, gradient)
 
-    def sample(call: Callable[[], object]) -> float:
-        torch.cuda.synchronize()
-        return _time_cpu(call, 100) / 100
-
-    samplers = {("forward", "x.clone()"): partial(sample, x.clone)}
+    calls: dict[tuple[str, str], Callable[[], object]] = {("forward", "x.clone()"): x.clone}
     for name, run in {"fd.dropout": dropout, "F.dropout": F.dropout}.items():
-        samplers["forward", name] = partial(sample, partial(run, x, P))
-        samplers["forward with grad", name] = partial(sample, partial(run, leaf, P))
-        samplers["forward + backward", name] = partial(sample, partial(forward_backward, run))
-        samplers["in place", name] = partial(sample, partial(run, x.clone(), P, True, True))
-    for warm_up in samplers.values():
-        warm_up()
-    for (case, name), times in rounds(samplers, seconds).items():
-        middle, p10, p90 = _spread(times)
-        yield HostTime(case, name, middle / 1e3, p10 / 1e3, p90 / 1e3)
+        calls["forward", name] = partial(run, x, P)
+        calls["forward with grad", name] = partial(run, leaf, P)
+        calls["forward + backward", name] = partial(forward_backward, run)
+        calls["in place", name] = partial(run, x.clone(), P, True, True)
+    contenders = {n: Contender(call, prepare=torch.cuda.synchronize, calls=100) for n, call in calls.items()}
+    for contender in contenders.values():
+        contender.sample()  # the first one is not like the others
+    for (case, name), times in rounds(contenders, time.perf_counter() + seconds).items():
+        yield HostTime(case, name, *Speed.of(times).ns.times(1e-3))
 
 
 class FusedAttention(Attention):
@@ -295,14 +254,7 @@ class FusedAttention(Attention):
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
-def _without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> None:
+def autocast_step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         y = model(x)
     torch.autograd.grad(y, parameters, x.detach())  # any values do as a gradient
@@ -312,23 +264,20 @@ def measure_block(name: str, fused: bool, compiled: bool, x: Tensor, deadline: f
     block = Block(768, 12, P, causal=True).cuda()
     if fused:
         block.attention.__class__ = FusedAttention
-    models = {"nn.Dropout": block, "fd.Dropout": swap(deepcopy(block)), "p = 0": _without_dropout(deepcopy(block))}
+    models = {"nn.Dropout": block, "fd.Dropout": swap(deepcopy(block)), "p = 0": without_dropout(deepcopy(block))}
     steps: dict[str, Contender] = {}
     for of_model, model in models.items():
         if compiled and deadline - time.perf_counter() < _COMPILE_SECONDS:
             yield Note(f"block, {name}, {of_model}: no time left to compile it")
             continue
         run = torch.compile(model) if compiled else model
-        steps[of_model] = Contender(partial(step, run, [*model.parameters(), x], x), calls=2)
+        steps[of_model] = Contender(partial(autocast_step, run, [*model.parameters(), x], x), time_busy_cuda, calls=2)
         for _ in range(3):
             steps[of_model].sample()
-    peaks = {of_model: _peak_bytes("cuda", contender.call) / 2**20 for of_model, contender in steps.items()}
+    peaks = {of_model: peak_bytes("cuda", contender.call) / 2**20 for of_model, contender in steps.items()}
     seconds = min(_BLOCK_SECONDS, (deadline - time.perf_counter()) / 3)
-    for of_model, times in rounds(
-        {of_model: contender.sample for of_model, contender in steps.items()}, seconds
-    ).items():
-        middle, p10, p90 = _spread(times)
-        yield Step(name, of_model, middle / 1e6, p10 / 1e6, p90 / 1e6, peaks[of_model])
+    for of_model, times in rounds(steps, time.perf_counter() + seconds).items():
+        yield Step(name, of_model, *Speed.of(times).ns.times(1e-6), peaks[of_model])
 
 
 def blocks(quick: bool, deadline: float) -> Iterator[Step | Note]:

@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .modules import Dropout
+from ..modules import Dropout
 
 P = 0.1
+MODULES = {"nn.Dropout": nn.Dropout, "fd.Dropout": Dropout}
 
 
 class Attention(nn.Module):
@@ -114,6 +115,14 @@ def swap(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
+    return model
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model with p = 0 in every ``nn.Dropout``."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model
 
 

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from . import gpu_correctness, gpu_report, gpu_speed
-from .bench import P, describe_environment
-from .gpu_report import KINDS, Check, Clocks, Note, Speed
-from .native import backend_info
+from ...build_info import backend_info
+from ..environment import describe_environment
+from ..workloads import P
+from . import correctness, graphs, speed
+from .report import KINDS, Bandwidth, Check, Clocks, Note, Recorded, failed, kind_of, summary, write
 
 SECONDS, QUICK_SECONDS = 440.0, 60.0
 _GRACE = 20.0  # for what a part has begun when its time is up
@@ -36,10 +37,8 @@ _SMI_FIELDS = (
     "driver_version pstate clocks.sm clocks.mem clocks.max.sm clocks.max.mem temperature.gpu power.draw power.limit"
 )
 
-_Record = Any  # one of gpu_report's
 
-
-def measure(quick: bool, deadline: float) -> Iterator[_Record]:
+def measure(quick: bool, deadline: float) -> Iterator[Recorded]:
     yield Clocks("idle", nvidia_smi())
     if not quick and torch.cuda.mem_get_info()[0] > 1 << 32:
         x = torch.randn(2, 1 << 28, device="cuda")
@@ -47,8 +46,8 @@ def measure(quick: bool, deadline: float) -> Iterator[_Record]:
             x[0].copy_(x[1])
         yield Clocks("under load", nvidia_smi())
         del x
-    yield from gpu_speed.host_times(0.3 if quick else 3.0)
-    yield from gpu_speed.speeds(quick, deadline)
+    yield from speed.host_times(0.3 if quick else 3.0)
+    yield from speed.speeds(quick, deadline)
 
 
 def sanitizer_verdict(status: int, output: str) -> tuple[str, str]:
@@ -63,7 +62,7 @@ def sanitizer_verdict(status: int, output: str) -> tuple[str, str]:
     return "passed", "; ".join(summary)
 
 
-def sanitize(quick: bool, deadline: float) -> Iterator[_Record]:
+def sanitize(quick: bool, deadline: float) -> Iterator[Recorded]:
     tool, names = shutil.which("compute-sanitizer"), ("memcheck", "initcheck", "racecheck")
     for done, name in enumerate(names):
         start = time.perf_counter()
@@ -81,20 +80,20 @@ def sanitize(quick: bool, deadline: float) -> Iterator[_Record]:
 
 @dataclass(frozen=True)
 class Part:
-    run: Callable[[bool, float], Iterator[_Record]]
+    run: Callable[[bool, float], Iterator[Recorded]]
     weight: float  # its share of the time
 
 
 # What a part leaves of its time goes to those after it.
 PARTS = {
-    "checks": Part(gpu_correctness.checks, 30),
-    "graphs": Part(gpu_correctness.graphs, 6),
-    "overlap": Part(gpu_correctness.overlaps, 4),
+    "checks": Part(correctness.checks, 30),
+    "graphs": Part(graphs.graphs, 6),
+    "overlap": Part(correctness.overlaps, 4),
     "speed": Part(measure, 38),
     "sanitizer": Part(sanitize, 12),
-    "block": Part(gpu_speed.blocks, 14),
+    "block": Part(speed.blocks, 14),
 }
-_HIDDEN = {"short": Part(gpu_correctness.short, 0)}
+_HIDDEN = {"short": Part(correctness.short, 0)}
 
 
 def allot(left: float, part: str) -> float:
@@ -175,9 +174,9 @@ def run_part(part: Part, options: argparse.Namespace) -> int:
     with open(options.json or os.devnull, "a") as file:
         try:
             for record in part.run(options.quick, deadline):
-                if not isinstance(record, Speed) or record.implementation == "fd":  # the table has the rest
+                if not isinstance(record, Bandwidth) or record.implementation == "fd":  # the table has the rest
                     print(record, flush=True)
-                print(json.dumps({"kind": type(record).__name__.lower(), **asdict(record)}), file=file, flush=True)
+                print(json.dumps({"kind": kind_of(record), **asdict(record)}), file=file, flush=True)
                 status |= isinstance(record, Check) and record.result == "failed"
         except Exception:
             traceback.print_exc()
@@ -249,6 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_parts(options, report)
     except KeyboardInterrupt:
         interrupted = True
-    written = gpu_report.write(report, report_path(options.json, machine))
-    print("", *gpu_report.summary(report), "Written: " + ", ".join(map(str, written)), sep="\n")
-    return 130 if interrupted else int(bool(gpu_report.failed(report)))
+    written = write(report, report_path(options.json, machine))
+    print("", *summary(report), "Written: " + ", ".join(map(str, written)), sep="\n")
+    return 130 if interrupted else int(bool(failed(report)))

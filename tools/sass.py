@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LIMITS = {"c10::Half": 14, "c10::BFloat16": 14, "float": 13}  # instructions an element, with 32-bit block numbers
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
@@ -217,7 +218,7 @@ def main() -> None:
     )
     text = report(kernels, broadcasts)
     print(text)
-    Path(__file__).parent.joinpath("results", "sass.md").write_text(text)
+    RESULTS.joinpath("sass.md").write_text(text)
     images = output(find_tool(), "--list-ptx", str(library))
     faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
     faults += [

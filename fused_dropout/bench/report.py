@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .modules import Dropout
-from .statistics import correlations
+from ..modules import Dropout
+from ..testing.statistics import correlations
 from .tables import Record, describe, mebibytes
 
 TORCH, OURS, FLOOR = "#D55E00", "#0072B2", "#999999"
@@ -45,7 +45,7 @@ def _legend_below(figure: Figure, axis: Any) -> None:
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
 
 
-def _spread(records: list[Record]) -> list[list[float]]:
+def _error_bars(records: list[Record]) -> list[list[float]]:
     """How far 10th and 90th percentile lie from the ratios, as error bars want it."""
     below = [max(0, r["ratio"] - r["ratio_p10"]) for r in records]
     return [below, [max(0, r["ratio_p90"] - r["ratio"]) for r in records]]
@@ -91,7 +91,7 @@ def plot_speedup(result: Result, device: str) -> Figure | None:
             of = {r["numel"]: r for r in records if r["dtype"] == dtype}
             there = [n for n in sizes if n in of]
             heights = [of[n]["ratio"] for n in there]
-            spread = _spread([of[n] for n in there])
+            spread = _error_bars([of[n] for n in there])
             places = [sizes.index(n) + (i - 1) * 0.27 for n in there]
             axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor="#888888", label=dtype)
         axis.axhline(1, color="#888888", linewidth=1)
@@ -132,7 +132,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
         workloads = list(dict.fromkeys(r["workload"] for r in here))
         for i, name in enumerate(("fd.Dropout", "p = 0")):
             of = [next(r for r in here if r["workload"] == w and r["module"] == name) for w in workloads]
-            spread = _spread(of)
+            spread = _error_bars(of)
             places = [j + (i - 0.5) * 0.38 for j in range(len(workloads))]
             axis.barh(
                 places, [r["ratio"] for r in of], 0.36, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
@@ -28,31 +27,9 @@ if os.environ.get(HIDE_EAGER):
     sys.modules["fused_dropout._eager"] = None
 
 import fused_dropout as fd  # noqa: E402
-from fused_dropout.bench import P, describe_environment  # noqa: E402
-
-SAMPLE_NS = 2e6
-MIN_ROUNDS = 9
-
-
-@dataclass
-class Contender:
-    call: Callable[[], object]
-    prepare: Callable[[], object] = lambda: None  # before each sample, not timed
-    units: int = 1  # of work in a call
-    calls: int = 1  # in a sample
-
-    def sample(self) -> float:
-        """Nanoseconds."""
-        self.prepare()
-        start = time.perf_counter_ns()
-        for _ in range(self.calls):
-            self.call()
-        return time.perf_counter_ns() - start
-
-    def warm_up(self) -> None:
-        self.sample()
-        while self.sample() < SAMPLE_NS:
-            self.calls *= 2
+from fused_dropout.bench.environment import describe_environment  # noqa: E402
+from fused_dropout.bench.timing import Contender, Speed, rounds  # noqa: E402
+from fused_dropout.bench.workloads import P  # noqa: E402
 
 
 def _values(log2: int, dtype: str = "float32") -> Tensor:
@@ -81,7 +58,7 @@ def forward_or_product(log2: int) -> list[Contender]:
 
 # In place the values grow: each sample begins with ones. The samples of small tensors are longer than any value lives.
 def _in_place(x: Tensor, call: Callable[[], object]) -> Contender:
-    return Contender(call, partial(x.fill_, 1.0), units=x.numel())
+    return Contender(call, prepare=partial(x.fill_, 1.0), units=x.numel())
 
 
 def in_place_or_product(log2: int) -> list[Contender]:
@@ -100,7 +77,8 @@ def channels(*shape: int, dtype: str = "float32", inplace: bool = False, last: b
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def run(dropout2d: Callable[..., Tensor]) -> Contender:
-        return Contender(partial(dropout2d, x, P, True, inplace), partial(x.fill_, 1.0) if inplace else lambda: None)
+        prepare = partial(x.fill_, 1.0) if inplace else lambda: None
+        return Contender(partial(dropout2d, x, P, True, inplace), prepare=prepare)
 
     return [run(fd.dropout2d), run(F.dropout2d)]
 
@@ -112,7 +90,7 @@ def threads(log2: int, *counts: int) -> list[Contender]:
         torch.set_num_threads(count)
         call()  # wakes them
 
-    return [Contender(call, partial(prepare, count)) for count in counts]
+    return [Contender(call, prepare=partial(prepare, count)) for count in counts]
 
 
 def training_step(*sizes: int) -> list[Contender]:
@@ -184,30 +162,21 @@ ROWS = (
 )
 
 
-def interleave(contenders: Sequence[Contender], seconds: float) -> list[list[float]]:
-    """Nanoseconds for a unit of work: for each contender, one number a round."""
-    deadline = time.perf_counter() + seconds
-    for contender in contenders:
-        contender.warm_up()
-    rounds: list[list[float]] = []
-    while len(rounds) < MIN_ROUNDS or time.perf_counter() < deadline:
-        rounds.append([contender.sample() / (contender.calls * contender.units) for contender in contenders])
-    return [list(times) for times in zip(*rounds, strict=True)]
-
-
 def measure_case(case: partial, row: Row) -> dict:
     torch.set_num_threads(1)
-    times = interleave(case(), row.seconds)
-    medians = [median(of_one) for of_one in times]
+    contenders, end = case(), time.perf_counter() + row.seconds
+    for contender in contenders:
+        contender.warm_up()
+    times = list(rounds(dict(enumerate(contenders)), end).values())
+    medians = [Speed.of(of_one).ns.median for of_one in times]
     ours, other = times[:2]
     if len(times) > 2:  # the worst and the best
         ours, other = (times[medians.index(choose(medians))] for choose in (max, min))
-    pairs = zip(ours, other, strict=True)
-    ratios = [theirs / mine if row.direction == ">=" else mine / theirs for mine, theirs in pairs]
-    p10, *_, p90 = quantiles(ratios, n=10, method="inclusive")
+    ratio = Speed.of(ours, other).ratio if row.direction == ">=" else Speed.of(other, ours).ratio
     options = [f"{name}={value}" for name, value in case.keywords.items()]
     label = " ".join(map(str, (case.func.__name__, *case.args, *options)))
-    return {"case": label, "ratio": median(ratios), "p10": p10, "p90": p90, "rounds": len(ratios), "ns": medians}
+    spread = {"ratio": ratio.median, "p10": ratio.p10, "p90": ratio.p90}
+    return {"case": label, **spread, "rounds": len(ours), "ns": medians}
 
 
 def measure(row: Row) -> list[dict]:

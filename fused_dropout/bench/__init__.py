@@ -1,0 +1,1 @@
+"""How fast is it? ``command`` is ``python -m fused_dropout bench``, ``gpu`` what needs a CUDA device."""

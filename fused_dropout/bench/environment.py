@@ -1,0 +1,35 @@
+"""The machine and the versions that a measurement was made with."""
+
+import os
+import platform
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..build_info import backend_info
+
+
+def search(path: str, pattern: str) -> str | None:
+    found = re.search(pattern, Path(path).read_text()) if Path(path).exists() else None
+    return found and found.group(1)
+
+
+def describe_environment() -> dict[str, object]:
+    """All but what was measured; load is what the machine was busy with before, so that noise has a name."""
+    info = backend_info()
+    return {
+        "fused_dropout": info.version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": search("/proc/cpuinfo", r"model name\s*: (.*)") or platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "driver": search("/proc/driver/nvidia/version", r"Kernel Module\D.*?\s(\d+\.[\d.]+)\s"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "backend_info": asdict(info),
+    }

@@ -1,0 +1,52 @@
+"""What is wrong with a dropout's masks: tests that can fail, for any callable that drops.
+
+    report = testing.check(my_dropout, p=0.1)    # any fn(x) -> y in training mode: ours, torch's, a compiled block
+    print(report)                                # a table of all tests, then what is wrong
+    assert not report.faults
+
+``check`` samples masks and runs every test on them: those of ``statistics``, which take masks and can be used by
+themselves, and those of ``callables``, which take the callable. What must hold exactly, such as one mask in forward and
+backward, is compared element by element, never by statistics. ``python -m fused_dropout check`` does it from the
+command line.
+"""
+
+from .callables import Report, check, draws_nothing, same_mask, same_mask_in_backward, sample
+from .statistics import (
+    ALPHA,
+    Result,
+    autocorrelation,
+    blocks,
+    collisions,
+    cross_correlation,
+    dispersion,
+    identical,
+    mean,
+    rate,
+    runs,
+    scale,
+    uniformity,
+    variance,
+)
+
+__all__ = [
+    "ALPHA",
+    "Report",
+    "Result",
+    "autocorrelation",
+    "blocks",
+    "check",
+    "collisions",
+    "cross_correlation",
+    "dispersion",
+    "draws_nothing",
+    "identical",
+    "mean",
+    "rate",
+    "runs",
+    "same_mask",
+    "same_mask_in_backward",
+    "sample",
+    "scale",
+    "uniformity",
+    "variance",
+]
