@@ -12,7 +12,6 @@ from helpers import assert_same, for_operators, key_tensor, values
 PHILOX, MASKS, ELEMENTS = golden.read()
 CONTIGUOUS = [m for m in MASKS if m.strides == torch.empty(m.shape, device="meta").stride()]
 OTHER = [m for m in MASKS if m not in CONTIGUOUS]
-HAVE_INDEX_STRIDES = "index_strides" in str(torch.ops.fused_dropout.apply.default._schema)
 NEIGHBOURS = 200  # around an element, to bring it into the middle of a kernel's vectors
 
 
@@ -71,7 +70,6 @@ def test_masks_of_dense_tensors(ops, device):
         check(ops, m, x, m.start)
 
 
-@pytest.mark.skipif(not HAVE_INDEX_STRIDES, reason="the operators take no index strides yet")
 @for_operators
 def test_masks_with_index_strides(ops, device):
     """Every record with its index strides given, on a contiguous tensor and on one with reversed dimensions."""
