@@ -86,6 +86,7 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 		cpu=$${machine%:*} isa=$${machine#*:}; echo "$$cpu has to choose $$isa"; \
 		test "$$(qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --dispatch)" = $$isa && \
 		qemu-x86_64 -cpu $$cpu build/cpu-kernels-test && \
+		qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --golden tests/mask_v1.txt && \
 		qemu-x86_64 -cpu $$cpu $(PY) -W ignore tools/check_isa.py $$isa || exit 1; \
 	done 2> >(grep -v "TCG doesn't support" >&2)
 	@# Kernels of more than the CPU has, run by force, are stopped: it would have been noticed.
@@ -93,7 +94,8 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 		qemu-x86_64 -cpu $${machine%:*} build/cpu-kernels-test --force $${machine#*:} 2>/dev/null \
 			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
 	done
-	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64
+	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64 && \
+		qemu-aarch64 build/cpu-kernels-aarch64 --golden tests/mask_v1.txt
 
 inductor: build/installed-cuda ## what torch.compile makes of dropout for a GPU, from Inductor and Triton without one: kernels, instructions
 	$(CUDA_PY) -W ignore tools/inductor.py | tee benchmarks/results/inductor.md
@@ -112,6 +114,7 @@ randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, Te
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, one minute
 	build/cpu-kernels-asan
+	build/cpu-kernels-asan --golden tests/mask_v1.txt
 	build/cpu-kernels-tsan --threads
 
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
@@ -121,13 +124,13 @@ lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the
 	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 	$(PY) -m mypy
 
 format: build/dev$(subst /,-,$(VENV)) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.[ch]* csrc/simd/* tests/*.cpp
+	$(VENV)/bin/clang-format -i csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 
 clean: ## remove what was built, and the environments
 	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
@@ -158,7 +161,7 @@ build/cpu-kernels-aarch64: SANITIZE = -O3 -static
 build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread
 
-build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) $(wildcard csrc/*.h csrc/simd/*.h)
+build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) tests/golden.h $(wildcard csrc/*.h csrc/simd/*.h)
 	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
 		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
 

@@ -1,5 +1,6 @@
 """The mask contract in plain integers, written from its description alone: no code is shared with the library, so that
-equality with this file means something. Below the line, the same for many elements at once, in numpy and torch."""
+equality with this file means something; and its inverse, to make elements with a given draw and tie. Below the line,
+the same for many elements at once, in numpy and torch."""
 
 import math
 
@@ -58,6 +59,30 @@ def keep_list(seed, offset, p, n, start=0):
         everything = words[0] ^ words[1] ^ words[2] ^ words[3]  # XOR a word out again, and the other three are left
         kept += [((w >> half & 0xFFFF) << 32 | everything ^ w) < threshold(p) for w in words for half in (0, 16)]
     return kept[start % 8 : start % 8 + n] if 0 < p < 1 else [p == 0] * n
+
+
+def philox_backwards(words, seed):
+    """The counter that Philox turns into these words."""
+    c0, c1, c2, c3 = words
+    inverse0, inverse1 = pow(0xD2511F53, -1, 2**32), pow(0xCD9E8D57, -1, 2**32)
+    for r in reversed(range(10)):
+        k0, k1 = seed + r * 0x9E3779B9 & LOW32, (seed >> 32) + r * 0xBB67AE85 & LOW32
+        a, b = c3 * inverse0 & LOW32, c1 * inverse1 & LOW32
+        c0, c1, c2, c3 = a, c0 ^ (0xCD9E8D57 * b >> 32) ^ k0, b, c2 ^ (0xD2511F53 * a >> 32) ^ k1
+    return c0, c1, c2, c3
+
+
+def forge(rng, half, wanted_draw, wanted_tie):
+    """seed, offset and i of an element at place `half` of its block with this draw and this tie."""
+    while True:
+        seed, other, a, b = rng.getrandbits(64), rng.getrandbits(16), rng.getrandbits(32), rng.getrandbits(32)
+        words = [a, b, a ^ b ^ wanted_tie]
+        words.insert(half // 2, other << 16 | wanted_draw if half % 2 == 0 else wanted_draw << 16 | other)
+        c0, c1, c2, c3 = philox_backwards(words, seed)
+        offset, i = c1 << 32 | c0, 8 * (c3 << 32 | c2) + half
+        if 2**12 < i < 2**63 - 2**12:  # an index is an int64, and needs room for neighbours
+            assert (draw(seed, offset, i), tie(seed, offset, i)) == (wanted_draw, wanted_tie)
+            return seed, offset, i
 
 
 # ----------------------------------------------------------------------------------------------------------------------

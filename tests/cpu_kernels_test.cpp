@@ -4,10 +4,12 @@
 //
 //   cpu_kernels_test [avx512 | avx2 | portable ...]   those, or without a name all that this CPU has
 //   cpu_kernels_test --threads [...]                  a few threads side by side in one buffer, for a thread sanitizer
+//   cpu_kernels_test --golden tests/mask_v1.txt [...] the golden masks instead
 //   cpu_kernels_test --dispatch                       the name of the best
 //   cpu_kernels_test --force ...                      even what the CPU lacks: proof that it is noticed
 //
 // Exit status 77 where the CPU lacks what was named.
+#include "golden.h"
 #include "simd/kernels.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -28,6 +30,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -547,6 +550,12 @@ int main(int count, char** arguments) {
     }
   }
   const bool threads = option("--threads");
+  std::unique_ptr<GoldenMasks> golden;
+  if (option("--golden")) {
+    if (wanted.empty()) return std::puts("--golden: which file?"), 2;
+    golden = std::make_unique<GoldenMasks>(wanted.front());
+    wanted.erase(wanted.begin());
+  }
   const bool force = option("--force");
   for (const std::string& name : wanted) {
     const auto same = [&](const Set& set) { return name == set.kernels.isa; };
@@ -557,7 +566,8 @@ int main(int count, char** arguments) {
   for (const Set& set : sets) {
     const bool named = std::find(wanted.begin(), wanted.end(), set.kernels.isa) != wanted.end();
     if (wanted.empty() ? !set.supported : !named) continue;
-    std::printf("ok %s %" PRId64 "\n", set.kernels.isa, run(set.kernels, threads));
+    const int64_t checked = golden ? golden->check(set.kernels) : run(set.kernels, threads);
+    std::printf("ok %s %" PRId64 "\n", set.kernels.isa, checked);
     std::fflush(stdout);
   }
   return 0;

@@ -1,8 +1,7 @@
-"""Shared by the bit-exact tests: inputs, the contract's answer for any layout, and elements made to order."""
+"""Shared by the bit-exact tests: inputs, and the contract's answer for any layout."""
 
 import itertools
 import math
-import random
 
 import contract
 import pytest
@@ -77,27 +76,3 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     got = got.detach().cpu()
     same = (got.view(BITS[got.dtype]) == want.view(BITS[want.dtype])) | (got.isnan() & want.isnan())
     assert same.all(), f"{int((~same).sum())} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
-
-
-def philox_backwards(words, seed):
-    """The counter that Philox turns into these words."""
-    c0, c1, c2, c3 = words
-    inverse0, inverse1 = pow(0xD2511F53, -1, 2**32), pow(0xCD9E8D57, -1, 2**32)
-    for r in reversed(range(10)):
-        k0, k1 = seed + r * 0x9E3779B9 & contract.LOW32, (seed >> 32) + r * 0xBB67AE85 & contract.LOW32
-        a, b = c3 * inverse0 & contract.LOW32, c1 * inverse1 & contract.LOW32
-        c0, c1, c2, c3 = a, c0 ^ (0xCD9E8D57 * b >> 32) ^ k0, b, c2 ^ (0xD2511F53 * a >> 32) ^ k1
-    return c0, c1, c2, c3
-
-
-def forge(rng: random.Random, half: int, draw: int, tie: int) -> tuple[int, int, int]:
-    """seed, offset and i of an element at place `half` of its block with this draw and this tie."""
-    while True:
-        seed, own, a, b = rng.getrandbits(64), rng.getrandbits(16), rng.getrandbits(32), rng.getrandbits(32)
-        words = [a, b, a ^ b ^ tie]
-        words.insert(half // 2, own << 16 | draw if half % 2 == 0 else draw << 16 | own)
-        c0, c1, c2, c3 = philox_backwards(words, seed)
-        offset, i = c1 << 32 | c0, 8 * (c3 << 32 | c2) + half
-        if 2**12 < i < 2**63 - 2**12:  # an index is an int64, and needs room for neighbours
-            assert (contract.draw(seed, offset, i), contract.tie(seed, offset, i)) == (draw, tie)
-            return seed, offset, i

@@ -34,14 +34,6 @@ def test_kernels_need_no_cxx_symbol_of_torch():
     assert [name for name in needed if re.search(r"\b(at|c10|torch)::", name)] == []
 
 
-def test_mask_is_defined_once():
-    """No kernel and no binding repeats the contract: its constants stand in philox.h, its rule in mask.h."""
-    for source in CSRC.rglob("*.[ch]*"):
-        text = source.read_text()
-        assert ("0xD2511F53" in text) == (source.name == "philox.h")
-        assert ("draw) << 32 | tie" in text) == (source.name == "mask.h")
-
-
 @pytest.mark.parametrize(
     ("asked", "compiler", "kept"),
     [

@@ -9,6 +9,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from helpers import DTYPES, assert_same, expected, for_dtypes, key_tensor, values
@@ -37,10 +38,11 @@ def program(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("mode", [[], ["--threads"]], ids=["alone", "threads"])
+@pytest.mark.parametrize("mode", [[], ["--threads"], ["--golden", golden.FILE]], ids=["alone", "threads", "golden"])
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_kernels_against_a_scalar_loop(program, isa, mode):
-    """Bit for bit over lengths, alignments, far indices and ties, up to the last byte before an unmapped page."""
+def test_kernels(program, isa, mode):
+    """Against a scalar loop over lengths, alignments, far indices and ties, up to the last byte before a closed page;
+    threads side by side in one buffer; and against the golden masks."""
     if isa != "portable" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("not an x86 CPU")
     done = subprocess.run([program, *mode, isa], capture_output=True, text=True, timeout=120)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import contract
+import golden
 import pytest
 from helpers import EDGES, PROBABILITIES
 
@@ -41,22 +42,17 @@ def words(*values):
     return (ctypes.c_uint32 * len(values))(*values)
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-)
-def test_known_answers_of_random123(host, counter, key, expected):
-    out = words(0, 0, 0, 0)
-    host.philox_words(words(*counter), words(*key), out)
-    assert list(out) == expected
+def test_golden_masks(host):
+    """The known answers of Philox, and keep() of every element in mask_v1.txt."""
+    known, masks, elements = golden.read()
+    for p in known:
+        out = words(0, 0, 0, 0)
+        host.philox_words(words(*p.counter), words(*p.key), out)
+        assert tuple(out) == p.words
+    for m in masks:
+        assert tuple(host.keep_index(m.seed, m.offset, i, m.p) for i in m.indices) == m.kept, m
+    for e in elements:
+        assert host.keep_index(e.seed, e.offset, e.index, e.p) == e.kept, e
 
 
 def test_threshold(host):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_FAKE_GPU
-from helpers import DTYPES, assert_same, expected, for_dtypes, forge, key_tensor, values
+from helpers import DTYPES, assert_same, expected, for_dtypes, key_tensor, values
 from torch.utils._python_dispatch import _disable_current_modes
 
 import fused_dropout as fd
@@ -340,7 +340,7 @@ def test_threshold(dtype, k):
 def test_ties(dtype, draw):
     """An element whose draw is the threshold's: dropped by one, kept by one, at each place of a block."""
     for half, (tie, lead) in itertools.product(range(8), ((0, 0), (2**32 - 1, 1))):  # in vectors, and one by one
-        seed, offset, i = forge(random.Random(half), half, draw, tie)
+        seed, offset, i = contract.forge(random.Random(half), half, draw, tie)
         for k in {draw << 32 | tie, (draw << 32 | tie) + 1} - {0, 2**48}:
             options = {"p": 1 - k / 2**48, "start": i - 11, "key": (seed, offset), "leads": (lead, lead), "block": 8}
             assert run(dtype, WIDE, dense(20), **options)[0, 11] == (k > draw << 32 | tie)

@@ -23,7 +23,6 @@ from helpers import (
     expected_mask,
     for_dtypes,
     for_operators,
-    forge,
     key_tensor,
     values,
 )
@@ -120,7 +119,7 @@ def test_tie_rule_is_a_48_bit_comparison(device, ops, half, dtype):
     cases = list(itertools.product([0, 1, 0x7FFF, 0x8000, 0xFFFF], [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
     for draw, tie in cases if device == "cpu" else rng.sample(cases, 2):
         number = draw << 32 | tie
-        element = forge(rng, half, draw, tie)
+        element = contract.forge(rng, half, draw, tie)
         for k in range(max(number - 1, 1), min(number + 2, 2**48)):
             p = 1 - k / 2**48  # exact: k has 48 bits
             assert contract.threshold(p) == k
@@ -134,7 +133,7 @@ def test_threshold_of_every_probability(device, ops, p):
     rng = random.Random(p)
     for dtype in DTYPES if device == "cpu" else rng.sample(DTYPES, 1):
         for number, kept in ((contract.threshold(p) - 1, True), (contract.threshold(p), False)):
-            element = forge(rng, rng.randrange(8), number >> 32, number & contract.LOW32)
+            element = contract.forge(rng, rng.randrange(8), number >> 32, number & contract.LOW32)
             assert_decides(ops, dtype, device, p, element, kept)
 
 

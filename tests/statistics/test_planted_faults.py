@@ -11,7 +11,7 @@ import contract
 import pytest
 import torch
 from common import fine, one_thread, wrong  # noqa: F401
-from helpers import forge, key_tensor
+from helpers import key_tensor
 
 from fused_dropout import reference as original
 from fused_dropout import rng, testing
@@ -401,7 +401,7 @@ def test_tie_rule_is_caught_by_arithmetic(fault):
     disagree = 0
     for half in range(8):
         for tie in (low - 1, low):
-            seed, offset, i = forge(random.Random(half), half, high, tie)
+            seed, offset, i = contract.forge(random.Random(half), half, high, tie)
             kept = [d.flat(1, key_tensor(seed, offset), start=i).item() for d in (Healthy(), fault())]
             assert kept[0] == (tie < low)
             disagree += kept[0] != kept[1]
