@@ -130,7 +130,9 @@ class Walk {
     const Dim row = args_.dims[0], next = args_.dims[1];
     const int64_t most_blocks = (row.size + 2 * (kBlock - 1)) / kBlock;
     const int64_t rows = std::min({n / row.size, next.size - at_[1], kBlocks / most_blocks});
-    const auto blocks_of = [&](uint64_t index) { return (static_cast<int64_t>(index % kBlock) + row.size + 7) / kBlock; };
+    const auto blocks_of = [&](uint64_t index) {
+      return (static_cast<int64_t>(index % kBlock) + row.size + 7) / kBlock;
+    };
     int64_t count = 0;
     uint64_t index = index_;
     const T* x = this->x();
@@ -310,8 +312,8 @@ class Walk {
   std::vector<int64_t> at_;
   int64_t x_ = 0, y_ = 0;
   uint64_t index_;
-  // Blocks up to drawn_ have their flags; those up to count_ are to be drawn. The last run that was added begins in block
-  // number first_, which stands at from_.
+  // Blocks up to drawn_ have their flags; those up to count_ are to be drawn. The last run that was added begins in
+  // block number first_, which stands at from_.
   int64_t count_ = 0, drawn_ = 0, from_ = 0, runs_ = 0, scattered_ = 0;
   uint64_t first_ = kNone;
   Run run_[kRuns];
@@ -319,8 +321,9 @@ class Walk {
   uint16_t flags_[(kBlocks + kBlockPadding) * kBlock], places_[kFlags];
 };
 
-// A window whose innermost dimension in memory is not the one along which indices are consecutive, such as a gradient in
-// another layout than forward's. It is visited in tiles of both dimensions, so that no block is drawn more than twice.
+// A window whose innermost dimension in memory is not the one along which indices are consecutive, such as a gradient
+// in another layout than forward's. It is visited in tiles of both dimensions, so that no block is drawn more than
+// twice.
 template <typename T>
 class Tiles {
  public:
@@ -428,7 +431,8 @@ void run_cpu(const KernelArgs& args) {
 
 // The n keys that n calls draw from the CPU's default generator: keys.draw_keys in one call.
 Tensor draw_cpu_keys(int64_t n) {
-  const auto empty = [n](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
+  const auto empty = [n](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                         ScalarType dtype) {
     AtenTensorHandle x = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype_code(dtype),
                                                     aoti_torch_device_type_cpu(), 0, &x));

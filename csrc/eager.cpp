@@ -48,14 +48,16 @@ at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
 }
 
 Tensor apply(const Tensor& x, const Mask& mask) {
-  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt,
-                                              at::OptionalSymIntArrayRef, std::optional<double>)>("fused_dropout::apply");
+  static const auto op =
+      find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
+                           std::optional<double>)>("fused_dropout::apply");
   return op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
 }
 
 void apply_(const Tensor& x, const Mask& mask) {
-  static const auto op = find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt,
-                                            at::OptionalSymIntArrayRef, std::optional<double>)>("fused_dropout::apply_");
+  static const auto op =
+      find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
+                         std::optional<double>)>("fused_dropout::apply_");
   op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
 }
 
@@ -68,7 +70,8 @@ bool serves(c10::DeviceType device) {
   return device == at::kCPU;
 }
 
-// Whether the kernels can take this tensor as it is, outside every transform, mode and tracer. Python decides on the rest.
+// Whether the kernels can take this tensor as it is, outside every transform, mode and tracer. Python decides on the
+// rest.
 bool takes_fast_path(const Tensor& x) {
   using c10::DispatchKey;
   static const auto kPlainTensor =
@@ -96,7 +99,8 @@ bool is_readable(const Tensor& key) {
 
 #ifdef FUSED_DROPOUT_CUDA
 // Seed and Philox offset / 4 of the generator, which moves on by one counter step for each key. During a graph capture
-// both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them there.
+// both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them
+// there.
 Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
@@ -162,8 +166,9 @@ std::vector<int64_t> row_major(at::IntArrayRef sizes) {
 
 // The operator in torch's own operations, for which every transform has its rules: autograd.compose in Python.
 Tensor compose(const Tensor& x, const Mask& mask) {
-  static const auto op = find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt,
-                                              at::OptionalSymIntArrayRef)>("fused_dropout::keep_mask");
+  static const auto op =
+      find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef)>(
+          "fused_dropout::keep_mask");
   std::vector<int64_t> shape = x.sizes().vec();
   for (size_t d = 0; d < shape.size(); ++d) {
     if ((*mask.index_strides)[d] == 0) shape[d] = 1;

@@ -2,8 +2,8 @@
 // docs/mask-v1.md specifies it. It is fixed bit for bit, for CUDA, every CPU path and fused_dropout/reference.py alike:
 // if one of them decided an element in another way, its gradient would belong to another mask.
 //
-// On CUDA keep() decides each element. On a CPU the vector layers of simd/ compare 16-bit draws with draw_limit(), which
-// decides almost all elements; keep() decides those of a group in which a draw equals the limit.
+// On CUDA keep() decides each element. On a CPU the vector layers of simd/ compare 16-bit draws with draw_limit(),
+// which decides almost all elements; keep() decides those of a group in which a draw equals the limit.
 #pragma once
 
 #include "philox.h"
@@ -56,8 +56,8 @@ static inline uint16_t draw_limit(uint64_t threshold) {
   return static_cast<uint16_t>(high < 0xFFFF ? high : 0xFFFF);
 }
 
-// Does the element in this slot (its index modulo 8) of the block survive? If its draw equals the threshold's high part,
-// the tie decides: the XOR of the block's three other words.
+// Does the element in this slot (its index modulo 8) of the block survive? If its draw equals the threshold's high
+// part, the tie decides: the XOR of the block's three other words.
 FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, uint64_t threshold) {
   // Not words.w[slot / 2]: a slot unknown at compile time would put the words into memory.
   const uint32_t front = slot < 2 ? words.w[0] : words.w[1], back = slot < 6 ? words.w[2] : words.w[3];

@@ -1,5 +1,6 @@
 // The operators, whatever the device: what they check, what they allocate, and how a tensor and a window of indices
-// become the dimensions that the kernels work on. Only LibTorch's stable ABI: one binary serves every torch from 2.11 on.
+// become the dimensions that the kernels work on. Only LibTorch's stable ABI: one binary serves every torch from 2.11
+// on.
 #pragma once
 
 #include "mask.h"
@@ -44,8 +45,8 @@ struct KernelArgs {
 
 using Kernel = void (*)(const KernelArgs&);
 
-// Element (r, c) is read at r * x + c, written at r * y + c, and has index start + r * index + c. The commonest windows:
-// dense tensors are one row, slices of columns are many.
+// Element (r, c) is read at r * x + c, written at r * y + c, and has index start + r * index + c. The commonest
+// windows: dense tensors are one row, slices of columns are many.
 struct Rows {
   int64_t count, length, x, y, index;
 };
@@ -87,7 +88,8 @@ inline std::vector<int64_t> row_major(const Tensor& x) {
 inline void check_window(const Tensor& x, int64_t start, const Strides& index_strides) {
   STD_TORCH_CHECK(start >= 0, "start has to be 0 or more, but got ", start);
   if (!index_strides) {
-    STD_TORCH_CHECK(start <= INT64_MAX - std::max<int64_t>(x.numel() - 1, 0), "the largest element index has to be below 2**63");
+    STD_TORCH_CHECK(start <= INT64_MAX - std::max<int64_t>(x.numel() - 1, 0),
+                    "the largest element index has to be below 2**63");
     return;
   }
   STD_TORCH_CHECK(static_cast<int64_t>(index_strides->size()) == x.dim(), "index_strides needs one stride for each of ",

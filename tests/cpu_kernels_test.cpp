@@ -47,7 +47,7 @@ struct Case {
   const char *isa, *dtype, *part;
   uint64_t index;
   int64_t n;
-  Draw draw;
+  MaskParams params;
   const void *x, *y;
 } current;
 
@@ -55,8 +55,8 @@ void describe(const char* what) {
   const Case& c = current;
   std::printf("FAILED %s\n  kernels %s, %s, %s: index %" PRIu64 ", n %" PRId64 ", threshold %" PRIu64
               ", scale %.17g, key %" PRIu64 " %" PRIu64 "\n  x %% 64 = %d, y %% 64 = %d, %s\n",
-              what, c.isa, c.dtype, c.part, c.index, c.n, c.draw.threshold, c.draw.scale, c.draw.key.seed,
-              c.draw.key.offset, static_cast<int>(reinterpret_cast<uintptr_t>(c.x) % 64),
+              what, c.isa, c.dtype, c.part, c.index, c.n, c.params.threshold, c.params.scale, c.params.key.seed,
+              c.params.key.offset, static_cast<int>(reinterpret_cast<uintptr_t>(c.x) % 64),
               static_cast<int>(reinterpret_cast<uintptr_t>(c.y) % 64), c.x == c.y ? "in place" : "out of place");
   std::fflush(stdout);
 }
@@ -92,8 +92,8 @@ struct Dtype<float> {
   using Scalar = float;
   using Compute = float;
   static constexpr const char* name = "float32";
-  static auto kernel(const CpuKernels& k) { return k.float32; }
-  static auto select(const CpuKernels& k) { return k.select_float32; }
+  static auto kernel(const CpuKernels& k) { return k.float32.drop; }
+  static auto select(const CpuKernels& k) { return k.float32.select; }
 };
 template <>
 struct Dtype<double> {
@@ -101,8 +101,8 @@ struct Dtype<double> {
   using Scalar = double;
   using Compute = double;
   static constexpr const char* name = "float64";
-  static auto kernel(const CpuKernels& k) { return k.float64; }
-  static auto select(const CpuKernels& k) { return k.select_float64; }
+  static auto kernel(const CpuKernels& k) { return k.float64.drop; }
+  static auto select(const CpuKernels& k) { return k.float64.select; }
 };
 template <>
 struct Dtype<Half> {
@@ -110,8 +110,8 @@ struct Dtype<Half> {
   using Scalar = torch::headeronly::Half;
   using Compute = float;
   static constexpr const char* name = "float16";
-  static auto kernel(const CpuKernels& k) { return k.float16; }
-  static auto select(const CpuKernels& k) { return k.select_float16; }
+  static auto kernel(const CpuKernels& k) { return k.float16.drop; }
+  static auto select(const CpuKernels& k) { return k.float16.select; }
 };
 template <>
 struct Dtype<BFloat16> {
@@ -119,8 +119,8 @@ struct Dtype<BFloat16> {
   using Scalar = torch::headeronly::BFloat16;
   using Compute = float;
   static constexpr const char* name = "bfloat16";
-  static auto kernel(const CpuKernels& k) { return k.bfloat16; }
-  static auto select(const CpuKernels& k) { return k.select_bfloat16; }
+  static auto kernel(const CpuKernels& k) { return k.bfloat16.drop; }
+  static auto select(const CpuKernels& k) { return k.bfloat16.select; }
 };
 template <>
 struct Dtype<bool> {
@@ -169,22 +169,22 @@ bool is_nan(Bits<T> bits) {
 
 // The scalar loop.
 template <typename T>
-Bits<T> expected(Bits<T> x, uint64_t index, const Words& words, const Draw& draw) {
-  const bool kept = keep(words, static_cast<int>(index % kBlock), draw.threshold);
+Bits<T> expected(Bits<T> x, uint64_t index, const Words& words, const MaskParams& params) {
+  const bool kept = keep(words, static_cast<int>(index % kBlock), params.threshold);
   if constexpr (std::is_same<T, bool>::value) {
     return kept;
   } else {
-    const auto s = static_cast<typename Dtype<T>::Compute>(draw.scale);
+    const auto s = static_cast<typename Dtype<T>::Compute>(params.scale);
     return bits_as<Bits<T>>(drop_or_scale(kept, bits_as<typename Dtype<T>::Scalar>(x), s));
   }
 }
 
 template <typename T>
-void call(const CpuKernels& kernels, const void* x, void* y, uint64_t index, int64_t n, const Draw& draw) {
+void call(const CpuKernels& kernels, const void* x, void* y, uint64_t index, int64_t n, const MaskParams& params) {
   if constexpr (std::is_same<T, bool>::value) {
-    kernels.mask(static_cast<bool*>(y), index, n, draw);
+    kernels.mask.drop(static_cast<bool*>(y), static_cast<bool*>(y), index, n, params);
   } else {
-    Dtype<T>::kernel(kernels)(static_cast<const T*>(x), static_cast<T*>(y), index, n, draw);
+    Dtype<T>::kernel(kernels)(static_cast<const T*>(x), static_cast<T*>(y), index, n, params);
   }
 }
 
@@ -223,12 +223,12 @@ constexpr Key kKeys[] = {{0x123456789ABCDEF0, 0x0FEDCBA987654321}, {0xFFFFFFFFFF
 constexpr uint64_t kBases[] = {
     0, two_to(32) - 9, two_to(32) - 100, two_to(35) - 9, two_to(35) - 100, two_to(63) - 9, two_to(63) - 100};
 
-Draw draw_of(double p, Key key = kKeys[0]) {
+MaskParams params_of(double p, Key key = kKeys[0]) {
   return {key, threshold(p), scale(p)};
 }
 
 // For a threshold of one's own making; the scale is as good as any other.
-Draw draw_of_k(uint64_t k, Key key = kKeys[0]) {
+MaskParams params_of_k(uint64_t k, Key key = kKeys[0]) {
   return {key, k, 1.25};
 }
 
@@ -236,7 +236,10 @@ template <typename T>
 class Tester {
  public:
   explicit Tester(const CpuKernels& kernels)
-      : kernels_(kernels), x_(kLongest * sizeof(T)), y_(kLongest * sizeof(T)), flags_(kLongest * sizeof(uint16_t)) {
+      : kernels_(kernels),
+        x_(kLongest * sizeof(T)),
+        y_(kLongest * sizeof(T)),
+        flags_((kLongest + 2 * kBlockPadding * kBlock) * sizeof(uint16_t)) {
     std::memset(x_.begin, kSentinel, x_.size);
     std::memset(y_.begin, kSentinel, y_.size);
     current.isa = kernels.isa;
@@ -257,9 +260,9 @@ class Tester {
   static constexpr bool kMask = std::is_same<T, bool>::value;
 
   // What all elements of [base, base + n) come from and have to become.
-  void prepare(const char* part, uint64_t base, int64_t n, const Draw& draw) {
+  void prepare(const char* part, uint64_t base, int64_t n, const MaskParams& params) {
     current.part = part;
-    draw_ = draw;
+    params_ = params;
     base_ = base;
     input_.resize(static_cast<size_t>(n));
     output_.resize(static_cast<size_t>(n));
@@ -267,10 +270,10 @@ class Tester {
     Words words = {};
     for (int64_t i = 0; i < n; ++i) {
       const uint64_t index = base + static_cast<uint64_t>(i);
-      if (i == 0 || index % kBlock == 0) words = block_words(draw.key, index / kBlock);
+      if (i == 0 || index % kBlock == 0) words = block_words(params.key, index / kBlock);
       input_[i] = value<T>(static_cast<uint64_t>(i));
-      output_[i] = expected<T>(input_[i], index, words, draw);
-      kept_[i] = keep(words, static_cast<int>(index % kBlock), draw.threshold) ? 0xFFFF : 0;
+      output_[i] = expected<T>(input_[i], index, words, params);
+      kept_[i] = keep(words, static_cast<int>(index % kBlock), params.threshold) ? 0xFFFF : 0;
     }
   }
 
@@ -289,23 +292,25 @@ class Tester {
     if (!kMask) std::memcpy(x, input, bytes);
     current.index = base_ + static_cast<uint64_t>(first);
     current.n = n;
-    current.draw = draw_;
+    current.params = params_;
     current.x = x;
     current.y = y;
-    call<T>(kernels_, x, y, current.index, n, draw_);
+    call<T>(kernels_, x, y, current.index, n, params_);
     ++cases_;
     compare(y, wanted, n);
-    if constexpr (!kMask) {
+    if constexpr (kMask) {
+      check_flags(first, n, y_place);
+    } else {
       if (in_place) std::memcpy(x, input, bytes);
       uint8_t* flags = at(flags_, y_place, n * sizeof(uint16_t), y_inside / sizeof(T) * sizeof(uint16_t));
       std::memcpy(flags, kept_.data() + first, n * sizeof(uint16_t));
       Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
-                                 reinterpret_cast<const uint16_t*>(flags), n, draw_.scale);
+                                 reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
       compare(y, wanted, n);
       // All are kept if there are no flags.
       if (std::find(kept_.begin() + first, kept_.begin() + first + n, 0) == kept_.begin() + first + n) {
         if (in_place) std::memcpy(x, input, bytes);
-        Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n, draw_.scale);
+        Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n, params_.scale);
         compare(y, wanted, n);
       }
     }
@@ -317,6 +322,23 @@ class Tester {
     untouched(y - std::min<size_t>(kMargin, y - y_.begin), y, "before");
     uint8_t* end = y_.begin + y_.size;
     untouched(y + bytes, y + bytes + std::min<size_t>(kMargin, end - (y + bytes)), "after");
+  }
+
+  // The flags of the blocks of these elements, in falling order.
+  void check_flags(int64_t first, int64_t n, Place place) const {
+    if (n == 0) return;
+    const uint64_t from = current.index / kBlock,
+                   count = (current.index + static_cast<uint64_t>(n) - 1) / kBlock - from + 1;
+    const size_t room = (count + kBlockPadding - 1) / kBlockPadding * kBlockPadding;
+    std::vector<uint64_t> blocks(room);
+    for (size_t i = 0; i < count; ++i) blocks[i] = from + count - 1 - i;
+    auto* flags = reinterpret_cast<uint16_t*>(at(flags_, place, room * kBlock * sizeof(uint16_t), 0));
+    kernels_.draw_flags(blocks.data(), flags, static_cast<int64_t>(count), params_);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t index = current.index + static_cast<uint64_t>(i);
+      const uint16_t got = flags[(count - 1 - (index / kBlock - from)) * kBlock + index % kBlock];
+      if (got != kept_[static_cast<size_t>(first + i)]) fail("the flag of element %" PRId64 " is 0x%" PRIX16, i, got);
+    }
   }
 
   void compare(const uint8_t* y, const Element* wanted, int64_t n) const {
@@ -347,7 +369,7 @@ class Tester {
   void short_lengths() {
     for (const uint64_t base : kBases) {
       for (const double p : {0.1, 0.9}) {
-        prepare("short lengths", base, 218, draw_of(p, kKeys[p > 0.5]));
+        prepare("short lengths", base, 218, params_of(p, kKeys[p > 0.5]));
         for (int64_t n = 0; n <= 200; ++n) {
           for (int64_t first = p > 0.5; first < 18; first += 1 + (p > 0.5)) every_place(first, n);
         }
@@ -358,7 +380,7 @@ class Tester {
   void long_lengths() {
     const uint64_t bases[] = {0, two_to(32) - 30000, two_to(35) - 30001, two_to(63) - 30002};
     for (const uint64_t base : bases) {
-      prepare("long lengths", base, (1 << 16) + 20, draw_of(0.3));
+      prepare("long lengths", base, (1 << 16) + 20, params_of(0.3));
       for (int power = 8; power <= 16; ++power) {
         for (int64_t n = (1 << power) - 1; n <= (1 << power) + 1; ++n) {
           every_place((n + power) % 18, n);
@@ -368,7 +390,7 @@ class Tester {
   }
 
   void alignments() {
-    prepare("alignments", 0, 220, draw_of(0.5));
+    prepare("alignments", 0, 220, params_of(0.5));
     for (size_t y = 0; y < 64; y += sizeof(T)) {
       for (int64_t n = 0; n <= 200; ++n) {
         for (int64_t first : {0, 3}) check(first, n, true, Place::kInside, Place::kInside, y, y);
@@ -390,12 +412,12 @@ class Tester {
       }
     }
     for (const uint64_t k : {uint64_t{0}, uint64_t{1}, two_to(48) - 1, two_to(48), 0xFFFF * two_to(32), two_to(32)}) {
-      prepare("extreme thresholds", 0, 218, draw_of_k(k));
+      prepare("extreme thresholds", 0, 218, params_of_k(k));
       for (int64_t n = 0; n <= 200; ++n) every_place(n % 18, n);
     }
-    prepare("p = 0", 0, 218, draw_of(0));
+    prepare("p = 0", 0, 218, params_of(0));
     every_place(3, 200);
-    prepare("p = 1", 0, 218, draw_of(1));  // the scale is infinite
+    prepare("p = 1", 0, 218, params_of(1));  // the scale is infinite
     every_place(3, 200);
     for (const uint32_t high : {0u, 0xFFFFu}) {
       const uint64_t found = index_with_draw(high);
@@ -404,7 +426,7 @@ class Tester {
         const int64_t i = static_cast<int64_t>(found - base);
         for (int kept = 0; kept < 2; ++kept) tie_at("ties of the extreme draws", base, 200, i, kept, {0, 1});
         for (const uint64_t k : {uint64_t{0}, two_to(48), two_to(48) - 1, high * two_to(32)}) {
-          prepare("extreme draws", base, 200, draw_of_k(k));
+          prepare("extreme draws", base, 200, params_of_k(k));
           check(0, 200, false, Place::kEnd, Place::kEnd);
           check(1, 199, true, Place::kEnd, Place::kEnd);
         }
@@ -419,7 +441,7 @@ class Tester {
     const uint32_t word = words.w[slot / 2];
     const uint64_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;
     const uint64_t tie = words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3] ^ word;
-    const Draw chosen = draw_of_k((draw << 32 | tie) + kept);
+    const MaskParams chosen = params_of_k((draw << 32 | tie) + kept);
     if (keep(words, slot, chosen.threshold) != kept) fail("the loop itself decides element %" PRId64 " otherwise", i);
     prepare(part, base, n, chosen);
     for (const int first : firsts) {
@@ -447,7 +469,7 @@ class Tester {
         const Words none = {};
         for (uint32_t i = 0; i < 1 << 16; ++i) {
           input_[i] = static_cast<Element>(i);
-          output_[i] = expected<T>(input_[i], 0, none, draw_);
+          output_[i] = expected<T>(input_[i], 0, none, params_);
         }
       }
       check(0, 1 << 16, true, Place::kEnd, Place::kEnd);
@@ -456,7 +478,7 @@ class Tester {
 
   const CpuKernels& kernels_;
   const Guarded x_, y_, flags_;
-  Draw draw_ = {};
+  MaskParams params_ = {};
   uint64_t base_ = 0;
   std::vector<Element> input_, output_;
   std::vector<uint16_t> kept_;
@@ -468,12 +490,12 @@ class Tester {
 template <typename T>
 int64_t side_by_side(const CpuKernels& kernels) {
   constexpr int kThreads = 4, kLength = 20000;
-  const Draw draw = draw_of(0.4);
+  const MaskParams params = params_of(0.4);
   std::vector<Bits<T>> buffer(kLength), wanted(kLength);
   for (int i = 0; i < kLength; ++i) {
     const auto index = static_cast<uint64_t>(i);
     buffer[i] = value<T>(index);
-    wanted[i] = expected<T>(buffer[i], index, block_words(draw.key, index / kBlock), draw);
+    wanted[i] = expected<T>(buffer[i], index, block_words(params.key, index / kBlock), params);
   }
   std::vector<int> cuts = {0};
   for (int i = 0; cuts.back() < kLength; ++i) {
@@ -484,12 +506,12 @@ int64_t side_by_side(const CpuKernels& kernels) {
     threads.emplace_back([&, t] {
       for (size_t i = static_cast<size_t>(t); i + 1 < cuts.size(); i += kThreads) {
         Bits<T>* y = buffer.data() + cuts[i];
-        call<T>(kernels, y, y, static_cast<uint64_t>(cuts[i]), cuts[i + 1] - cuts[i], draw);
+        call<T>(kernels, y, y, static_cast<uint64_t>(cuts[i]), cuts[i + 1] - cuts[i], params);
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
-  current = {kernels.isa, Dtype<T>::name, "threads", 0, kLength, draw, buffer.data(), buffer.data()};
+  current = {kernels.isa, Dtype<T>::name, "threads", 0, kLength, params, buffer.data(), buffer.data()};
   for (int i = 0; i < kLength; ++i) {
     if (buffer[i] != wanted[i] && !(is_nan<T>(buffer[i]) && is_nan<T>(wanted[i]))) fail("element %d differs", i);
   }

@@ -136,8 +136,9 @@ class GoldenMasks {
       std::vector<float> y(n);
       std::vector<uint8_t> kept(n);
       static_assert(sizeof(bool) == 1, "the mask is written to bytes");
-      kernels.mask(reinterpret_cast<bool*>(kept.data()), first, static_cast<int64_t>(n), {mask.key, k, 0.5});
-      kernels.float32(x.data(), y.data(), first, static_cast<int64_t>(n), {mask.key, k, 0.5});
+      auto* kept_bools = reinterpret_cast<bool*>(kept.data());
+      kernels.mask.drop(kept_bools, kept_bools, first, static_cast<int64_t>(n), {mask.key, k, 0.5});
+      kernels.float32.drop(x.data(), y.data(), first, static_cast<int64_t>(n), {mask.key, k, 0.5});
       for (size_t i = from; i < to; ++i) {
         const size_t at = before + (i - from);
         if (kept[at] != mask.kept[i]) golden_failure(kernels.isa, line);

@@ -14,7 +14,7 @@ from common import fine, one_thread, wrong  # noqa: F401
 from helpers import key_tensor
 
 from fused_dropout import reference as original
-from fused_dropout import rng, testing
+from fused_dropout import keys, testing
 from fused_dropout.testing.distributions import normal_limit
 
 SEED, P = 0x0123_4567_89AB_CDEF, 0.1
@@ -38,7 +38,7 @@ class Healthy:
         return key_tensor(SEED, next(self.calls))
 
     def flat(self, n, key, start=0):
-        return self.reference.keep_flat(n, self.p, key, start, torch.device("cpu"))
+        return self.reference.keep_window((n,), self.p, key, start, (1,), torch.device("cpu"))
 
     def mask(self, x, key):
         return self.flat(x.numel(), key).view(x.shape)
@@ -71,7 +71,7 @@ class SeededByTorch(Healthy):
     """A seed a call from torch's default generator, as on the CPU: what checkpointing and torch.manual_seed replay."""
 
     def key(self):
-        return rng.draw_key(torch.device("cpu"))
+        return keys.draw_key(torch.device("cpu"))
 
 
 def sample(dropout, calls, *shape):
@@ -159,14 +159,14 @@ def two_parts(start):
 
 class RateOffByAThousandth(Healthy):
     def flat(self, n, key, start=0):
-        return self.reference.keep_flat(n, self.p + 1e-3, key, start, torch.device("cpu"))
+        return self.reference.keep_window((n,), self.p + 1e-3, key, start, (1,), torch.device("cpu"))
 
 
 class EightBits(Healthy):
     """p as TransformerEngine has it: floor(256 p) / 256."""
 
     def flat(self, n, key, start=0):
-        return self.reference.keep_flat(n, math.floor(self.p * 256) / 256, key, start, torch.device("cpu"))
+        return self.reference.keep_window((n,), math.floor(self.p * 256) / 256, key, start, (1,), torch.device("cpu"))
 
 
 class NominalScale(EightBits):
@@ -383,7 +383,7 @@ class TieKept(Healthy):
 
     def flat(self, n, key, start=0):
         high = (contract.threshold(self.p) >> 32) + 1
-        return self.reference.keep_flat(n, 1 - high / 2**16, key, start, torch.device("cpu"))
+        return self.reference.keep_window((n,), 1 - high / 2**16, key, start, (1,), torch.device("cpu"))
 
 
 class TieDropped(Healthy):
@@ -391,7 +391,7 @@ class TieDropped(Healthy):
 
     def flat(self, n, key, start=0):
         high = contract.threshold(self.p) >> 32
-        return self.reference.keep_flat(n, 1 - high / 2**16, key, start, torch.device("cpu"))
+        return self.reference.keep_window((n,), 1 - high / 2**16, key, start, (1,), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("fault", [TieKept, TieDropped])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
-from fused_dropout import reference, rng
+from fused_dropout import reference, keys
 
 MARGINS, EQUIVALENCE_LEVEL = {"rate": 1e-3, "mean": 2**-9, "variance": 2**-9}, 1e-3
 
@@ -70,7 +70,7 @@ class ReferenceDropout(nn.Dropout):
     """The contract in PyTorch under autograd, with nothing of the library's but where keys come from."""
 
     def forward(self, x):
-        return _Reference.apply(x, self.p, rng.draw_key(x.device)) if self.training else x
+        return _Reference.apply(x, self.p, keys.draw_key(x.device)) if self.training else x
 
 
 class Run:
