@@ -2,8 +2,10 @@
 // small call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of
 // torch; without it, fused_dropout/autograd.py and keys.py do the same in Python, bit for bit.
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/rand.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -97,6 +99,11 @@ bool is_readable(const Tensor& key) {
          !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
+// Not at::empty, whose result a transform of torch.func would wrap.
+Tensor empty_cpu_keys(int64_t n) {
+  return at::detail::empty_cpu({n, 2}, at::kUInt64);
+}
+
 #ifdef FUSED_DROPOUT_CUDA
 // Seed and Philox offset / 4 of the generator, which moves on by one counter step for each key. During a graph capture
 // both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them
@@ -110,7 +117,7 @@ Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Gene
     state = g->philox_cuda_state(4 * n);
   }
   if (!state.captured_ && !on_device) {
-    Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64));
+    Tensor keys = empty_cpu_keys(n);
     uint64_t* words = keys.mutable_data_ptr<uint64_t>();
     for (int64_t i = 0; i < n; ++i) {
       words[2 * i] = state.seed_.val;
@@ -132,8 +139,10 @@ Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Gene
 
 // What torch.empty(n, dtype=torch.int64).random_() draws, as the seeds of fresh streams: 63 bits each.
 Tensor draw_cpu_keys(int64_t n, const std::optional<at::Generator>& generator) {
+  // Under torch's older vmap, which knows no random operation: raises, in torch's words.
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::VmapMode)) at::rand({});
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64));
+  Tensor keys = empty_cpu_keys(n);
   uint64_t* words = keys.mutable_data_ptr<uint64_t>();
   const std::lock_guard<std::mutex> lock(g->mutex_);
   for (int64_t i = 0; i < n; ++i) {
@@ -210,8 +219,9 @@ struct Dropout : torch::autograd::Function<Dropout> {
     } else if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) {
       ctx->saved_data["index_strides"] = x.strides().vec();
     }
-    if (inplace) ctx->mark_dirty({x});
-    return run_kernel(x, mask, inplace);
+    const Tensor y = run_kernel(x, mask, inplace);
+    // In place: x's memory as a tensor of its own, whose history drop() then gives to x.
+    return inplace ? y.variable_data() : y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -276,10 +286,12 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
     // A copy: nothing that happens to the caller's key later changes the gradient.
     mask.key = recorded && is_readable(*key) ? key->clone() : *key;
   }
-  if (recorded) return Dropout::apply(x, mask, inplace);
-  const Tensor y = run_kernel(x, mask, inplace);
-  if (inplace && !x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  return y;
+  const Tensor y = recorded ? Dropout::apply(x, mask, inplace) : run_kernel(x, mask, inplace);
+  if (!inplace) return y;
+  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+  // As torch's own in-place operations do it. mark_dirty() would do the same, but compiled autograd refuses it.
+  if (recorded) torch::autograd::impl::rebase_history(x, torch::autograd::impl::gradient_edge(y));
+  return x;
 }
 
 }  // namespace

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import functional
+from .dispatch import is_covered
 from .build_info import backend_info
 from .patching import FAMILY, meet_torchs_own
 
@@ -126,7 +127,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
-        if self.inside is None and (namespace == "fused_dropout" or name in _DRAWS) and name != "draw_key":
+        if self.inside is None and (namespace == "fused_dropout" or name in _DRAWS) and name != "draw_keys":
             arguments = func._schema.arguments
             given = {a.name: a.default_value for a in arguments}  # torch leaves out what is as by default: p = 0.5
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | (kwargs or {})
@@ -159,7 +160,7 @@ class _Recorder(TorchDispatchMode):
             if self.inside is not None or not training or p == 0:
                 return function(*args, **kwargs)
             self.inside, _, _ = self.site()
-            takes = fused and not has_torch_function_unary(input) and functional._is_fusable(input)
+            takes = fused and not has_torch_function_unary(input) and is_covered(input)
             self.record(self.inside, float(p), _fused_path(input) if takes else "torch")
             try:
                 # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.

@@ -91,12 +91,18 @@ def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | Non
     # The mask is made for a plain tensor: then a batched, wrapped or differentiated x needs no rule for the operator.
     # It has no more elements than there are draws, and its dimensions in x's order, since torch.where gives its result
     # the layout of the mask first.
-    strides = reference.index_strides_of(x) if index_strides is None else index_strides
-    shape = [size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]
-    order = reference.order_by_stride(x)
+    if index_strides is None:
+        shape, strides = list(x.shape), reference.index_strides_of(x)
+    else:
+        strides = index_strides
+        shape = [size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]
     empty = x.new_empty if is_fake(x) else torch.empty
-    like = empty([shape[d] for d in order], dtype=torch.bool, device=x.device)
-    like = like.permute([order.index(d) for d in range(x.dim())])
+    order = reference.order_by_stride(x)
+    if order == sorted(order):
+        like = empty(shape, dtype=torch.bool, device=x.device)
+    else:
+        like = empty([shape[d] for d in order], dtype=torch.bool, device=x.device)
+        like = like.permute([order.index(d) for d in range(x.dim())])
     kept = operators.keep_mask(like, p, key, 0, strides)
     factor = reference.scale(p) if scale is None else scale
     return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from torch.nn.parameter import Parameter
 
 from . import autograd, keys, native, operators, reference
-from .torch_internals import is_compiling, is_recorded, known_zero, wraps_tensors
+from .torch_internals import functorch_randomness, is_compiling, is_recorded, is_watched, known_zero, wraps_tensors
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_drop = native.eager.drop if native.eager else None
@@ -48,38 +48,32 @@ def drop(
             return output
     if not is_covered(x, generator, key):
         return None
-    if known_zero(x.numel()) if is_compiling() else x.numel() == 0:
+    compiling = is_compiling()
+    if known_zero(x.numel()) if compiling else x.numel() == 0:
         return x
-    try:
-        return _drop(x, float(p), inplace, generator, key, index_strides, scale)
-    except NotImplementedError:
-        if key is None and generator is None and wraps_tensors(x):
-            return None  # a subclass without a rule for the composition
-        raise
-
-
-def _drop(
-    x: Tensor,
-    p: float,
-    inplace: bool,
-    generator: Generator | None,
-    key: Tensor | None,
-    index_strides: Sequence[int] | None,
-    scale: float | None,
-) -> Tensor:
+    p = float(p)
+    randomness = functorch_randomness()
+    watched = randomness is not None or (not compiling and is_watched())
+    if key is None:
+        key = keys.no_key() if p == 1 else keys.draw_key(x.device, generator, randomness, compiling or watched)
+    elif x.requires_grad and not (compiling or watched):
+        key = key.clone()  # nothing that happens to the caller's key later changes the gradient
     if inplace:
         _check_no_overlap(x)
-    if key is None:
-        key = keys.no_key() if p == 1 else keys.draw_key(x.device, generator)
-    elif x.requires_grad and not is_compiling():
-        key = key.clone()  # what becomes of the caller's key is no matter of backward's
-    if not inplace:
-        return autograd.apply(x, p, key, index_strides, scale)
-    if autograd.must_compose(x) or is_compiling() or _needs_copy(x):
-        return x.copy_(autograd.apply(x, p, key, index_strides, scale))
-    operators.apply_(x, p, key, 0, index_strides, scale)
-    torch.autograd.graph.increment_version(x)
-    return x
+    if not watched and (type(x) is Tensor or type(x) is Parameter):
+        if inplace and not compiling and not _needs_copy(x):
+            operators.apply_(x, p, key, 0, index_strides, scale)
+            torch.autograd.graph.increment_version(x)
+            return x
+        output = autograd.apply(x, p, key, index_strides, scale)
+    else:
+        try:
+            output = autograd.compose(x, p, key, index_strides, scale)
+        except NotImplementedError:
+            if not wraps_tensors(x):
+                raise
+            return None  # a subclass without a rule for the composition
+    return x.copy_(output) if inplace else output
 
 
 def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None) -> bool:
@@ -89,20 +83,19 @@ def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = 
         TypeError: it does not, and a key or generator asks for it.
     """
     recorded = is_recorded()
-    plain = type(x) is Tensor or type(x) is Parameter
-    taken = (plain or (isinstance(x, Tensor) and wraps_tensors(x) and not _is_distributed(x))) and _has_kernel(x)
+    taken = type(x) is Tensor or type(x) is Parameter
+    taken = taken or (isinstance(x, Tensor) and wraps_tensors(x) and not _is_distributed(x))
+    taken = taken and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
     if taken and (not recorded or key is not None):
         return True
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
     if key is not None or generator is not None:
-        described = f"a {type(x).__name__} of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else type(x)
+        described = (
+            f"a {type(x).__name__} of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else type(x)
+        )
         raise TypeError(f"key and generator are for the fused path, which does not take {described}")
     return False
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
 
 
 def _is_distributed(x: Tensor) -> bool:

@@ -85,46 +85,40 @@ def dropout(
         _check_key(key, input, generator)
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
-    if noise_shape is not None:
-        return _dropout_by_shape(input, p, inplace, generator, key, _broadcastable(noise_shape, input))
-    output = drop(input, p, inplace, generator, key)
-    return _torch_dropout(input, p, training, inplace) if output is None else output
-
-
-def _dropout_by_shape(
-    input: Tensor,
-    p: float,
-    inplace: bool,
-    generator: Generator | None,
-    key: Tensor | None,
-    shape: Sequence[int],
-    scale: float | None = None,
-) -> Tensor:
-    """``dropout`` with a mask of this shape, broadcast over the input; scale: of kept elements, 1 / (1 - p) if None."""
-    output = drop(input, p, inplace, generator, key, _broadcast_strides(shape), scale)
+    strides = None if noise_shape is None else _noise_strides(noise_shape, input)
+    output = drop(input, p, inplace, generator, key, strides)
     if output is not None:
         return output
-    noise = _torch_dropout(input.new_ones(shape), p)
-    noise = noise if scale is None else noise != 0
-    return input.mul_(noise) if inplace else input * noise
+    return _torch_dropout(input, p, training, inplace) if strides is None else _noisy(input, p, inplace, strides)
 
 
-def _broadcast_strides(shape: Sequence[int]) -> list[int]:
-    """The index strides of a mask of this shape, numbered row-major: 0 where it is broadcast."""
-    return [0 if size == 1 else stride for size, stride in zip(shape, reference.row_major(shape), strict=True)]
+def _noise_strides(noise_shape: Sequence[int | None], x: Tensor) -> list[int]:
+    """The index strides of a mask of this shape, numbered row-major, and 0 where it is broadcast.
+
+    Raises:
+        RuntimeError: the shape does not broadcast to x's.
+    """
+    strides, stride, missing = [0] * x.dim(), 1, x.dim() - len(noise_shape)
+    for d in range(x.dim() - 1, missing - 1, -1):
+        size = x.shape[d] if d < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
+        if missing < 0 or size not in (1, x.shape[d]):
+            raise RuntimeError(
+                f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
+                f"Input sizes: {list(x.shape)}.  Noise sizes: {list(noise_shape)}"
+            )
+        if size != 1:
+            strides[d] = stride
+            stride *= size
+    return strides
 
 
-def _broadcastable(noise_shape: Sequence[int | None], x: Tensor) -> tuple[int, ...]:
-    """noise_shape with 1 for dimensions that it lacks and the sizes of x for None; an error in torch's words if it does
-    not broadcast to x's shape."""
-    sizes = x.shape[x.dim() - len(noise_shape) :]
-    shape = tuple(size if n is None else n for n, size in zip(noise_shape, sizes, strict=False))
-    if len(shape) != len(noise_shape) or any(n not in (1, size) for n, size in zip(shape, sizes, strict=True)):
-        raise RuntimeError(
-            f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
-            f"Input sizes: {list(x.shape)}.  Noise sizes: {list(noise_shape)}"
-        )
-    return (1,) * (x.dim() - len(shape)) + shape
+def _noisy(x: Tensor, p: float, inplace: bool, strides: Sequence[int], scaled: bool = True) -> Tensor:
+    """Torch's own dropout with a mask that is broadcast where the stride is 0."""
+    noise = _torch_dropout(
+        x.new_ones([size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]), p
+    )
+    noise = noise if scaled else noise != 0
+    return x.mul_(noise) if inplace else x * noise
 
 
 def dropout1d(
@@ -225,20 +219,20 @@ def _channelwise(
     samples before channels, None if all have."""
     if has_torch_function_unary(input) and _is_overridden(input):
         return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
-    _check_arguments(input, p, generator, key)
-    lead = 2 if batched is None or input.dim() == batched else 1
-    if not training or p == 0 or input.dim() < lead:
+    if not 0.0 <= p <= 1.0:
+        raise _out_of_range(p)
+    if key is not None:
+        _check_key(key, input, generator)
+    dims = input.dim()
+    lead = 2 if batched is None or dims == batched else 1
+    if not training or p == 0 or dims < lead:
         return theirs(input, p, training, inplace)
-    if not is_covered(input, generator, key):
-        return theirs(input, p, training, inplace)
-    if input.dim() not in ranks:
+    if dims not in ranks and is_covered(input, generator, key):
         theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
-    output = drop(input, p, inplace, generator, key, _broadcast_strides(_channels(input, lead)))
+    output = drop(
+        input, p, inplace, generator, key, [input.shape[1] if lead == 2 else 1, 1][:lead] + [0] * (dims - lead)
+    )
     return theirs(input, p, training, inplace) if output is None else output
-
-
-def _channels(x: Tensor, lead: int) -> tuple[int, ...]:
-    return tuple(x.shape[:lead]) + (1,) * (x.dim() - lead)
 
 
 def alpha_dropout(
@@ -314,7 +308,10 @@ def _alpha(
     """
     if has_torch_function_unary(input) and _is_overridden(input):
         return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
-    _check_arguments(input, p, generator, key)
+    if not 0.0 <= p <= 1.0:
+        raise _out_of_range(p)
+    if key is not None:
+        _check_key(key, input, generator)
     dropping = training and p != 0 and is_covered(input, generator, key)
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
@@ -322,7 +319,10 @@ def _alpha(
         output = drop(input, p, inplace)
         return theirs(input, p, training, inplace) if output is None else output
     # The mask is numbered as input is, which need not have the layout of the sum.
-    strides = _broadcast_strides(_channels(input, lead)) if lead else reference.index_strides_of(input)
+    if lead:
+        strides: Any = [input.shape[1], 1] + [0] * (input.dim() - 2)
+    else:
+        strides = None if input.is_contiguous() else reference.index_strides_of(input)
     shifted = input + _SELU_SATURATION
     output = drop(shifted, p, False, generator, key, strides)
     if output is None:
@@ -373,21 +373,19 @@ def drop_path(
     if has_torch_function_unary(x) and _is_overridden(x):
         more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
         return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
-    _check_arguments(x, drop_prob, generator, key)
+    if not 0.0 <= drop_prob <= 1.0:
+        raise _out_of_range(drop_prob)
+    if key is not None:
+        _check_key(key, x, generator)
     if not training or drop_prob == 0:
         return x
-    return _dropout_by_shape(x, drop_prob, False, generator, key, _channels(x, 1), None if scale_by_keep else 1.0)
+    strides = [1] + [0] * (x.dim() - 1)
+    output = drop(x, drop_prob, False, generator, key, strides, None if scale_by_keep else 1.0)
+    return _noisy(x, drop_prob, False, strides, scale_by_keep) if output is None else output
 
 
 def _out_of_range(p: float) -> ValueError:
     return ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-
-
-def _check_arguments(x: Tensor, p: float, generator: Generator | None, key: Tensor | None) -> None:
-    if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
-    if key is not None:
-        _check_key(key, x, generator)
 
 
 def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:

@@ -12,28 +12,29 @@ from torch import Generator, Tensor
 
 from . import reference
 from .native import eager, kernels
-from .torch_internals import functorch_randomness, is_compiling, is_watched
 
 _CPU = torch.device("cpu")
 _SEED_AND_ZERO = torch.tensor([-1, 0], device=_CPU)
 
 
-def draw_key(device: torch.device, generator: Generator | None = None) -> Tensor:
+def draw_key(
+    device: torch.device, generator: Generator | None = None, randomness: str | None = None, watched: bool = False
+) -> Tensor:
     """A fresh key, a uint64 tensor ``[seed, offset]``, from the generator or from the device's default one.
 
-    Under vmap it follows ``randomness``: "error" raises, "same" takes one key, "different" one for each sample.
+    randomness: what ``torch_internals.functorch_randomness`` says. Under vmap "error" raises, "same" takes one key,
+    "different" one for each sample. watched: whether a compiler, a transform or a mode has to see the drawing.
     """
-    randomness = functorch_randomness()
     if randomness == "error":
         torch.rand((), device=device)  # raises, in torch's words
     if randomness == "different":
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
         return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
-    if generator is None and (is_compiling() or is_watched()):
+    if watched and generator is not None:
+        return _draw_keys_in_python(1, device, generator)[0]
+    if watched:
         # An operator, so that tracers record the drawing and not what was drawn.
         return torch.ops.fused_dropout.draw_keys(1, device=device)[0]
-    if generator is not None and (randomness is not None or is_compiling() or is_watched()):
-        return _draw_keys_in_python(1, device, generator)[0]
     return draw_keys(1, device, generator)[0]
 
 

@@ -73,6 +73,7 @@ def _keep_mask_batched(
 
 torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=_library)
 
+
 def chosen_apply(x: Tensor) -> Any:
     """The operator, in the form that is made for whoever runs it."""
     return apply

@@ -14,15 +14,13 @@ from torch.autograd import forward_ad
 is_compiling = torch.compiler.is_compiling
 
 
-def is_exporting() -> bool:
-    """Whether torch.export is recording. Not torch.compiler.is_exporting(): Dynamo takes that for true whenever it
-    compiles (torch 2.11). Without the flag the import of this module fails."""
-    return torch.compiler._is_exporting_flag
-
-
 def is_recorded() -> bool:
-    """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package."""
-    return is_exporting() or (not is_compiling() and torch._C._get_tracing_state() is not None)
+    """Whether torch.export or torch.jit.trace records a graph, which is to be run without this package.
+
+    Not torch.compiler.is_exporting(): Dynamo takes that for true whenever it compiles (torch 2.11). Without these names
+    the first call in Python raises AttributeError.
+    """
+    return torch.compiler._is_exporting_flag or (not is_compiling() and torch._C._get_tracing_state() is not None)
 
 
 @torch.compiler.assume_constant_result
@@ -37,9 +35,12 @@ def functorch_randomness() -> str | None:
         return None
     from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
 
-    levels = [level for level in get_interpreter_stack() or () if level.key() == TransformType.Vmap]
-    modes = {CVmapInterpreterPtr(level).randomness().name.lower() for level in levels}
-    return next((mode for mode in ("error", "different", "same") if mode in modes), "")
+    strictest = ""
+    for level in get_interpreter_stack() or ():
+        if level.key() == TransformType.Vmap:
+            mode = CVmapInterpreterPtr(level).randomness().name.lower()
+            strictest = max(strictest, mode, key=("", "same", "different", "error").index)
+    return strictest
 
 
 def is_watched() -> bool:
@@ -69,11 +70,9 @@ def is_fake(x: object) -> bool:
 def wraps_tensors(x: Tensor) -> bool:
     """Whether x is of a subclass that sees each operation (``__torch_dispatch__``), and leaves functions alone."""
     kind = type(x)
-    return (
-        kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-        and getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-        in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
-    )
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and getattr(
+        kind.__torch_function__, "__func__", kind.__torch_function__
+    ) in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
 
 
 def known_zero(n: Any) -> bool:

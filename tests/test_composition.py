@@ -77,7 +77,7 @@ class TestCheckpointing:
     def test_selective(self, policy, kind):
         saved = {
             "save matmul": [torch.ops.aten.addmm.default, torch.ops.aten.mm.default],
-            "save key": [torch.ops.fused_dropout.draw_key.default],
+            "save key": [torch.ops.fused_dropout.draw_keys.default],
             "save dropout": [torch.ops.fused_dropout.apply.default, torch.ops.fused_dropout.keep_mask.default],
             "recompute all": [],
         }[policy]

@@ -9,7 +9,7 @@ import torch
 from helpers import EDGES, key_tensor
 
 import fused_dropout as fd
-from fused_dropout import rng
+from fused_dropout import keys
 
 # What torch.func._random.split gives for three keys (torch 2.15, CPU).
 TORCH = {
@@ -162,6 +162,6 @@ def test_cuda_graph_reads_the_number_at_each_replay():
 
 
 def test_examples_of_the_docstrings():
-    outcome = doctest.testmod(rng, extraglobs={"fd": fd, "torch": torch})
+    outcome = doctest.testmod(keys, extraglobs={"fd": fd, "torch": torch})
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
-from fused_dropout import broadcast, functional, native, reference
+from fused_dropout import native, reference
 
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
 SHAPE = (4, 6, 3, 5)
@@ -143,8 +143,13 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def strides_of(noise_shape):
+    """The index strides of a mask of this shape: row-major, 0 where it is broadcast."""
+    return [0 if n == 1 else math.prod(noise_shape[d + 1 :]) for d, n in enumerate(noise_shape)]
+
+
 class TestOperator:
-    """``apply_broadcast`` itself and its reference: every order of runs that share a draw and runs that do not."""
+    """The operator itself and its reference, with index strides of 0: every order of runs that share a draw and runs that do not."""
 
     @for_runs
     @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
@@ -153,10 +158,10 @@ class TestOperator:
         numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).view(shape)
         x = order(numbers).to(device)
         want = expected(numbers, noise_shape, scale=1.25)
-        y = ops.apply_broadcast(x, P, key, noise_shape, 1.25)
+        y = ops.apply(x, P, key, 0, strides_of(noise_shape), 1.25)
         assert_same(y, want)
         assert y.stride() == x.stride()
-        ops.apply_broadcast_(x, P, key.to(device), noise_shape, 1.25)
+        ops.apply_(x, P, key.to(device), 0, strides_of(noise_shape), 1.25)
         assert_same(x, want)
 
     @for_dtypes
@@ -167,10 +172,10 @@ class TestOperator:
         before = memory.clone()
         x = memory[offset : offset + 4 * 45 * 21].view(4, 45, 21)
         for noise_shape in [(4, 45, 1), (4, 1, 21), (1, 45, 21)]:
-            assert_same(ops.apply_broadcast(x, P, key, noise_shape, 1.0), expected(x, noise_shape, scale=1.0))
+            assert_same(ops.apply(x, P, key, 0, strides_of(noise_shape), 1.0), expected(x, noise_shape, scale=1.0))
         assert_same(memory, before)
         want = expected(x, (4, 45, 1), scale=1.0)
-        ops.apply_broadcast_(x, P, key, (4, 45, 1), 1.0)
+        ops.apply_(x, P, key, 0, strides_of((4, 45, 1)), 1.0)
         assert_same(x, want)
         assert_same(memory[:offset], before[:offset])
         assert_same(memory[offset + x.numel() :], before[offset + x.numel() :])
@@ -182,25 +187,39 @@ class TestOperator:
         x = layout(sample().to(device))
         shape = [1] * (4 - len(noise_shape)) + list(noise_shape)
         shape = [size if n is None else n for n, size in zip(shape, SHAPE, strict=True)]
-        y = torch.ops.fused_dropout.apply_broadcast(x, P, key, shape, contract.scale(P))
+        y = torch.ops.fused_dropout.apply(x, P, key, 0, strides_of(shape), contract.scale(P))
         want = expected(x, noise_shape).contiguous()
         assert_same(y.contiguous(), want)
         assert y.stride() == torch.empty_like(x).stride()
         if 0 not in x.stride():
-            torch.ops.fused_dropout.apply_broadcast_(x, P, key, shape, contract.scale(P))
+            torch.ops.fused_dropout.apply_(x, P, key, 0, strides_of(shape), contract.scale(P))
             assert_same(x.contiguous(), want)
 
     def test_refuses(self, key, info):
         if info.devices["cpu"] == "reference":
             pytest.skip("the reference is checked by its callers")
-        operator = torch.ops.fused_dropout.apply_broadcast
-        for shape, message in [((3,), "a size for each dimension"), ((3, 2), "1 or the input's"), ((0, 4), "1 or the")]:
-            with pytest.raises(RuntimeError, match=message):
-                operator(torch.ones(3, 4), P, key, shape, 1.0)
         with pytest.raises(RuntimeError, match="float32"):
-            operator(torch.ones(3, 4, dtype=torch.int64), P, key, (3, 1), 1.0)
+            torch.ops.fused_dropout.apply(torch.ones(3, 4, dtype=torch.int64), P, key, 0, (1, 0), 1.0)
         with pytest.raises(RuntimeError, match="single memory location"):
-            torch.ops.fused_dropout.apply_broadcast_(torch.ones(3, 1).expand(3, 4), P, key, (3, 1), 1.0)
+            torch.ops.fused_dropout.apply_(torch.ones(3, 1).expand(3, 4), P, key, 0, (1, 0), 1.0)
+
+    @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+    @pytest.mark.parametrize("shape", [(3, 4), (0, 4)], ids=str)
+    def test_refuses_a_wrong_window(self, ops, shape, key, device):
+        x = torch.ones(shape, device=device)
+        windows = [
+            (-1, None, "0 or more"),
+            (0, (4,), "one stride for each"),
+            (0, (4, 1, 1), "one stride for each"),
+            (0, (-4, 1), "0 or more"),
+            (2**63 - 3, (0, 1), r"below 2\*\*63"),
+            (0, (1, 2**62), r"below 2\*\*63"),
+        ]
+        for start, strides, message in windows:
+            for operator in (ops.apply, ops.apply_, ops.keep_mask):
+                with pytest.raises(RuntimeError, match=message):
+                    operator(x, P, key, start, strides)
+        ops.apply(x, P, key, 2**63 - 4, (0, 1))
 
 
 class TestEdges:
@@ -271,17 +290,15 @@ class TestMemory:
             fd.dropout(torch.ones(512, 512), P, noise_shape=(512, 1))
         assert set(bytes_of_masks) == {512}
 
-    def test_a_mask_of_the_inputs_shape_is_plain_dropouts(self, monkeypatch, key):
-        """Which lays out no mask in memory."""
-        monkeypatch.setattr(functional, "_eager_dropout_broadcast", None)
-        monkeypatch.setattr(broadcast, "apply", None)
+    def test_a_mask_of_the_inputs_shape_is_plain_dropouts(self, key):
+        """For row-major inputs; the mask of a transposed one is numbered in the noise's shape all the same."""
         x = torch.ones(6, 8)
-        for y in (
-            fd.dropout(x, P, key=key, noise_shape=(None, 8)),
-            fd.drop_path(x[:, 0].contiguous(), P, training=True, key=key),
-            fd.feature_alpha_dropout(x, P, training=True, key=key),
-        ):
-            assert y.shape in (x.shape, x.shape[:1])
+        assert torch.equal(fd.dropout(x, P, key=key, noise_shape=(None, 8)), fd.dropout(x, P, key=key))
+        column = x[:, 0].contiguous()
+        assert torch.equal(fd.drop_path(column, P, training=True, key=key), fd.dropout(column, P, key=key))
+        y = fd.dropout(x.t(), P, key=key, noise_shape=(8, 6))
+        assert torch.equal(y, fd.dropout(torch.ones(8, 6), P, key=key))
+        assert not torch.equal(y, fd.dropout(x.t(), P, key=key))
 
 
 class TestInPlace:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import fused_dropout as fd
+
 OPERATORS = torch.ops.fused_dropout
 INPUTS = {
     "contiguous": lambda: torch.randn(4, 6),
@@ -28,19 +30,32 @@ def test_opcheck(operator, name, key):
 
 
 @pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("operator", ["apply_broadcast", "apply_broadcast_"])
-def test_opcheck_broadcast(operator, name, key):
+@pytest.mark.parametrize("operator", ["apply", "apply_", "keep_mask"])
+def test_opcheck_index_strides(operator, name, key):
     x = INPUTS[name]()
-    if operator == "apply_broadcast_" and name == "expanded":
+    if operator == "apply_" and name == "expanded":
         pytest.skip("not for in-place: several elements share one place")
-    noise_shape = [1] * x.dim()
-    noise_shape[:1] = x.shape[:1]
-    torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key, noise_shape, 2.0))
+    options = {"start": 5, "index_strides": [1, 0, 7, 2**33][: x.dim()]}
+    if operator != "keep_mask":
+        options["scale"] = 2.0
+    torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key), options)
 
 
-def test_opcheck_draw_key():
+def test_opcheck_draw_keys():
     checks = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(OPERATORS.draw_key.default, (), {"device": torch.device("cpu")}, test_utils=checks)
+    torch.library.opcheck(OPERATORS.draw_keys.default, (3,), {"device": torch.device("cpu")}, test_utils=checks)
+
+
+def test_keys_at_once_are_those_of_calls_in_turn(device):
+    torch.manual_seed(7)
+    at_once = OPERATORS.draw_keys(5, device=torch.device(device))
+    torch.manual_seed(7)
+    in_turn = torch.cat([OPERATORS.draw_keys(1, device=torch.device(device)) for _ in range(5)])
+    assert at_once.device.type == device
+    assert at_once.tolist() == in_turn.tolist()
+    x = torch.ones(3, 40, device=device)
+    torch.manual_seed(7)
+    assert all(torch.equal(fd.dropout(x), fd.dropout(x, key=key)) for key in at_once)
 
 
 @pytest.mark.torch_copies
@@ -53,10 +68,10 @@ def test_strides_of_the_result(name, device, key):
 
 
 def test_tags():
-    """A compiler must keep eager's strides for apply, and replay the random state around draw_key only."""
+    """A compiler must keep eager's strides for apply, and replay the random state around draw_keys only."""
     assert torch.Tag.needs_exact_strides in OPERATORS.apply.default.tags
     assert torch.Tag.nondeterministic_seeded not in OPERATORS.apply.default.tags
-    assert torch.Tag.nondeterministic_seeded in OPERATORS.draw_key.default.tags
+    assert torch.Tag.nondeterministic_seeded in OPERATORS.draw_keys.default.tags
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import torch
 from common import fine, one_thread, wrong  # noqa: F401
 from helpers import key_tensor
 
-from fused_dropout import reference as original
 from fused_dropout import keys, testing
+from fused_dropout import reference as original
 from fused_dropout.testing.distributions import normal_limit
 
 SEED, P = 0x0123_4567_89AB_CDEF, 0.1

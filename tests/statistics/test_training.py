@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
-from fused_dropout import reference, keys
+from fused_dropout import keys, reference
 
 MARGINS, EQUIVALENCE_LEVEL = {"rate": 1e-3, "mean": 2**-9, "variance": 2**-9}, 1e-3
 
