@@ -169,7 +169,7 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("shape", [(), (1, 1, 3)], ids=["0-d", ""])
     def test_tangents_and_gradients_have_the_inputs(self, dtype, shape):
-        """Of a 0-d input too, as in torch's dropout: there the tangent of ``x * 1.5`` comes out float64 (torch 2.13)."""
+        """Of a 0-d input too: a Python number as a factor makes that tangent float64 (torch 2.13)."""
         x = torch.ones(shape, dtype=dtype)
         functions = [fd.dropout, fd.alpha_dropout, *([fd.feature_alpha_dropout, fd.drop_path] if shape else [])]
         for function in functions:
