@@ -20,7 +20,7 @@ PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/
 CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
-.PHONY: help examples bench bench-cpu test test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -40,6 +40,11 @@ test: $(INSTALLED) ## the whole suite, and beside it the core without the eager 
 		$(PY) -m pytest -q -p no:cacheprovider --hide=$$layer $(CORE) $(DROP_IN) tests/test_compile.py || exit; \
 	done >build/test-layers.log 2>&1 & \
 	$(PY) -m pytest -q; whole=$$?; wait $$!; layers=$$?; cat build/test-layers.log; exit $$((whole | layers))
+
+test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap and torch.compile, with and without the compiled part: 2,352 cells each
+	@$(PY) -m pytest -q -p no:cacheprovider --every-cell --hide=_C tests/transforms >build/test-transforms.log 2>&1 & \
+	$(PY) -m pytest -q --every-cell tests/transforms; whole=$$?; wait $$!; python=$$?; \
+	tail -n 50 build/test-transforms.log; exit $$((whole | python))
 
 test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
 	$(PY) -m pytest -q tests/models

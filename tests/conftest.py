@@ -4,6 +4,8 @@
     pytest --hide=_cuda      no CUDA kernels: the reference on CUDA devices
     pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
 
+    pytest --every-cell      tests/transforms: all cells of the matrix, not all pairs of values
+
 On the fake GPU the tests marked gpu run too, but for those in which torch itself copies inside an operator.
 """
 
@@ -15,6 +17,9 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--hide", default="", help="extension modules to do without: _eager, _cuda or _C")
+    parser.addoption(
+        "--every-cell", action="store_true", help="the whole matrix of transforms, not all pairs of values"
+    )
 
 
 def pytest_configure(config):
