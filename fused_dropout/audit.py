@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import functional
-from .dispatch import is_covered
 from .build_info import backend_info
+from .dispatch import is_covered
 from .patching import FAMILY, meet_torchs_own
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))

@@ -81,9 +81,7 @@ def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
 
 def must_compose(x: Tensor) -> bool:
     """Whether a transform, a tracer, a mode or a tensor subclass has to see torch's own operations."""
-    if functorch_randomness() is not None:
-        return True
-    return not is_compiling() and (is_watched() or type(x) not in _PLAIN)
+    return functorch_randomness() is not None or is_watched() or type(x) not in _PLAIN
 
 
 def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
@@ -91,19 +89,20 @@ def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | Non
     # The mask is made for a plain tensor: then a batched, wrapped or differentiated x needs no rule for the operator.
     # It has no more elements than there are draws, and its dimensions in x's order, since torch.where gives its result
     # the layout of the mask first.
-    if index_strides is None:
-        shape, strides = list(x.shape), reference.index_strides_of(x)
-    else:
-        strides = index_strides
-        shape = [size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]
+    if x.dim() == 0:
+        # A number times a tensor without dimensions has a tangent of float64 in torch.
+        return compose(x.reshape(1), p, key, index_strides and [0], scale).reshape(())
+    shape, order = list(x.shape), reference.order_by_stride(x)
+    in_order = order == sorted(order)
+    if index_strides is not None:
+        shape = [size if stride else 1 for size, stride in zip(x.shape, index_strides, strict=True)]
+    elif not in_order and not reference.is_dense(x):
+        index_strides = reference.row_major(x.shape)  # else those of the tensor below, which is dense
     empty = x.new_empty if is_fake(x) else torch.empty
-    order = reference.order_by_stride(x)
-    if order == sorted(order):
-        like = empty(shape, dtype=torch.bool, device=x.device)
-    else:
-        like = empty([shape[d] for d in order], dtype=torch.bool, device=x.device)
+    like = empty(shape if in_order else [shape[d] for d in order], dtype=torch.bool, device=x.device)
+    if not in_order:
         like = like.permute([order.index(d) for d in range(x.dim())])
-    kept = operators.keep_mask(like, p, key, 0, strides)
+    kept = operators.keep_mask(like, p, key, 0, index_strides)
     factor = reference.scale(p) if scale is None else scale
     return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
 

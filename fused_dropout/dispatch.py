@@ -51,9 +51,9 @@ def drop(
     compiling = is_compiling()
     if known_zero(x.numel()) if compiling else x.numel() == 0:
         return x
-    p = float(p)
+    p, given = float(p), key
     randomness = functorch_randomness()
-    watched = randomness is not None or (not compiling and is_watched())
+    watched = randomness is not None or is_watched() or (compiling and is_recorded())
     if key is None:
         key = keys.no_key() if p == 1 else keys.draw_key(x.device, generator, randomness, compiling or watched)
     elif x.requires_grad and not (compiling or watched):
@@ -72,7 +72,7 @@ def drop(
         except NotImplementedError:
             if not wraps_tensors(x):
                 raise
-            return None  # a subclass without a rule for the composition
+            return _left_to_torch(x, False, generator, given)  # a subclass without a rule for the composition
     return x.copy_(output) if inplace else output
 
 
@@ -88,14 +88,17 @@ def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = 
     taken = taken and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
     if taken and (not recorded or key is not None):
         return True
+    _left_to_torch(x, recorded, generator, key)
+    return False
+
+
+def _left_to_torch(x: Any, recorded: bool, generator: Generator | None, key: Tensor | None) -> None:
+    """Refuses the arguments that torch's own dropout does not know."""
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
     if key is not None or generator is not None:
-        described = (
-            f"a {type(x).__name__} of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else type(x)
-        )
-        raise TypeError(f"key and generator are for the fused path, which does not take {described}")
-    return False
+        kind = f" of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else ""
+        raise TypeError(f"key and generator are for the fused path, which does not take a {type(x).__name__}{kind}")
 
 
 def _is_distributed(x: Tensor) -> bool:

@@ -318,6 +318,9 @@ def _alpha(
     if p == 1:
         output = drop(input, p, inplace)
         return theirs(input, p, training, inplace) if output is None else output
+    if input.dim() == 0:  # see autograd.compose
+        output = _alpha(ours, theirs, lead, input.reshape(1), p, training, False, generator, key).reshape(())
+        return input.copy_(output) if inplace else output
     # The mask is numbered as input is, which need not have the layout of the sum.
     if lead:
         strides: Any = [input.shape[1], 1] + [0] * (input.dim() - 2)

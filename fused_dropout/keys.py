@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from . import reference
 from .native import eager, kernels
+from .torch_internals import is_compiling
 
 _CPU = torch.device("cpu")
 _SEED_AND_ZERO = torch.tensor([-1, 0], device=_CPU)
@@ -28,7 +29,9 @@ def draw_key(
     if randomness == "error":
         torch.rand((), device=device)  # raises, in torch's words
     if randomness == "different":
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+        # The 63 bits of each call alone; what Inductor makes of such bounds would overflow, and it draws others anyway.
+        low = 0 if is_compiling() else -(2**63)
+        seed = torch.randint(low, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator) & (2**63 - 1)
         return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
     if watched and generator is not None:
         return _draw_keys_in_python(1, device, generator)[0]

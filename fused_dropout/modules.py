@@ -59,6 +59,8 @@ class _Keyed(nn.Module):
 
 
 def _repr(value: object) -> str:
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return "..."  # vmap takes the name of a module from its repr, and Dynamo does not trace that of a tensor
     return f"Generator({value.device})" if isinstance(value, Generator) else repr(value)
 
 

@@ -23,13 +23,11 @@ def is_recorded() -> bool:
     return torch.compiler._is_exporting_flag or (not is_compiling() and torch._C._get_tracing_state() is not None)
 
 
-@torch.compiler.assume_constant_result
 def functorch_randomness() -> str | None:
     """None outside of torch.func's transforms; else the strictest ``randomness`` of the vmaps that are active: "error",
     "different", "same", or "" if there is no vmap.
 
-    Dynamo enters the transforms that it traces, and takes the answer of that moment for a constant. Without these names
-    the first call under a transform raises AttributeError or ImportError.
+    Without these names the first call under a transform raises AttributeError or ImportError.
     """
     if not torch._C._are_functorch_transforms_active():
         return None
@@ -43,13 +41,19 @@ def functorch_randomness() -> str | None:
     return strictest
 
 
+# Dynamo enters the transforms that it traces, and takes the answer of that moment for a constant. This is what
+# torch.compiler.assume_constant_result does, less the import of Dynamo. Without the attribute Dynamo refuses to trace.
+functorch_randomness._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_watched() -> bool:
-    """Whether a dispatch mode, torch.jit.trace or forward-mode AD sees each operation. Without these names the first
-    call raises AttributeError."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+    """Whether forward-mode AD, a dispatch mode or torch.jit.trace sees each operation.
+
+    Dynamo traces the first, of which it makes a guard; the others are not there while it compiles. Without these names
+    the first call in Python raises AttributeError.
+    """
+    return forward_ad._current_level >= 0 or (
+        not is_compiling() and (torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None)
     )
 
 

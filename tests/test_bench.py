@@ -155,7 +155,7 @@ def test_memory(workload):
     if workload.startswith("one"):
         assert ours.saved == 16
         assert torchs.saved >= 2**24
-        assert torchs.peak == -1 or torchs.peak > 0.99 * ours.peak > 2**26  # -1: this system does not say
+        assert torchs.peak == -1 or torchs.peak > ours.peak > 0.95 * 2**26  # -1: this system does not say
     assert ours.saved < torchs.saved
     assert records["fd.Dropout", True].saved <= ours.saved
 
