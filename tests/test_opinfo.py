@@ -146,3 +146,32 @@ def test_older_vmap_refuses_in_torchs_words(name):
             torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode")
         said.append(str(error.value))
     assert said[0] == said[1]
+
+
+@for_names
+@pytest.mark.parametrize("check", ["operator", "backward", "forward_ad"])
+def test_composite_compliance(name, check, ops):
+    """torch's own check that a wrapped tensor gets what a plain one does: its test_ops.py runs it on every operator."""
+    from torch.testing._internal import composite_compliance as compliance
+
+    def same(a, b, **_):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+    ran = 0
+    with fd.patched():
+        for op in ops:
+            for sample in op.sample_inputs("cpu", torch.float32, requires_grad=check == "backward"):
+                arguments = [sample.input, *sample.args]
+                if check == "operator":
+                    compliance.check_with_mode(op, arguments, sample.kwargs, same)
+                    compliance.check_all_permutations(op, arguments, sample.kwargs, same)
+                elif check == "backward":
+                    compliance.check_backward_formula(
+                        op.get_op(), arguments, sample.kwargs, None, op.gradcheck_wrapper, same
+                    )
+                else:
+                    compliance.check_forward_ad_formula(
+                        op.get_op(), arguments, sample.kwargs, op.gradcheck_wrapper, same
+                    )
+                ran += 1
+    assert ran
