@@ -17,7 +17,7 @@ FLOOR_PY := .venv-floor/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/* csrc/simd/*)
 PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/*.py)
 # The tests that the layers, the torch versions and the devices share.
-CORE := tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
+CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
 .PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean

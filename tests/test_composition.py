@@ -61,7 +61,7 @@ class TestCheckpointing:
     @for_reentrant
     @pytest.mark.parametrize("dropout", [fd.dropout, fd.dropout2d, F.dropout], ids=["fd", "channels", "torch"])
     def test_without_the_rng_state_the_mask_is_another(self, dropout, use_reentrant):
-        """As in torch, which says nothing; we do, where the checkpoint keeps forward's graph: without reentry. There the
+        """As in torch, which says nothing. We do where the checkpoint keeps forward's graph: without reentry. The
         gradient of dropout itself has forward's mask, and what was recomputed beside it another."""
         x = torch.rand(1, 1000, 1, 1, requires_grad=True)
         options = {"use_reentrant": use_reentrant, "preserve_rng_state": False}

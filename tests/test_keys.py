@@ -2,8 +2,10 @@
 
 import doctest
 import random
+import warnings
 
 import contract
+import numpy as np
 import pytest
 import torch
 from helpers import EDGES, key_tensor
@@ -165,3 +167,53 @@ def test_examples_of_the_docstrings():
     outcome = doctest.testmod(keys, extraglobs={"fd": fd, "torch": torch})
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+CHANGES = {
+    "numpy": lambda key, memory: memory.__setitem__(1, 77),
+    "in place": lambda key, memory: key.fill_(77),
+    "data": lambda key, memory: key.data.fill_(77),
+    "nothing": lambda key, memory: None,
+}
+
+
+class TestKeysAreKeptByValue:
+    """Nothing that happens to the key's memory between forward and backward changes the gradient."""
+
+    @pytest.mark.parametrize("options", [{}, {"noise_shape": (8, 1)}, {"inplace": True}], ids=["", "rows", "in place"])
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_whatever_happens_to_the_key(self, change, options):
+        memory = np.array([3, 4], dtype=np.uint64)
+        key = torch.from_numpy(memory)
+        x = torch.ones(8, 50, requires_grad=True)
+        y = fd.dropout(x * 1, 0.5, key=key, **options)
+        CHANGES[change](key, memory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            y.sum().backward()
+        assert torch.equal(x.grad, y)
+
+    def test_a_row_of_several(self):
+        """Of ``split``'s keys one can be written to while another serves."""
+        keys = fd.split(fd.key(1), 3)
+        x = torch.ones(100, requires_grad=True)
+        y = fd.dropout(x, 0.5, key=keys[1])
+        keys[0].zero_()
+        y.sum().backward()
+        assert torch.equal(x.grad, y)
+
+    def test_of_inference_mode(self):
+        with torch.inference_mode():
+            key = fd.key(5)
+        x = torch.ones(100, requires_grad=True)
+        y = fd.dropout(x, 0.5, key=key)
+        y.sum().backward()
+        assert torch.equal(x.grad, y)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.uint64], ids=str)
+    def test_hooks_that_cast_what_is_saved(self, dtype):
+        x = torch.ones(100, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to(dtype), lambda t: t):
+            y = fd.dropout(x, 0.5)
+        y.sum().backward()
+        assert torch.equal(x.grad, y)

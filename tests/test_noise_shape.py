@@ -149,7 +149,7 @@ def strides_of(noise_shape):
 
 
 class TestOperator:
-    """The operator itself and its reference, with index strides of 0: every order of runs that share a draw and runs that do not."""
+    """The operator itself and its reference: every order of runs that share a draw and runs that do not."""
 
     @for_runs
     @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)

@@ -1,0 +1,133 @@
+"""The private names of torch that the core uses: each is there, and says what torch_internals.py takes it to say.
+
+``make test-oldest`` and ``make test-cuda`` run this under other versions of torch.
+"""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_dropout import autograd, operators
+from fused_dropout import torch_internals as internals
+
+X = torch.ones(3, 2)
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapper(torch.Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+def seen_inside(transform, probe, *arguments):
+    seen = []
+    transform(lambda x: seen.append(probe()) or x.sum())(*arguments)
+    return seen[0]
+
+
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_randomness_of_vmap(randomness):
+    probe = internals.functorch_randomness
+    assert probe() is None
+    assert seen_inside(torch.func.grad, probe, X) == ""
+    assert seen_inside(lambda f: torch.vmap(f, randomness=randomness), probe, X) == randomness
+    nested = lambda f: torch.vmap(torch.vmap(f, randomness="same"), randomness=randomness)  # noqa: E731
+    assert seen_inside(nested, probe, X) == randomness
+    assert seen_inside(lambda f: torch.vmap(torch.func.grad(f), randomness=randomness), probe, X) == randomness
+    assert probe() is None
+
+
+def test_the_answer_is_a_constant_for_dynamo():
+    """The attribute is the one that torch's own decorator sets."""
+
+    def marked():
+        return 1
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked).items() <= vars(internals.functorch_randomness).items()
+
+
+def test_who_watches():
+    assert not internals.is_watched()
+    with Mode():
+        assert internals.is_watched()
+    with forward_ad.dual_level():
+        assert internals.is_watched()
+    assert seen_inside(lambda f: lambda x: torch.jit.trace(f, (x,), check_trace=False), internals.is_watched, X)
+    assert not internals.is_watched()
+
+
+def test_who_records():
+    assert not internals.is_recorded()
+
+    class Probe(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if internals.is_recorded() else x
+
+    for strict in (False, True):
+        program = torch.export.export(Probe(), (X,), strict=strict)
+        assert torch.equal(program.module()(X), X + 1)
+    compiled = torch.compile(Probe(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), X)
+    assert torch.equal(torch.jit.trace(Probe(), X)(X), X + 1)
+
+
+def test_function_modes():
+    assert internals.function_mode() is None
+    with TorchFunctionMode() as mode:
+        assert internals.function_mode() is mode
+
+
+def test_subclasses():
+    assert internals.wraps_tensors(X.as_subclass(Wrapper))
+    assert not internals.wraps_tensors(X)
+    assert not internals.wraps_tensors(X.as_subclass(Plain))
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert internals.is_fake(mode.from_tensor(X))
+    assert not internals.is_fake(X)
+
+
+def test_draws_are_kept_apart():
+    """By AOTAutograd's own list: the packet of the operator is in it once a draw was traced."""
+    from torch._functorch import compile_utils
+
+    torch.compile(lambda x: operators.draw_keys(1, device=x.device), backend="aot_eager")(X)
+    assert torch.ops.fused_dropout.draw_keys in compile_utils.rand_ops
+    graph = torch.fx.Graph()
+    for _ in range(2):
+        graph.call_function(operators.draw_keys, (1,), {"device": X.device})
+    graph.output(tuple(graph.nodes))
+    assert len([n for n in compile_utils.fx_graph_cse(graph).nodes if n.op == "call_function"]) == 2
+    # The list is what does it: without it two draws would be one.
+    compile_utils.rand_ops.remove(torch.ops.fused_dropout.draw_keys)
+    try:
+        merged = compile_utils.fx_graph_cse(graph)
+    finally:
+        compile_utils.rand_ops.append(torch.ops.fused_dropout.draw_keys)
+    assert len([n for n in merged.nodes if n.op == "call_function"]) == 1
+
+
+def test_known_zero():
+    assert internals.known_zero(0)
+    assert not internals.known_zero(3)
+
+
+def test_apply_without_functorch():
+    x = X.clone().requires_grad_()
+    apply = internals.apply_without_functorch(autograd.DropoutEager)
+    y = apply(x, 0.5, torch.zeros(2, dtype=torch.uint64), None, None)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
