@@ -72,7 +72,8 @@ def drop(
         except NotImplementedError:
             if not wraps_tensors(x):
                 raise
-            return _left_to_torch(x, False, generator, given)  # a subclass without a rule for the composition
+            _refuse_for_torch(x, False, generator, given)
+            return None  # a subclass without a rule for the composition
     return x.copy_(output) if inplace else output
 
 
@@ -88,11 +89,11 @@ def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = 
     taken = taken and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
     if taken and (not recorded or key is not None):
         return True
-    _left_to_torch(x, recorded, generator, key)
+    _refuse_for_torch(x, recorded, generator, key)
     return False
 
 
-def _left_to_torch(x: Any, recorded: bool, generator: Generator | None, key: Tensor | None) -> None:
+def _refuse_for_torch(x: Any, recorded: bool, generator: Generator | None, key: Tensor | None) -> None:
     """Refuses the arguments that torch's own dropout does not know."""
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")

@@ -72,11 +72,14 @@ def is_fake(x: object) -> bool:
 
 
 def wraps_tensors(x: Tensor) -> bool:
-    """Whether x is of a subclass that sees each operation (``__torch_dispatch__``), and leaves functions alone."""
-    kind = type(x)
-    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and getattr(
-        kind.__torch_function__, "__func__", kind.__torch_function__
-    ) in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    """Whether x is of a subclass that sees each operation (``__torch_dispatch__``), and leaves functions alone. Without
+    the name for a subclass that sees no functions the first call with a subclass raises AttributeError."""
+    kind: Any = type(x)
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    default: Any = Tensor.__torch_function__
+    own = kind.__torch_function__
+    return own is torch._C._disabled_torch_function_impl or getattr(own, "__func__", None) is default.__func__
 
 
 def known_zero(n: Any) -> bool:
@@ -101,4 +104,5 @@ def keep_draws_apart(draw: Any) -> None:
 def apply_without_functorch(function: type[torch.autograd.Function]) -> Any:
     """``Function.apply`` less what it does for torch.func: binding the arguments by their signature takes it 15 us a
     call. Without the base class's ``apply`` the import of ``autograd`` fails."""
-    return super(torch.autograd.Function, function).apply
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply
