@@ -99,16 +99,19 @@ bool is_readable(const Tensor& key) {
          !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
-// Not at::empty, whose result a transform of torch.func would wrap.
-Tensor empty_cpu_keys(int64_t n) {
-  return at::detail::empty_cpu({n, 2}, at::kUInt64);
+// Keys on the CPU, of shape (n, 2), or (2,) for one. Not by at::empty, whose result a transform of torch.func would
+// wrap.
+Tensor empty_cpu_keys(at::IntArrayRef shape) {
+  return at::detail::empty_cpu(shape, at::kUInt64);
 }
 
 #ifdef FUSED_DROPOUT_CUDA
 // Seed and Philox offset / 4 of the generator, which moves on by one counter step for each key. During a graph capture
 // both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them
 // there.
-Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
+Tensor draw_cuda_keys(at::IntArrayRef shape, at::Device device, const std::optional<at::Generator>& generator,
+                      bool on_device) {
+  const int64_t n = c10::multiply_integers(shape) / 2;
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
   at::PhiloxCudaState state;
@@ -117,7 +120,7 @@ Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Gene
     state = g->philox_cuda_state(4 * n);
   }
   if (!state.captured_ && !on_device) {
-    Tensor keys = empty_cpu_keys(n);
+    Tensor keys = empty_cpu_keys(shape);
     uint64_t* words = keys.mutable_data_ptr<uint64_t>();
     for (int64_t i = 0; i < n; ++i) {
       words[2 * i] = state.seed_.val;
@@ -127,7 +130,7 @@ Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Gene
   }
   static const auto write =
       find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
-  Tensor keys = at::empty({n, 2}, at::TensorOptions().dtype(at::kUInt64).device(device));
+  Tensor keys = at::empty(shape, at::TensorOptions().dtype(at::kUInt64).device(device));
   const auto word = [&](const auto& one) {
     return state.captured_ ? reinterpret_cast<int64_t>(one.ptr) : static_cast<int64_t>(one.val);
   };
@@ -138,33 +141,35 @@ Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Gene
 #endif
 
 // What torch.empty(n, dtype=torch.int64).random_() draws, as the seeds of fresh streams: 63 bits each.
-Tensor draw_cpu_keys(int64_t n, const std::optional<at::Generator>& generator) {
+Tensor draw_cpu_keys(at::IntArrayRef shape, const std::optional<at::Generator>& generator) {
   // Under torch's older vmap, which knows no random operation: raises, in torch's words.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::VmapMode)) at::rand({});
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  Tensor keys = empty_cpu_keys(n);
+  Tensor keys = empty_cpu_keys(shape);
   uint64_t* words = keys.mutable_data_ptr<uint64_t>();
   const std::lock_guard<std::mutex> lock(g->mutex_);
-  for (int64_t i = 0; i < n; ++i) {
-    words[2 * i] = g->random64() & ~(uint64_t{1} << 63);
-    words[2 * i + 1] = 0;
+  for (uint64_t* end = words + keys.numel(); words != end;) {
+    *words++ = g->random64() & ~(uint64_t{1} << 63);
+    *words++ = 0;
   }
   return keys;
 }
 
-Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator) {
+Tensor draw(at::IntArrayRef shape, at::Device device, const std::optional<at::Generator>& generator,
+            bool on_device = false) {
 #ifdef FUSED_DROPOUT_CUDA
-  if (device.is_cuda()) return draw_cuda_keys(n, device, generator, false);
+  if (device.is_cuda()) return draw_cuda_keys(shape, device, generator, on_device);
 #endif
-  return draw_cpu_keys(n, generator);
+  return draw_cpu_keys(shape, generator);
+}
+
+Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator) {
+  return draw({n, 2}, device, generator);
 }
 
 // The operator, for compilers and modes: its keys are on the device.
 Tensor draw_keys_operator(c10::SymInt n, at::Device device) {
-#ifdef FUSED_DROPOUT_CUDA
-  if (device.is_cuda()) return draw_cuda_keys(n.expect_int(), device, std::nullopt, true);
-#endif
-  return draw_cpu_keys(n.expect_int(), std::nullopt);
+  return draw({n.expect_int(), 2}, device, std::nullopt, true);
 }
 
 std::vector<int64_t> row_major(at::IntArrayRef sizes) {
@@ -281,7 +286,7 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
   }
   Mask mask{p, Tensor(), std::move(index_strides), scale};
   if (!key) {
-    mask.key = p == 1 ? at::zeros({2}, at::kUInt64) : draw_keys(1, x.device(), generator).view(2);
+    mask.key = p == 1 ? at::zeros({2}, at::kUInt64) : draw({2}, x.device(), generator);
   } else {
     // A copy: nothing that happens to the caller's key later changes the gradient.
     mask.key = recorded && is_readable(*key) ? key->clone() : *key;
