@@ -99,7 +99,7 @@ class Walk {
       if (packed && inner.index == 1 && length >= kLongRow) {
         kernels_.drop(x(), y(), index_, length, params_);
       } else if (packed && inner.index == 1 && n >= inner.size && has_rows()) {
-        length = visit_rows(n);
+        length = rows_are_groups() ? visit_groups(n) : visit_rows(n);
       } else if (inner.index <= 1) {
         const bool whole = packed && inner.index == 0 && length >= kLongRun;
         length = add(whole ? length : std::min(length, kFlags), n);
@@ -120,6 +120,31 @@ class Walk {
 
   // Whether the walk stands at the beginning of a short row, whose successors have indices of their own.
   bool has_rows() const { return at_[0] == 0 && args_.dims.size() > 1 && args_.dims[1].index != 0; }
+
+  // Whether each row is so many groups. The upper half of the block number has to be one for a group.
+  bool rows_are_groups() const {
+    const uint64_t size = args_.dims[0].size, group = cpu_kernels().group;
+    return size % group == 0 && index_ % group == 0 && args_.dims[1].index % group == 0;
+  }
+
+  // The next whole rows, of whole groups.
+  int64_t visit_groups(int64_t n) {
+    const Dim row = args_.dims[0], next = args_.dims[1];
+    const int64_t group = cpu_kernels().group, per_row = row.size / group;
+    const int64_t rows = std::min({n / row.size, next.size - at_[1], kRuns / per_row});
+    Group<T> groups[kRuns];
+    Group<T> first = {x(), y(), index_ / kBlock};
+    int64_t count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < per_row; ++i) {
+        groups[count++] = {first.x + i * group, first.y + i * group, first.block + i * group / kBlock};
+      }
+      prefetch(first.x, row.size);
+      first = {first.x + next.x, first.y + next.y, first.block + next.index / kBlock};
+    }
+    kernels_.drop_groups(groups, count, params_);
+    return rows * row.size;
+  }
 
   // The next whole rows, as many as there is room for, without further ado: the commonest window. Returns how many
   // elements they have.

@@ -92,8 +92,7 @@ struct Dtype<float> {
   using Scalar = float;
   using Compute = float;
   static constexpr const char* name = "float32";
-  static auto kernel(const CpuKernels& k) { return k.float32.drop; }
-  static auto select(const CpuKernels& k) { return k.float32.select; }
+  static const auto& kernels(const CpuKernels& k) { return k.float32; }
 };
 template <>
 struct Dtype<double> {
@@ -101,8 +100,7 @@ struct Dtype<double> {
   using Scalar = double;
   using Compute = double;
   static constexpr const char* name = "float64";
-  static auto kernel(const CpuKernels& k) { return k.float64.drop; }
-  static auto select(const CpuKernels& k) { return k.float64.select; }
+  static const auto& kernels(const CpuKernels& k) { return k.float64; }
 };
 template <>
 struct Dtype<Half> {
@@ -110,8 +108,7 @@ struct Dtype<Half> {
   using Scalar = torch::headeronly::Half;
   using Compute = float;
   static constexpr const char* name = "float16";
-  static auto kernel(const CpuKernels& k) { return k.float16.drop; }
-  static auto select(const CpuKernels& k) { return k.float16.select; }
+  static const auto& kernels(const CpuKernels& k) { return k.float16; }
 };
 template <>
 struct Dtype<BFloat16> {
@@ -119,13 +116,13 @@ struct Dtype<BFloat16> {
   using Scalar = torch::headeronly::BFloat16;
   using Compute = float;
   static constexpr const char* name = "bfloat16";
-  static auto kernel(const CpuKernels& k) { return k.bfloat16.drop; }
-  static auto select(const CpuKernels& k) { return k.bfloat16.select; }
+  static const auto& kernels(const CpuKernels& k) { return k.bfloat16; }
 };
 template <>
 struct Dtype<bool> {
   using Bits = uint8_t;
   static constexpr const char* name = "mask";
+  static const auto& kernels(const CpuKernels& k) { return k.mask; }
 };
 
 template <typename T>
@@ -184,7 +181,7 @@ void call(const CpuKernels& kernels, const void* x, void* y, uint64_t index, int
   if constexpr (std::is_same<T, bool>::value) {
     kernels.mask.drop(static_cast<bool*>(y), static_cast<bool*>(y), index, n, params);
   } else {
-    Dtype<T>::kernel(kernels)(static_cast<const T*>(x), static_cast<T*>(y), index, n, params);
+    Dtype<T>::kernels(kernels).drop(static_cast<const T*>(x), static_cast<T*>(y), index, n, params);
   }
 }
 
@@ -298,19 +295,21 @@ class Tester {
     call<T>(kernels_, x, y, current.index, n, params_);
     ++cases_;
     compare(y, wanted, n);
+    check_groups(x, y, input, wanted, n, in_place);
     if constexpr (kMask) {
       check_flags(first, n, y_place);
     } else {
       if (in_place) std::memcpy(x, input, bytes);
       uint8_t* flags = at(flags_, y_place, n * sizeof(uint16_t), y_inside / sizeof(T) * sizeof(uint16_t));
       std::memcpy(flags, kept_.data() + first, n * sizeof(uint16_t));
-      Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
-                                 reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
+      Dtype<T>::kernels(kernels_).select(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
+                                         reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
       compare(y, wanted, n);
       // All are kept if there are no flags.
       if (std::find(kept_.begin() + first, kept_.begin() + first + n, 0) == kept_.begin() + first + n) {
         if (in_place) std::memcpy(x, input, bytes);
-        Dtype<T>::select(kernels_)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n, params_.scale);
+        Dtype<T>::kernels(kernels_).select(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n,
+                                           params_.scale);
         compare(y, wanted, n);
       }
     }
@@ -322,6 +321,30 @@ class Tester {
     untouched(y - std::min<size_t>(kMargin, y - y_.begin), y, "before");
     uint8_t* end = y_.begin + y_.size;
     untouched(y + bytes, y + bytes + std::min<size_t>(kMargin, end - (y + bytes)), "after");
+  }
+
+  // The whole groups among these elements, the last one first. The others have their results already.
+  void check_groups(uint8_t* x, uint8_t* y, const Element* input, const Element* wanted, int64_t n, bool in_place) {
+    std::vector<Group<T>> groups;
+    std::vector<int64_t> firsts;
+    int64_t i = static_cast<int64_t>((kBlock - current.index % kBlock) % kBlock);
+    for (; i + kernels_.group <= n; i += kernels_.group) {
+      const uint64_t block = (current.index + static_cast<uint64_t>(i)) / kBlock;
+      const uint64_t last = block + static_cast<uint64_t>(kernels_.group / kBlock) - 1;
+      if (block >> 32 != last >> 32) continue;  // the kernel's limit
+      // A mask is given no x that could be read: its own memory stands for it.
+      T* to = reinterpret_cast<T*>(y) + i;
+      groups.push_back({kMask ? to : reinterpret_cast<const T*>(x) + i, to, block});
+      firsts.push_back(i);
+    }
+    for (const int64_t begin : firsts) {
+      const size_t bytes = static_cast<size_t>(kernels_.group) * sizeof(T);
+      std::memset(y + begin * sizeof(T), kSentinel, bytes);
+      if (in_place && !kMask) std::memcpy(x + begin * sizeof(T), input + begin, bytes);
+    }
+    std::reverse(groups.begin(), groups.end());
+    Dtype<T>::kernels(kernels_).drop_groups(groups.data(), static_cast<int64_t>(groups.size()), params_);
+    compare(y, wanted, n);
   }
 
   // The flags of the blocks of these elements, in falling order.

@@ -105,6 +105,22 @@ inline Lanes upper(const Listed& blocks, const Lanes*) {
   return high(blocks_at(blocks.list));
 }
 
+// ... or those of groups of elements, each group's being consecutive with one upper half.
+template <typename T>
+struct Grouped {
+  const Group<T>* groups;
+  uint64_t operator[](int i) const { return groups->block + i; }
+  Grouped from(int i) const { return {groups + i / kLanes}; }
+};
+template <typename T>
+inline Lanes lower(const Grouped<T>& blocks, const Lanes*) {
+  return blocks_from(blocks.groups->block);
+}
+template <typename T>
+inline Lanes upper(const Grouped<T>& blocks, const Lanes*) {
+  return all_lanes(static_cast<uint32_t>(blocks.groups->block >> 32));
+}
+
 template <typename Blocks, typename Word>
 inline Twin<Word> lower(const Blocks& blocks, const Twin<Word>*) {
   const Word* half = nullptr;
@@ -129,6 +145,16 @@ __attribute__((noinline)) void settle_ties(const MaskParams& params, Blocks bloc
   kept[1] = kept_of(flags + kGroup / 2);
 }
 
+// Where the elements of a group are: x and y, or what the group says.
+template <typename T, typename Blocks>
+inline Group<T> place(const T* x, T* y, const Blocks& blocks) {
+  return {x, y, blocks[0]};
+}
+template <typename T>
+inline Group<T> place(const T*, T*, const Grouped<T>& blocks) {
+  return *blocks.groups;
+}
+
 template <typename T, typename Blocks, typename Compute>
 inline void finish(const T* x, T* y, const Blocks& blocks, const PhiloxWords<Lanes>& words, const Common& common,
                    Compute scale) {
@@ -141,8 +167,9 @@ inline void finish(const T* x, T* y, const Blocks& blocks, const PhiloxWords<Lan
     front = kept[0];
     back = kept[1];
   }
-  write(x, y, front, scale);
-  write(x + kGroup / 2, y + kGroup / 2, back, scale);
+  const Group<T> group = place(x, y, blocks);
+  write(group.x, group.y, front, scale);
+  write(group.x + kGroup / 2, group.y + kGroup / 2, back, scale);
 }
 
 template <typename Word, typename T, typename Blocks, typename Compute>
@@ -204,6 +231,17 @@ void drop(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params)
   if (i < n) drop_part(x + i, y + i, blocks, 0, n - i, common, scale);
 }
 
+template <typename T, typename Compute>
+void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
+  constexpr int kAtOnce = Of<Four>::kGroups;
+  const Common common(params);
+  const Compute scale = static_cast<Compute>(params.scale);
+  const T* x = nullptr;  // the groups say where
+  T* y = nullptr;
+  for (; n >= kAtOnce; n -= kAtOnce, groups += kAtOnce) drop_groups<Four>(x, y, Grouped<T>{groups}, common, scale);
+  for (; n > 0; --n, ++groups) drop_groups<Lanes>(x, y, Grouped<T>{groups}, common, scale);
+}
+
 void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params) {
   static_assert(kBlockPadding % kLanes == 0, "the last group has to lie within the padding");
   constexpr int kAtOnce = Of<Four>::kGroups * kLanes;
@@ -242,11 +280,12 @@ void select(const T* x, T* y, const uint16_t* flags, int64_t n, double scale) {
 
 constexpr CpuKernels make_kernels(const char* isa) {
   return {isa,
-          {drop<float, float>, select<float, float>},
-          {drop<double, double>, select<double, double>},
-          {drop<Half, float>, select<Half, float>},
-          {drop<BFloat16, float>, select<BFloat16, float>},
-          {drop<bool, float>, select<bool, float>},
+          kGroup,
+          {drop<float, float>, drop_groups<float, float>, select<float, float>},
+          {drop<double, double>, drop_groups<double, double>, select<double, double>},
+          {drop<Half, float>, drop_groups<Half, float>, select<Half, float>},
+          {drop<BFloat16, float>, drop_groups<BFloat16, float>, select<BFloat16, float>},
+          {drop<bool, float>, drop_groups<bool, float>, select<bool, float>},
           draw_flags};
 }
 

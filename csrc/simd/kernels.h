@@ -20,11 +20,21 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Elements that are drawn together: as many consecutive ones, the first of which begins a block.
+template <typename T>
+struct Group {
+  const T* x;
+  T* y;
+  uint64_t block;  // of the first element
+};
+
 template <typename T>
 struct TypedKernels {
   // Dropout of n elements from x to y, which may be the same; index is that of the first element.
   void (*drop)(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params);
-  // The same by a flag for each element: 0xFFFF where it is kept, else 0. Without flags all are kept.
+  // Dropout of n groups of CpuKernels::group elements, wherever they are: for short rows.
+  void (*drop_groups)(const Group<T>* groups, int64_t n, const MaskParams& params);
+  // Dropout by a flag for each element: 0xFFFF where it is kept, else 0. Without flags all are kept.
   void (*select)(const T* x, T* y, const uint16_t* flags, int64_t n, double scale);
 };
 
@@ -33,6 +43,7 @@ constexpr int kBlockPadding = 8;
 
 struct CpuKernels {
   const char* isa;
+  int group;
   TypedKernels<float> float32;
   TypedKernels<double> float64;
   TypedKernels<Half> float16;
