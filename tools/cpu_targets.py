@@ -83,6 +83,11 @@ def channels(*shape: int, dtype: str = "float32", inplace: bool = False, last: b
     return [run(fd.dropout2d), run(F.dropout2d)]
 
 
+def rows_or_dense(length: int) -> list[Contender]:
+    dense, wide = _values(20), torch.randn(2**20 // length, 2 * length)
+    return [Contender(partial(fd.dropout, x, P)) for x in (wide[:, :length], dense)]
+
+
 def threads(log2: int, *counts: int) -> list[Contender]:
     call = partial(fd.dropout, _values(log2), P)
 
@@ -129,6 +134,7 @@ def at(make: Callable[..., list[Contender]], *log2s: int, **options: object) -> 
 HALVES = at(forward, 20, 24, dtype="bfloat16") + at(forward, 20, 24, dtype="float16")
 SMALL = at(forward, 6) + at(forward_backward, 6)
 SMALL_NO_EAGER = at(forward, 6) + at(forward, 6, grad=True) + at(forward_backward, 6)
+SLICES = [partial(rows_or_dense, length) for length in (512, 64, 32)]
 CHANNELS = [partial(channels, 32, 64, n, n, **more) for n in (7, 56) for more in ({}, {"dtype": "bfloat16"})]
 CHANNELS += [partial(channels, 32, 64, 56, 56, **more) for more in ({"inplace": True}, {"last": True})]
 SIZES = [partial(in_place_sizes, 12, 26)]
@@ -158,6 +164,7 @@ ROWS = (
         (1.1,),
         CHANNELS,
     ),
+    Row("rows", "2^20 floats, rows of 512, 64, 32 of a wider tensor", "as many, dense", "<=", (1.25, 1.5, 2), SLICES),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )
 
