@@ -54,7 +54,7 @@ def register() -> None:
     problem, _registered = None, True
     try:
         _register()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, LookupError, TypeError) as error:
         problem = f"torch.compile calls the operator as it is, and fuses nothing: {type(error).__name__}: {error}"
 
 
