@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import torch
 
+from . import inductor
 from .build_info import backend_info
 
 
@@ -20,6 +21,7 @@ def info(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_dropout info")
     parser.add_argument("--json", action="store_true", help="for a program to read")
     as_json = parser.parse_args(arguments).json
+    inductor.register()  # or a problem with Inductor would show at the first compilation only
     found = backend_info()
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB" for gpu in properties]

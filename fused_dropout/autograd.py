@@ -30,7 +30,7 @@ class Dropout(torch.autograd.Function):
         ctx.p, ctx.scale, ctx.index_strides = p, scale, index_strides
         if index_strides is None and not x.is_contiguous() and reference.is_dense(x):
             ctx.index_strides = x.stride()
-        return operators.chosen_apply(x)(x, p, key, 0, index_strides, scale)
+        return operators.apply_as_served(x, p, key, index_strides, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,4 +119,4 @@ def apply(
         return compose(x, p, key, index_strides, scale)
     if x.requires_grad and torch.is_grad_enabled():
         return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, index_strides, scale)
-    return operators.chosen_apply(x)(x, p, key, 0, index_strides, scale)
+    return operators.apply_as_served(x, p, key, index_strides, scale)

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from . import __version__, native
+from . import __version__, inductor, native
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def backend_info() -> BackendInfo:
         devices={device: _path(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]},
         eager=native.eager is not None,
         cpu_isa=native.kernels.cpu_isa if native.kernels else None,
-        notes=tuple(map(native.note, native.missing)),
+        notes=(*map(native.note, native.missing), *filter(None, [inductor.problem])),
         improve=how_to_improve(),
         built=native.built(),
     )

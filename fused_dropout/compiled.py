@@ -1,12 +1,12 @@
 """The reference as one kernel, which Inductor and Triton make at the first call: for GPUs without the CUDA kernels.
 
-A kernel serves every size, p and key of a dtype: nothing is compiled again when they change.
+``inductor.py`` says what the kernel computes. One serves every size, p, start and key of a dtype, and another one those
+that number their elements otherwise than by memory order from 0: nothing is compiled again when these change.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from . import reference
 from .build_info import how_to_improve
+from .inductor import FORM, for_every_size
 
 _failed: set[tuple[Any, ...]] = set()  # what did not compile here: then the reference serves as it is
 
 
-def _keep(numel: int, bound: Tensor, key: Tensor, start: int) -> Tensor:
-    if not torch.compiler.is_compiling():
-        raise RuntimeError("torch.compile is switched off")  # as it stands it would take forty bytes an element
-    return reference.keep_each(reference.indices((numel,), key.device, start), bound, key)
+def _apply_any(x: Tensor, p: Tensor, scale: Tensor | None, key: Tensor, *window: Any) -> Tensor:
+    return getattr(torch.ops.fused_dropout.apply, f"any_{FORM}")(x, p, scale, key, *window)
 
 
-def _apply(x: Tensor, bound: Tensor, key: Tensor, start: int, scale: Tensor) -> Tensor:
-    product = (x.to(scale.dtype) * scale).to(x.dtype)
-    return torch.where(_keep(x.numel(), bound, key, start), product, 0.0)
+def _write(out: Tensor, x: Tensor, *arguments: Any) -> None:
+    out.copy_(_apply_any(x, *arguments))
+
+
+def _write_in_place(x: Tensor, *arguments: Any) -> None:
+    x.copy_(_apply_any(x, *arguments))
 
 
 @cache
@@ -41,75 +43,97 @@ def _say_once() -> None:
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _try(function: Callable[..., Tensor], numel: int, dtype: torch.dtype, *arguments: Any) -> Tensor | None:
-    """What the compiled function gives; None if it does not compile here, or would for this size alone."""
-    if numel < 2 or (function, dtype) in _failed:
-        return None
+def _run(
+    out: Tensor, x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int], scale: float | None
+) -> bool:
+    """Writes x, dropped, to out, which is dense and may be x; or the mask, if out is of bools. Returns whether it did:
+    not if it does not compile here, or would for this size alone."""
+    function = _write_in_place if out is x or out.dtype == torch.bool else _write
+    if out.numel() < 2 or (function, out.dtype) in _failed:
+        return False
     _say_once()
+    sizes, steps = _levels(out, index_strides)
+    window = [] if (start, steps) == (0, [1]) else [torch.tensor(n, device="cpu") for n in (start, *steps)]
+    # Numbers as tensors of no dimensions on the CPU: a kernel takes them as arguments, and none is compiled in.
+    threshold = torch.tensor(reference.threshold(p), device="cpu")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = torch.tensor(reference.scale(p) if scale is None else scale, dtype=wide, device="cpu")
+    arguments = (threshold, None if out.dtype == torch.bool else factor, key.to(x.device), window, out.numel() <= 2**31)
+    tensors = (_over(out, sizes),) if function is _write_in_place else (_over(out, sizes), _over(x, sizes))
     try:
-        # Each dtype, device and mode has a kernel of its own, and eight would be the limit.
-        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=256):
-            return _compiled(function)(*arguments)
+        with torch.no_grad(), for_every_size():
+            _compiled(function)(*tensors, *arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        _failed.add((function, dtype))
+        _failed.add((function, out.dtype))
         warnings.warn(f"fused_dropout: it does not compile here, and stays slow: {error}", RuntimeWarning, stacklevel=3)
-        return None
+        return False
+    return True
 
 
-def _bound(p: float) -> Tensor:
-    return torch.tensor(reference.threshold(p), device="cpu")  # a number would be compiled in, were it 0 or 1
+def _levels(out: Tensor, index_strides: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Sizes and index strides of out in memory order, outermost first: dimensions whose indices continue are one."""
+    sizes: list[int] = []
+    steps: list[int] = []
+    for d in reference.order_by_stride(out):
+        if out.shape[d] == 1:
+            continue
+        if sizes and steps[-1] == index_strides[d] * out.shape[d]:
+            sizes[-1] *= out.shape[d]
+            steps[-1] = index_strides[d]
+        else:
+            sizes.append(out.shape[d])
+            steps.append(index_strides[d])
+    return sizes, steps
 
 
-def _keep_flat(numel: int, p: float, key: Tensor, device: torch.device, start: int = 0) -> Tensor:
-    kept = _try(_keep, numel, torch.bool, numel, _bound(p), key.to(device), start)
-    return reference.keep_flat(numel, p, key, start, device) if kept is None else kept
+def _over(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The memory of x in another shape, but no view: autograd and the compiler treat those otherwise."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), sizes, reference.row_major(sizes))
 
 
-def _over(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """The elements of x in another shape, but no view: autograd and the compiler treat those otherwise."""
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)
-
-
-def _in_layout_of(x: Tensor, flat: Tensor) -> Tensor:
-    """Of elements in the order in which those of x are numbered: a tensor of x's shape, strided as its empty_like."""
-    strides = torch.empty_like(x, device="meta").stride()
-    if reference.is_dense(x):
-        return _over(flat, x.shape, strides)
-    return torch.empty_strided(x.shape, strides, dtype=flat.dtype, device=flat.device).copy_(flat.view(x.shape))
-
-
-def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
+def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None) -> Tensor:
     """``reference.keep_mask``."""
-    return _in_layout_of(x, _keep_flat(x.numel(), p, key, x.device, start))
+    reference.check_window(x.shape, start, index_strides)
+    strides = reference.index_strides_of(x) if index_strides is None else index_strides
+    out = torch.empty_like(x, dtype=torch.bool)
+    return out if _run(out, x, p, key, start, strides, None) else reference.keep_mask(x, p, key, start, strides)
 
 
-def apply(x: Tensor, p: float, key: Tensor, start: int = 0) -> Tensor:
+def apply(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """``reference.apply``."""
-    dense = x.detach() if reference.is_dense(x) else x.detach().contiguous()
-    flat = _over(dense, (x.numel(),), (1,))
-    scale = torch.tensor(reference.scale(p), dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-    applied = _try(_apply, x.numel(), x.dtype, flat, _bound(p), key.to(x.device), start, scale)
-    return reference.apply(x, p, key, start) if applied is None else _in_layout_of(x, applied)
+    reference.check_window(x.shape, start, index_strides)
+    x, strides = x.detach(), reference.index_strides_of(x) if index_strides is None else index_strides
+    dense = reference.is_dense(x)
+    out = torch.empty_like(x) if dense else torch.empty_like(x).copy_(x)
+    if _run(out, x if dense else out, p, key, start, strides, scale):
+        return out
+    return reference.apply(x, p, key, start, strides, scale)
 
 
-def apply_(x: Tensor, p: float, key: Tensor, start: int = 0) -> None:
+def apply_(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> None:
     """``reference.apply_``."""
-    x.copy_(apply(x, p, key, start))
-
-
-def apply_broadcast_(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> None:
-    """``reference.apply_broadcast_``."""
-    reference.drop(x.mul_(scale), _keep_flat(prod(noise_shape), p, key, x.device).view(list(noise_shape)))
-
-
-def apply_broadcast(x: Tensor, p: float, key: Tensor, noise_shape: Sequence[int], scale: float) -> Tensor:
-    """``reference.apply_broadcast``."""
-    output = torch.empty_like(x).copy_(x)
-    apply_broadcast_(output, p, key, noise_shape, scale)
-    return output
+    reference.check_window(x.shape, start, index_strides)
+    strides = reference.index_strides_of(x) if index_strides is None else index_strides
+    own = x.detach()
+    if not reference.is_dense(own) or not _run(own, own, p, key, start, strides, scale):
+        x.copy_(apply(x, p, key, start, strides, scale))

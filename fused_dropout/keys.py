@@ -11,8 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from . import reference
+from .inductor import FORM
 from .native import eager, kernels
-from .torch_internals import is_compiling
+from .torch_internals import is_compiling, is_recorded
 
 _CPU = torch.device("cpu")
 _SEED_AND_ZERO = torch.tensor([-1, 0], device=_CPU)
@@ -37,7 +38,8 @@ def draw_key(
         return _draw_keys_in_python(1, device, generator)[0]
     if watched:
         # An operator, so that tracers record the drawing and not what was drawn.
-        return torch.ops.fused_dropout.draw_keys(1, device=device)[0]
+        draw = getattr(torch.ops.fused_dropout.draw_keys, FORM if is_compiling() and not is_recorded() else "default")
+        return draw(1, device=device)[0]
     return draw_keys(1, device, generator)[0]
 
 

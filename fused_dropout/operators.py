@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import keys, native, reference
-from .torch_internals import keep_draws_apart
+from . import compiled, inductor, keys, native, reference
+from .inductor import FORM
+from .torch_internals import is_compiling, is_recorded, keep_draws_apart
 
 _library = torch.library.Library("fused_dropout", "DEF")
 _WINDOW = "float p, Tensor key, SymInt start=0, SymInt[]? index_strides=None"
@@ -22,12 +23,34 @@ _SCHEMAS = {
     f"apply(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
     f"apply_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
     f"keep_mask(Tensor x, {_WINDOW}) -> Tensor": (torch.Tag.needs_exact_strides,),
+    # For Inductor, which expands it. With index strides given, the mask is the same whatever the layout of x becomes.
+    f"apply.{FORM}(Tensor x, float p, Tensor key, SymInt start, SymInt[] index_strides, float? scale=None) -> Tensor": (
+        torch.Tag.flexible_layout,
+    ),
+    # For GPUs without kernels, in ``compiled.py``: numbers are tensors, so that nothing is compiled again for another
+    # one. window: start and index strides, or nothing for 0 and row-major ones; fits: whether all indices have 32 bits.
+    # Without a scale: the mask.
+    f"apply.any_{FORM}(Tensor x, Tensor threshold, Tensor? scale, Tensor key, Tensor[] window, bool fits) -> Tensor": (
+        torch.Tag.flexible_layout,
+    ),
     # Partitioner and checkpointing replay random state only around operators with this tag, and look for the device
     # among the keyword arguments.
     "draw_keys(SymInt n, *, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
+    # For Inductor, which makes one call of the draws of a graph: the second, if it writes that call in C++.
+    # torch confuses overloads of the same arguments when it removes them, and ends the process: hence "count".
+    f"draw_keys.{FORM}(SymInt count, *, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
+    f"draw_keys.named_{FORM}(SymInt n, str device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
 }
 for _schema, _tags in _SCHEMAS.items():
     _library.define(_schema, tags=(*_tags, torch.Tag.pt2_compliant_tag))
+
+apply = torch.ops.fused_dropout.apply.default
+apply_expanded = getattr(torch.ops.fused_dropout.apply, FORM)
+apply_ = torch.ops.fused_dropout.apply_.default
+keep_mask = torch.ops.fused_dropout.keep_mask.default
+draw_keys = torch.ops.fused_dropout.draw_keys.default
+draw_keys_together = getattr(torch.ops.fused_dropout.draw_keys, FORM)
+apply_any = getattr(torch.ops.fused_dropout.apply, f"any_{FORM}")
 
 
 def _implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -35,23 +58,50 @@ def _implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[.
     torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
 
 
-def _apply_(x: Tensor, *arguments: Any) -> None:
-    # As the kernels have it: who calls the operator counts the change.
-    with torch.autograd._unsafe_preserve_version_counter(x):
-        reference.apply_(x, *arguments)
+def _uncounted(in_place: Callable[..., None]) -> Callable[..., None]:
+    """As the kernels have it: who calls the operator counts the change."""
+
+    def changed(x: Tensor, *arguments: Any) -> None:
+        with torch.autograd._unsafe_preserve_version_counter(x):
+            in_place(x, *arguments)
+
+    return changed
 
 
-def _fake_draw_keys(n: int, *, device: torch.device) -> Tensor:
+def _fake_draw_keys(count: int, *, device: torch.device | str) -> Tensor:
+    inductor.register_if_imported()
     keep_draws_apart(torch.ops.fused_dropout.draw_keys)
-    return torch.empty(n, 2, dtype=torch.uint64, device=device)
+    return torch.empty(count, 2, dtype=torch.uint64, device=device)
+
+
+def _fake_apply_expanded(x: Tensor, *_: Any) -> Tensor:
+    inductor.register_if_imported()
+    return torch.empty_like(x)
+
+
+def _fake_apply_any(x: Tensor, threshold: Tensor, scale: Tensor | None, *_: Any) -> Tensor:
+    inductor.register_if_imported()
+    return torch.empty_like(x, dtype=torch.bool if scale is None else x.dtype)
+
+
+def _not_compiled(*_: Any) -> Tensor:
+    raise RuntimeError(inductor.problem or "torch.compile is switched off")
 
 
 _implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
-_implement("apply_", _apply_, lambda x, *_: None)
+_implement(f"apply.{FORM}", apply, _fake_apply_expanded)
+_implement(f"apply.any_{FORM}", _not_compiled, _fake_apply_any)
+_implement("apply_", _uncounted(reference.apply_), lambda x, *_: None)
 _implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
 torch.library.register_fake("fused_dropout::draw_keys", _fake_draw_keys, lib=_library)
 if native.eager is None:  # which has it in C++
     _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd")
+_implement(f"draw_keys.{FORM}", lambda count, *, device: draw_keys(count, device=device), _fake_draw_keys)
+_implement(
+    f"draw_keys.named_{FORM}",
+    lambda n, device: draw_keys(n, device=torch.device(device)),
+    lambda n, device: _fake_draw_keys(n, device=device),
+)
 
 
 def _keep_mask_batched(
@@ -73,13 +123,18 @@ def _keep_mask_batched(
 
 torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=_library)
 
+if native.compiles_reference:
+    _library.impl("apply", compiled.apply, "CUDA")
+    _library.impl("apply_", _uncounted(compiled.apply_), "CUDA")
+    _library.impl("keep_mask", compiled.keep_mask, "CUDA")
 
-def chosen_apply(x: Tensor) -> Any:
-    """The operator, in the form that is made for whoever runs it."""
-    return apply
 
-
-apply = torch.ops.fused_dropout.apply.default
-apply_ = torch.ops.fused_dropout.apply_.default
-keep_mask = torch.ops.fused_dropout.keep_mask.default
-draw_keys = torch.ops.fused_dropout.draw_keys.default
+def apply_as_served(
+    x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+) -> Tensor:
+    """``apply``, in the form that is made for whoever runs it: a compiler may fuse it with its neighbours."""
+    fuse = native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
+    if fuse and is_compiling() and not is_recorded():
+        strides = reference.index_strides_of(x) if index_strides is None else index_strides
+        return apply_expanded(x, p, key, 0, strides, scale)
+    return apply(x, p, key, 0, index_strides, scale)

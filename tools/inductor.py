@@ -32,8 +32,7 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_dropout import compiled as compiled_reference
-from fused_dropout import reference
+from fused_dropout import operators, reference
 
 H100 = SimpleNamespace(
     name="NVIDIA H100",
@@ -162,13 +161,13 @@ def torchs(x: Tensor, _: Tensor) -> Tensor:
 
 
 def fused(x: Tensor, key: Tensor) -> Tensor:
-    return reference.apply_each(x, P, key)
+    return operators.apply_expanded(x, P, key, 0, reference.row_major(x.shape))
 
 
 def alone(x: Tensor, key: Tensor) -> Tensor:
     """What an eager call runs where there are no CUDA kernels."""
-    scale, bound = torch.tensor(reference.scale(P), dtype=torch.float32), torch.tensor(reference.threshold(P))
-    return compiled_reference._apply(x, bound, key, 0, scale)
+    scale, threshold = torch.tensor(reference.scale(P), dtype=torch.float32), torch.tensor(reference.threshold(P))
+    return operators.apply_any(x, threshold, scale, key, [], x.numel() <= 2**31)
 
 
 def kernel(x: Tensor, key: Tensor) -> Tensor:

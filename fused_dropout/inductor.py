@@ -1,0 +1,266 @@
+"""What Inductor makes of the operators: ``apply`` as pointwise arithmetic, and the draws of a graph as one call.
+
+torch.compile traces the operators as they are. Two of them have an overload for Inductor, which this module lowers:
+
+| overload | what Inductor writes |
+|---|---|
+| ``apply.<FORM>`` | the mask's arithmetic for each element, fused with its neighbours |
+| ``apply.any_<FORM>`` | the same for any p, start and index strides: for GPUs without kernels, from ``compiled.py`` |
+| ``draw_keys.<FORM>`` | one ``draw_keys(n)`` for the draws of the graph, whose rows are the keys |
+
+Inductor's caches know a graph by the names of its operators and not by their lowerings. So the overloads' names hold a
+hash of this file: a graph that another version compiled, or that was compiled for the kernel, is never served here.
+
+All of Inductor's private names stand in this module. Where one is missing, nothing is lowered: Inductor then calls the
+overloads as they are, and ``problem`` says why.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, reference
+
+FORM = "inductor_" + sha256(__version__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+problem: str | None = None  # why nothing is lowered, as far as was tried
+_registered = False
+_STATE = "_fused_dropout"  # on Inductor's graph: "rows", the key of each draw's node, and "last", the draw before
+
+
+@contextmanager
+def for_every_size() -> Iterator[None]:
+    """For a function that is compiled once for each dtype, device, mode and number of dimensions, which are more than
+    the eight forms that Dynamo allows; sizes that are equal at the first call may differ at the next."""
+    shapes: Any = torch.fx.experimental._config
+    with torch._dynamo.config.patch(recompile_limit=256), shapes.patch(use_duck_shape=False):
+        yield
+
+
+def register_if_imported() -> None:
+    """Registers the lowerings once Inductor is there. The fake kernels call it: they run before Inductor lowers."""
+    if not _registered and "torch._inductor.lowering" in sys.modules:
+        register()
+
+
+def register() -> None:
+    """Registers the lowerings, or says in ``problem`` why not."""
+    global problem, _registered
+    problem, _registered = None, True
+    try:
+        _register()
+    except (ImportError, AttributeError, LookupError, TypeError) as error:
+        problem = f"torch.compile calls the operator as it is, and fuses nothing: {type(error).__name__}: {error}"
+
+
+def _register() -> None:
+    from sympy import sympify
+    from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+    from torch._inductor.virtualized import V, ops
+
+    operators: Any = torch.ops.fused_dropout
+    int64 = torch.int64
+
+    def number(value: int, dtype: torch.dtype = int64) -> Any:
+        return ops.constant(value, dtype)
+
+    def shift(word: Any, bits: int) -> Any:
+        return ops.bitwise_right_shift(word, number(bits))
+
+    def size(value: Any) -> Any:
+        value = sympify(value)
+        return number(int(value)) if value.is_number else as_int64(ops.index_expr(value, int64))
+
+    def weighted_sum(place: Sequence[Any], start: Any, strides: Sequence[Any]) -> Any:
+        for i, stride in zip(place, strides, strict=True):
+            start = start + as_int64(ops.index_expr(i, int64)) * stride
+        return start
+
+    def index_of(
+        x: Any, start: Any, strides: Sequence[Any], fits: bool = False
+    ) -> tuple[Callable[[Sequence[Any]], Any], torch.dtype]:
+        """The elements' indices, and the type of the numbers that go with them.
+
+        Indices are of 32 bits where all are known to fit: Triton then sees that neighbours share a block.
+        """
+        known, on_cpu = V.graph.sizevars, x.get_device().type == "cpu"
+        start, span = sympify(start), sum((n - 1) * stride for n, stride in zip(x.get_size(), strides, strict=True))
+        fits = fits or known.statically_known_lt(start + span, 2**31)
+        dense = known.statically_known_equals(span + 1, x.get_numel())
+
+        def index(place: Sequence[Any]) -> Any:
+            in_window = sum((i * stride for i, stride in zip(place, strides, strict=True)), sympify(0))
+            if fits or on_cpu:
+                return ops.index_expr(start + in_window, torch.int32 if fits else int64)
+            # Triton may compute an expression in 32 bits if the tensor's size fits, whatever start and strides are.
+            if dense:
+                at = ops.index_expr(in_window, int64)
+                return at if start == 0 else as_int64(at) + size(start)
+            return weighted_sum(place, size(start), [size(stride) for stride in strides])
+
+        return index, int64 if on_cpu and not fits else torch.int32
+
+    def as_int64(value: Any) -> Any:
+        return ops.to_dtype(value, int64)
+
+    def multiply(word: Any, multiplier: int, on_cpu: bool) -> tuple[Any, Any]:
+        low = number(reference.LOW_32)
+        if on_cpu:  # as in the reference: a product beyond 2**63 is undefined in C++
+            product = word * number(multiplier - (1 << 32))
+            return shift(product, 32) + word, product & low
+        product = word * number(multiplier)  # one instruction where the compiler sees two words of 32 bits
+        return shift(product, 32) & low, product & low
+
+    def keep(at: Any, words: Sequence[Any], bound: Any, narrow: torch.dtype, on_cpu: bool) -> Any:
+        """Whether the element with this index is kept."""
+        low, (seed, offset) = number(reference.LOW_32), words
+        block = as_int64(ops.bitwise_right_shift(at, number(3, narrow)))
+        slot = at & number(7, narrow)
+        c0, c1, c2, c3 = offset & low, shift(offset, 32) & low, block & low, shift(block, 32)
+        k0, k1 = seed & low, shift(seed, 32) & low
+        for _ in range(reference.ROUNDS):
+            high0, low0 = multiply(c0, reference.MULTIPLIERS[0], on_cpu)
+            high1, low1 = multiply(c2, reference.MULTIPLIERS[1], on_cpu)
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0, k1 = (k0 + number(reference.WEYL[0])) & low, (k1 + number(reference.WEYL[1])) & low
+        half = [slot < number(n, narrow) for n in (2, 4, 6)]
+        word = ops.where(half[1], ops.where(half[0], c0, c1), ops.where(half[2], c2, c3))
+        odd = as_int64(slot & number(1, narrow))
+        draw = ops.bitwise_right_shift(word, ops.bitwise_left_shift(odd, number(4))) & number(0xFFFF)
+        tie = c0 ^ c1 ^ c2 ^ c3 ^ word
+        return (ops.bitwise_left_shift(draw, number(32)) | tie) < bound
+
+    def key_of(key: Any, device: torch.device) -> Callable[[], list[Any]]:
+        """The seed and the offset."""
+        key.realize()  # or what the key is made of, a fold_in say, would be computed for each element
+        load = key.make_loader()
+
+        def words() -> list[Any]:
+            return [ops.to_dtype_bitcast(load([i]), int64, torch.uint64) for i in (0, 1)]
+
+        if key.get_device() == device:
+            return words
+        # A kernel on the GPU takes numbers on the CPU as arguments, if each is a tensor of no dimensions.
+        numbers = [pointwise(key, int64, partial(lambda i, _: words()[i], i), []) for i in (0, 1)]
+        for word in numbers:
+            word.realize()
+        return lambda: [word.make_loader()([]) for word in numbers]
+
+    def pointwise(like: Any, dtype: torch.dtype, element: Callable[[Sequence[Any]], Any], shape: Sequence[Any]) -> Any:
+        return ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=list(shape))
+
+    def product(x: Any, factor: Callable[[torch.dtype], Any]) -> Callable[[Sequence[Any]], Any]:
+        """x times the factor, rounded once."""
+        dtype, load = x.get_dtype(), x.make_loader()
+        wide = torch.promote_types(dtype, torch.float32)
+        return lambda place: ops.to_dtype(ops.to_dtype(load(place), wide) * factor(wide), dtype)
+
+    def apply(x: Any, p: float, key: Any, start: Any, index_strides: Sequence[Any], scale: float | None = None) -> Any:
+        dtype, on_cpu = x.get_dtype(), x.get_device().type == "cpu"
+        factor = reference.scale(p) if scale is None else scale
+        scaled = product(x, lambda wide: ops.constant(factor, wide))
+        if p == 1:
+            return pointwise(x, dtype, lambda _: ops.constant(0.0, dtype), x.get_size())
+        if p == 0:
+            return pointwise(x, dtype, scaled, x.get_size())
+        words = key_of(key, x.get_device())
+        index, narrow = index_of(x, start, index_strides)
+
+        def element(place: Sequence[Any]) -> Any:
+            kept = keep(index(place), words(), number(reference.threshold(p)), narrow, on_cpu)
+            return ops.where(kept, scaled(place), ops.constant(0.0, dtype))
+
+        return pointwise(x, dtype, element, x.get_size())
+
+    def apply_any(x: Any, bound: Any, scale: Any, key: Any, window: Sequence[Any], fits: bool) -> Any:
+        dtype, on_cpu = x.get_dtype(), x.get_device().type == "cpu"
+        words = key_of(key, x.get_device())
+        index, narrow = index_of(x, 0, reference.row_major(x.get_size()), fits)
+
+        def kept(place: Sequence[Any]) -> Any:
+            limit = bound.make_loader()([])
+            if not window:
+                return keep(index(place), words(), limit, narrow, on_cpu)
+            start, *strides = (number.make_loader()([]) for number in window)
+            return keep(weighted_sum(place, start, strides), words(), limit, int64, on_cpu)
+
+        if scale is None:
+            return pointwise(x, torch.bool, kept, x.get_size())
+        scaled = product(x, lambda _: scale.make_loader()([]))
+
+        def element(place: Sequence[Any]) -> Any:
+            return ops.where(kept(place), scaled(place), ops.constant(0.0, dtype))
+
+        return pointwise(x, dtype, element, x.get_size())
+
+    def in_order(lower: Callable[[], Any]) -> Any:
+        """Lowers a draw so that it follows the one before it: Inductor orders what it calls by memory, else."""
+        graph: Any = V.graph
+        state, first = graph.__dict__.setdefault(_STATE, {}), len(graph.operations)
+        result = lower()
+        for operation in graph.operations[first:]:
+            if "last" in state:
+                graph.additional_buffer_deps[operation.get_operation_name()].add(state["last"])
+        state["last"] = graph.operations[first].get_name()
+        return result
+
+    def draw_keys(n: Any, *, device: torch.device) -> Any:
+        def draw(n: Any) -> Any:
+            if V.graph.cpp_wrapper:  # what it writes for a device does not compile (torch 2.11 to 2.14)
+                named = getattr(operators.draw_keys, f"named_{FORM}")
+                return fallback_handler(named, add_to_fallback_set=False)(n, str(device))
+            return fallback_handler(operators.draw_keys.default, add_to_fallback_set=False)(n, device=device)
+
+        node = V.graph.current_node
+        rows = V.graph.__dict__.setdefault(_STATE, {}).setdefault("rows", {})
+        if node not in rows:
+            run = _draws_together(node)
+            if len(run) == 1:
+                return in_order(lambda: draw(n))
+            keys = in_order(lambda: draw(len(run)))
+            rows |= {each: lowerings[torch.ops.aten.slice.Tensor](keys, 0, i, i + 1) for i, each in enumerate(run)}
+        return rows[node]
+
+    in_checkpoint = torch.ops.higher_order.run_and_save_rng_state
+    lower_in_checkpoint = lowerings[in_checkpoint]
+
+    def draw_in_checkpoint(operator: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(operator, "namespace", None) != "fused_dropout":
+            return lower_in_checkpoint(operator, *args, **kwargs)
+        return in_order(lambda: lower_in_checkpoint(operator, *args, **kwargs))
+
+    lowerings[in_checkpoint] = draw_in_checkpoint
+
+    def expand(operator: Any, lower: Callable[..., Any]) -> None:
+        register_lowering(operator, type_promotion_kind=None)(lower)
+
+    expand(getattr(operators.apply, FORM), apply)
+    expand(getattr(operators.apply, f"any_{FORM}"), apply_any)
+    expand(getattr(operators.draw_keys, FORM), draw_keys)
+
+
+def _draws_together(first: torch.fx.Node) -> list[torch.fx.Node]:
+    """The draws of one key, from this one on, that one call can make: no other operator that may draw comes between."""
+    draws, node = [first], first.next
+    while node.op != "root":
+        if node.target is first.target and (node.args, node.kwargs) == (first.args, first.kwargs):
+            draws.append(node)
+        elif node.op == "call_function" and _may_draw(node.target):
+            break
+        node = node.next
+    return draws if first.args == (1,) else [first]
+
+
+def _may_draw(target: Any) -> bool:
+    """Whether random numbers may be drawn: by a random operator, or by one that nobody here knows."""
+    if not isinstance(target, torch._ops.OperatorBase):
+        return False  # a Python function of sizes
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return True
+    return target.namespace not in ("aten", "prims", "fused_dropout") or "seed" in target.name()
