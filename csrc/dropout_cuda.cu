@@ -179,7 +179,8 @@ void launch(const KernelArgs& args, Op op) {
       args.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
   const MaskParams<Op> params{source, threshold(args.p), op};
   if (const auto rows = as_rows(args.dims)) {
-    // Rows whose blocks are not aligned as their memory is would move element by element.
+    // dropout_kernel moves rows that begin inside a block element by element. Where memory itself is dense and aligned,
+    // window_kernel still moves vectors.
     const bool whole_blocks = rows->count == 1 || (rows->length % kBlock == 0 && rows->index % kBlock == 0);
     const bool vectors = moves_in_vectors<T>(args, args.x, &Dim::x) && moves_in_vectors<T>(args, args.y, &Dim::y);
     if (whole_blocks || !vectors) return launch_rows(args, *rows, params);

@@ -72,6 +72,7 @@ WINDOWS = {
     "expanded columns": (lambda full: full(41, 1).expand(41, 9), None, "window", False, True, 1),
     "three levels": (lambda full: full(4, 6, 40)[:, :4, 8:32], None, "window", True, True, 1),
     "three levels, odd": (lambda full: full(4, 6, 41)[:, :4, 3:24], None, "window", False, True, 1),
+    "three levels, odd steps": (lambda full: full(4, 6, 41)[:, :4, 8:32], None, "window", False, True, 1),
     "coinciding": (lambda full: full(100, 4), [2, 1], "window", True, True, 1),
     "wide steps": (lambda full: full(203), [3], "window", True, True, 1),
     "far apart": (lambda full: full(5, 41), [2**33 + 1, 1], "window", True, True, 1),
@@ -138,7 +139,7 @@ def check_window(x, start, strides, served, inplace):
     return names[-1]
 
 
-@pytest.mark.parametrize(("dtype", "start"), [*itertools.product(DTYPES, (0, 3)), (HALF, 2**33)])
+@pytest.mark.parametrize(("dtype", "start"), [*itertools.product(DTYPES, (0, 3)), (HALF, 2**33)], ids=str)
 @for_inplace
 @pytest.mark.parametrize("window", WINDOWS)
 def test_windows(dtype, inplace, start, window):
