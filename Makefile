@@ -80,7 +80,7 @@ FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
 test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
 	$(FAKE) $(FAKE_PYTEST) .
-	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_cuda.py test_mask.py test_noise_shape.py
+	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_window_launches.py test_cuda.py test_mask.py test_noise_shape.py
 	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
 	$(FAKE) --strict $(FAKE_PYTEST) test_cuda.py -k "not graph"
 

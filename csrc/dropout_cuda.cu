@@ -1,8 +1,7 @@
-// The operators on a CUDA device: a thread draws a block, eight elements, and goes on to the next with a stride of the
-// grid. Where a mask is broadcast, in a kernel of its own, it takes eight elements and draws what decides for them.
+// The operators on a CUDA device: which kernel serves a window, and on what grid.
 #include <Python.h>
 
-#include "operators.h"
+#include "cuda_kernels.cuh"
 #include "version.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -14,240 +13,9 @@
 
 #include <array>
 #include <atomic>
-#include <type_traits>
 
 namespace fused_dropout {
 namespace {
-
-constexpr int kThreads = 256;
-
-// By value where the host knows it, else read from the device's memory: no call waits for the GPU.
-struct KeySource {
-  Key value;
-  const Key* on_device;
-};
-
-template <typename T, typename Compute>
-struct DropOrScale {
-  using Element = T;
-  static constexpr bool kReads = true;
-  Compute scale;
-  __device__ T operator()(bool kept, T x) const { return drop_or_scale(kept, x, scale); }
-};
-
-struct WriteMask {
-  using Element = bool;
-  static constexpr bool kReads = false;
-  __device__ bool operator()(bool kept, bool) const { return kept; }
-};
-
-// Hides how a value came about: it then stays in a register, where the compiler would compute it anew in each pass.
-__device__ __forceinline__ void keep_in_register(uint32_t& value) {
-  asm volatile("" : "+r"(value));
-}
-__device__ __forceinline__ void keep_in_register(uint64_t& value) {
-  asm volatile("" : "+l"(value));
-}
-template <typename T>
-__device__ __forceinline__ void keep_in_register(T*& pointer) {
-  asm volatile("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));
-}
-
-struct RoundKeys {
-  uint32_t k[kPhiloxRounds][2];
-};
-
-__device__ __forceinline__ RoundKeys round_keys(Key key) {
-  RoundKeys keys;
-#pragma unroll
-  for (int i = 0; i < 2 * kPhiloxRounds; ++i) {
-    keys.k[i / 2][i % 2] = round_key(philox_key(key), i / 2, i % 2);
-    keep_in_register(keys.k[i / 2][i % 2]);
-  }
-  return keys;
-}
-
-__device__ __forceinline__ uint32_t round_key(const RoundKeys& keys, int round, int i) {
-  return keys.k[round][i];
-}
-
-template <typename Block>
-__device__ __forceinline__ Words words_of(const Key& key, const RoundKeys& keys, Block block) {
-  return philox(block_counter(key, block), keys);
-}
-
-// A block moves in vectors of 16 bytes (a mask's has no more than 8).
-template <typename T>
-using Vector = std::conditional_t<sizeof(T) == 1, uint2, uint4>;
-
-// n blocks, as far apart in memory: all are loaded before the first is drawn.
-template <int n, typename Op, typename T>
-__device__ __forceinline__ void apply_to_blocks(const T* x, T* y, uint64_t apart, const Words (&words)[n],
-                                                uint64_t threshold, const Op& op) {
-  constexpr int kVectors = kBlock * sizeof(T) / sizeof(Vector<T>);
-  Vector<T> vectors[n][kVectors];
-  if constexpr (Op::kReads) {
-#pragma unroll
-    for (int i = 0; i < n * kVectors; ++i) {
-      vectors[i / kVectors][i % kVectors] = reinterpret_cast<const Vector<T>*>(x + i / kVectors * apart)[i % kVectors];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    T v[kBlock] = {};
-    if constexpr (Op::kReads) memcpy(v, vectors[i], sizeof(v));
-#pragma unroll
-    for (int slot = 0; slot < kBlock; ++slot) v[slot] = op(keep(words[i], slot, threshold), v[slot]);
-    memcpy(vectors[i], v, sizeof(v));
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) reinterpret_cast<Vector<T>*>(y + i * apart)[j] = vectors[i][j];
-  }
-}
-
-// Only the block's slots from begin to end, one by one.
-template <typename Op, typename T>
-__device__ __forceinline__ void apply_to_slots(const T* x, T* y, int64_t begin, int64_t end, const Words& words,
-                                               uint64_t threshold, const Op& op) {
-#pragma unroll
-  for (int slot = 0; slot < kBlock; ++slot) {
-    if (slot < begin || slot >= end) continue;
-    T value{};
-    if constexpr (Op::kReads) value = x[slot];
-    y[slot] = op(keep(words, slot, threshold), value);
-  }
-}
-
-// Threads along x walk over the blocks of a row, threads along y over the rows. Block, the type of a block's number,
-// has 64 bits for the largest tensors only.
-template <typename Op, typename Block>
-__global__ void __launch_bounds__(kThreads)
-    dropout_kernel(const typename Op::Element* x, typename Op::Element* y, Rows rows, uint64_t start, KeySource source,
-                   uint64_t threshold, Op op) {
-  using T = typename Op::Element;
-  const Key key = source.on_device ? *source.on_device : source.value;
-  const RoundKeys keys = round_keys(key);
-  const Block lane = blockIdx.x * static_cast<Block>(blockDim.x) + threadIdx.x;
-  Block stride = gridDim.x * static_cast<Block>(blockDim.x);
-  keep_in_register(stride);
-  for (int64_t row = blockIdx.y * blockDim.y + threadIdx.y; row < rows.count; row += gridDim.y * blockDim.y) {
-    // Counted from the beginning of its first block, the row goes from head to end.
-    const uint64_t row_start = start + row * rows.pitch;
-    const int64_t head = row_start % kBlock, end = head + rows.length;
-    const Block first_block = static_cast<Block>(row_start / kBlock);
-    const T* from = nullptr;
-    T* to = y + row * rows.y_stride - head;
-    keep_in_register(to);
-    if constexpr (Op::kReads) {
-      from = x + row * rows.x_stride - head;
-      keep_in_register(from);
-    }
-
-    // The blocks that are in it as a whole, if the pointers allow vectors.
-    const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Vector<T>) == 0;
-    const Block blocks = static_cast<Block>((end + kBlock - 1) / kBlock);
-    const Block whole_begin = head ? 1 : 0, whole_end = aligned ? static_cast<Block>(end / kBlock) : 0;
-    Block block = whole_begin + lane;
-    for (; stride < whole_end && block < whole_end - stride; block += 2 * stride) {
-      const uint64_t at = static_cast<uint64_t>(block) * kBlock;
-      const Words words[] = {words_of(key, keys, first_block + block),
-                             words_of(key, keys, first_block + block + stride)};
-      apply_to_blocks(from + at, to + at, static_cast<uint64_t>(stride) * kBlock, words, threshold, op);
-    }
-    if (block < whole_end) {
-      const uint64_t at = static_cast<uint64_t>(block) * kBlock;
-      const Words words[] = {words_of(key, keys, first_block + block)};
-      apply_to_blocks(from + at, to + at, 0, words, threshold, op);
-    }
-
-    // What is left at both ends, or all of it.
-    const Block whole = whole_end > whole_begin ? whole_end - whole_begin : 0;
-    for (Block i = lane; i < blocks - whole; i += stride) {
-      const Block block = i < whole_begin ? i : i + whole;
-      const int64_t at = static_cast<int64_t>(block) * kBlock;
-      apply_to_slots(from + at, to + at, head - at, end - at, words_of(key, keys, first_block + block), threshold, op);
-    }
-  }
-}
-
-// Noise for the device. With more dimensions of two elements and more a tensor would have 2^64 of them.
-template <typename Index>
-struct NoiseDims {
-  int count;
-  Index size[63], stride[63];
-};
-
-// Elements that lie together along the innermost dimension: the first, the one past the last, and which of the mask's
-// elements decides for the first.
-template <typename Index>
-struct Run {
-  Index begin, end, noise;
-};
-
-template <typename Index>
-__device__ __forceinline__ Run<Index> run_at(const NoiseDims<Index>& dims, Index position) {
-  Index rest = position / dims.size[0], noise = 0;
-  const Index begin = rest * dims.size[0];
-  for (int d = 1; d < dims.count; ++d) {
-    const Index outer = rest / dims.size[d];
-    noise += (rest - outer * dims.size[d]) * dims.stride[d];
-    rest = outer;
-  }
-  return {begin, begin + dims.size[0], noise};
-}
-
-// A thread takes eight elements that lie together, and draws the blocks of the mask that decide for them: mostly one.
-template <typename Op, typename Index>
-__global__ void __launch_bounds__(kThreads)
-    broadcast_kernel(const typename Op::Element* x, typename Op::Element* y, Index numel, NoiseDims<Index> dims,
-                     KeySource source, uint64_t threshold, Op op) {
-  using T = typename Op::Element;
-  constexpr int kVectors = kBlock * sizeof(T) / sizeof(Vector<T>);
-  const Key key = source.on_device ? *source.on_device : source.value;
-  const bool aligned = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y)) % sizeof(Vector<T>) == 0;
-  const Index stride = gridDim.x * static_cast<Index>(kThreads) * kBlock;
-  for (Index at = (blockIdx.x * static_cast<Index>(kThreads) + threadIdx.x) * kBlock; at < numel; at += stride) {
-    const int n = numel - at < kBlock ? static_cast<int>(numel - at) : kBlock;
-    const bool whole = aligned && n == kBlock;
-    Vector<T> vectors[kVectors];
-    T v[kBlock] = {};
-    if (whole) {
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const Vector<T>*>(x + at)[i];
-      memcpy(v, vectors, sizeof(v));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if (i < n) v[i] = x[at + i];
-      }
-    }
-    Run<Index> run = run_at(dims, at);
-    Index drawn = run.noise + (at - run.begin) * dims.stride[0];
-    Words words = block_words(key, drawn / kBlock);
-    bool kept = keep(words, static_cast<int>(drawn % kBlock), threshold);
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) {
-      if (at + i >= run.end) run = run_at(dims, at + i);
-      const Index noise = run.noise + (at + i - run.begin) * dims.stride[0];
-      if (noise != drawn) {
-        if (noise / kBlock != drawn / kBlock) words = block_words(key, noise / kBlock);
-        drawn = noise;
-        kept = keep(words, static_cast<int>(noise % kBlock), threshold);
-      }
-      v[i] = op(kept, v[i]);
-    }
-    if (whole) {
-      memcpy(vectors, v, sizeof(v));
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) reinterpret_cast<Vector<T>*>(y + at)[i] = vectors[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        if (i < n) y[at + i] = v[i];
-      }
-    }
-  }
-}
 
 void check_launch(const char* what, int64_t numel, int device) {
   const cudaError_t error = cudaGetLastError();
@@ -275,105 +43,203 @@ int resident_blocks(int device) {
   return blocks;
 }
 
+// What a launch needs besides the window.
+template <typename Op>
+struct MaskParams {
+  KeySource source;
+  uint64_t threshold;
+  Op op;
+};
+
 template <typename Op, typename Block>
-void launch_with(const Job& job, int64_t blocks_per_row, KeySource source, Op op) {
+void launch_rows_with(const KernelArgs& args, const Rows& rows, const MaskParams<Op>& params) {
   using T = typename Op::Element;
-  const Rows& rows = job.rows;
+  const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
   unsigned columns = 2;
   while (columns < kThreads && columns < blocks_per_row) columns *= 2;
   const unsigned lines = kThreads / columns;
-  const int64_t resident = resident_blocks<dropout_kernel<Op, Block>>(job.device);
+  const int64_t resident = resident_blocks<dropout_kernel<Op, Block>>(args.device);
   const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
   const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
-  dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(job.device)>>>(
-      static_cast<const T*>(job.x), static_cast<T*>(job.y), rows, job.start, source, threshold(job.p), op);
+  dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(args.device)>>>(
+      static_cast<const T*>(args.x), static_cast<T*>(args.y), rows, args.start, params.source, params.threshold,
+      params.op);
+  check_launch("dropout_kernel", args.numel, args.device);
+}
+
+template <typename Op>
+void launch_rows(const KernelArgs& args, const Rows& rows, const MaskParams<Op>& params) {
+  const uint64_t last = (args.start + (rows.count - 1) * rows.index + rows.length) / kBlock;
+  if (last < uint64_t{1} << 31) {
+    launch_rows_with<Op, uint32_t>(args, rows, params);
+  } else {
+    launch_rows_with<Op, uint64_t>(args, rows, params);
+  }
+}
+
+// Whether each eight elements that follow each other lie together on this side (x or y), at an address that a vector
+// can have.
+template <typename T>
+bool moves_in_vectors(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
+  int64_t together = 1;
+  size_t d = 0;
+  for (; d < args.dims.size() && args.dims[d].*stride == together; ++d) together *= args.dims[d].size;
+  const auto whole = [](int64_t bytes) { return bytes % static_cast<int64_t>(sizeof(Vector<T>)) == 0; };
+  if (d < args.dims.size() && together % kBlock != 0) return false;
+  for (; d < args.dims.size(); ++d) {
+    if (!whole(args.dims[d].*stride * static_cast<int64_t>(sizeof(T)))) return false;
+  }
+  return whole(static_cast<int64_t>(reinterpret_cast<uintptr_t>(side)));
 }
 
 template <typename Op, typename Index>
-void launch_broadcast_with(const Job& job, KeySource source, Op op) {
+void launch_window_with(const KernelArgs& args, const MaskParams<Op>& params, bool x_vectors, bool y_vectors) {
   using T = typename Op::Element;
-  NoiseDims<Index> dims{};
-  for (const Noise::Dim& dim : job.noise->dims) {
-    dims.size[dims.count] = static_cast<Index>(dim.size);
-    dims.stride[dims.count++] = static_cast<Index>(dim.stride);
+  constexpr int kBits = sizeof(Index) * 8;
+  Window<Index> window;
+  window.count = static_cast<int>(args.dims.size());
+  for (int d = 0; d < window.count; ++d) {
+    const Dim& dim = args.dims[d];
+    int bits = 1;  // 2^bits is the size or more
+    while (uint64_t{1} << bits < static_cast<uint64_t>(dim.size)) ++bits;
+    const auto magic = ((static_cast<unsigned __int128>(1) << (kBits - 1 + bits)) + dim.size - 1) / dim.size;
+    window.dims[d] = {static_cast<Index>(dim.size), static_cast<Index>(magic),     static_cast<Index>(dim.x),
+                      static_cast<Index>(dim.y),    static_cast<Index>(dim.index), bits - 1};
   }
-  const int64_t resident = resident_blocks<broadcast_kernel<Op, Index>>(job.device);
+  const int64_t resident = resident_blocks<window_kernel<Op, Index>>(args.device);
   const int64_t at_once = int64_t{kThreads} * kBlock;
-  const int64_t grid = std::min(resident, (job.numel() + at_once - 1) / at_once);
-  broadcast_kernel<Op, Index><<<grid, kThreads, 0, current_stream(job.device)>>>(
-      static_cast<const T*>(job.x), static_cast<T*>(job.y), static_cast<Index>(job.numel()), dims, source,
-      threshold(job.p), op);
-  check_launch("broadcast_kernel", job.numel(), job.device);
+  const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
+  window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
+      static_cast<const T*>(args.x), static_cast<T*>(args.y), static_cast<Index>(args.numel), window,
+      static_cast<Index>(args.start), x_vectors, y_vectors, params.source, params.threshold, params.op);
+  check_launch("window_kernel", args.numel, args.device);
 }
 
 template <typename Op>
-void launch_broadcast(const Job& job, KeySource source, Op op) {
-  if (job.numel() < int64_t{1} << 31) {
-    launch_broadcast_with<Op, uint32_t>(job, source, op);
+void launch_window(const KernelArgs& args, const MaskParams<Op>& params) {
+  using T = typename Op::Element;
+  uint64_t x = 0, y = 0, index = args.start;  // of the last element
+  for (const Dim& dim : args.dims) {
+    x += (dim.size - 1) * dim.x;
+    y += (dim.size - 1) * dim.y;
+    index += (dim.size - 1) * dim.index;
+  }
+  const bool x_vectors = moves_in_vectors<T>(args, args.x, &Dim::x);
+  const bool y_vectors = moves_in_vectors<T>(args, args.y, &Dim::y);
+  if (args.numel < int64_t{1} << 31 && std::max({x, y, index}) < uint64_t{1} << 32) {
+    launch_window_with<Op, uint32_t>(args, params, x_vectors, y_vectors);
   } else {
-    launch_broadcast_with<Op, uint64_t>(job, source, op);
+    launch_window_with<Op, uint64_t>(args, params, x_vectors, y_vectors);
   }
 }
 
+// The dimension along which indices are consecutive, if it is not the innermost one in memory: a gradient in another
+// layout than forward's, for example.
+std::optional<size_t> consecutive_dim(const std::vector<Dim>& dims) {
+  if (dims[0].index <= 1) return std::nullopt;
+  for (size_t d = 1; d < dims.size(); ++d) {
+    if (dims[d].index == 1 && dims[d].size >= kBlock) return d;
+  }
+  return std::nullopt;
+}
+
+// The same elements in another order, in which eight with consecutive indices come first: a thread then draws one block
+// for them, and its neighbours take neighbours in memory. One launch more takes those past the last eight.
 template <typename Op>
-void launch(const Job& job, Op op) {
-  const torch::stable::accelerator::DeviceGuard guard(job.device);
-  const uint64_t* words = job.key.const_data_ptr<uint64_t>();
+void launch_by_index(const KernelArgs& args, size_t consecutive, const MaskParams<Op>& params) {
+  using T = typename Op::Element;
+  const Dim along = args.dims[consecutive];
+  const int64_t eights = along.size / kBlock, rest = along.size % kBlock, done = eights * kBlock;
+  const auto with = [&](int64_t size, int64_t times) {
+    KernelArgs part = args;
+    part.numel = args.numel / along.size * size * times;
+    if (times > 1) {
+      part.dims[consecutive] = {times, size * along.x, size * along.y, size};
+    } else {
+      part.dims.erase(part.dims.begin() + consecutive);
+    }
+    if (size > 1) part.dims.insert(part.dims.begin(), {size, along.x, along.y, 1});
+    return part;
+  };
+  launch_window(with(kBlock, eights), params);
+  if (rest == 0) return;
+  KernelArgs part = with(rest, 1);
+  if (args.x) part.x = static_cast<const T*>(args.x) + done * along.x;
+  part.y = static_cast<T*>(args.y) + done * along.y;
+  part.start += done;
+  launch_window(part, params);
+}
+
+template <typename Op>
+void launch(const KernelArgs& args, Op op) {
+  using T = typename Op::Element;
+  const torch::stable::accelerator::DeviceGuard guard(args.device);
+  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
   const KeySource source =
-      job.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
-  if constexpr (Op::kReads) {
-    if (job.noise) return launch_broadcast(job, source, op);
+      args.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
+  const MaskParams<Op> params{source, threshold(args.p), op};
+  if (const auto rows = as_rows(args.dims)) {
+    // dropout_kernel moves rows that begin inside a block element by element. Where memory itself is dense and aligned,
+    // window_kernel still moves vectors.
+    const bool whole_blocks = rows->count == 1 || (rows->length % kBlock == 0 && rows->index % kBlock == 0);
+    const bool vectors = moves_in_vectors<T>(args, args.x, &Dim::x) && moves_in_vectors<T>(args, args.y, &Dim::y);
+    if (whole_blocks || !vectors) return launch_rows(args, *rows, params);
   }
-  const Rows& rows = job.rows;
-  const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
-  const uint64_t last = (job.start + (rows.count - 1) * rows.pitch + rows.length) / kBlock;
-  if (last < uint64_t{1} << 31) {
-    launch_with<Op, uint32_t>(job, blocks_per_row, source, op);
-  } else {
-    launch_with<Op, uint64_t>(job, blocks_per_row, source, op);
-  }
-  check_launch("dropout_kernel", job.numel(), job.device);
+  if (const auto d = consecutive_dim(args.dims)) return launch_by_index(args, *d, params);
+  launch_window(args, params);
 }
 
 template <typename T, typename Compute = float>
-void drop(const Job& job) {
-  launch(job, DropOrScale<T, Compute>{static_cast<Compute>(job.scale)});
+void drop(const KernelArgs& args) {
+  launch(args, DropOrScale<T, Compute>{static_cast<Compute>(args.scale)});
 }
 
-void run_cuda(const Job& job) {
-  switch (job.dtype) {
-    case ScalarType::Float: return drop<float>(job);
-    case ScalarType::Double: return drop<double, double>(job);
-    case ScalarType::Half: return drop<torch::headeronly::Half>(job);
-    case ScalarType::BFloat16: return drop<torch::headeronly::BFloat16>(job);
-    default: return launch(job, WriteMask{});
+void run_cuda(const KernelArgs& args) {
+  switch (args.dtype) {
+    case ScalarType::Float: return drop<float>(args);
+    case ScalarType::Double: return drop<double, double>(args);
+    case ScalarType::Half: return drop<torch::headeronly::Half>(args);
+    case ScalarType::BFloat16: return drop<torch::headeronly::BFloat16>(args);
+    default: return launch(args, WriteMask{});
   }
 }
 
-__global__ void write_key_kernel(uint64_t* key, const int64_t* seed, const int64_t* offset, uint64_t intragraph) {
-  key[0] = static_cast<uint64_t>(*seed);
-  key[1] = (static_cast<uint64_t>(*offset) + intragraph) / 4;
+__global__ void write_keys_kernel(uint64_t* keys, int64_t n, uint64_t seed, uint64_t offset, bool captured,
+                                  uint64_t intragraph) {
+  if (captured) {
+    seed = *reinterpret_cast<const uint64_t*>(seed);
+    offset = *reinterpret_cast<const uint64_t*>(offset);
+  }
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= n) return;
+  keys[2 * i] = seed;
+  keys[2 * i + 1] = (offset + intragraph) / 4 + i;
 }
 
-// Under graph capture: writes the key that the generator's captured state stands for at each replay. seed and offset
-// are the addresses of that state on the device, intragraph is what the capture had drawn before; see eager.cpp.
-void write_captured_key(const Tensor& key, int64_t seed, int64_t offset, int64_t intragraph) {
-  const int device = key.get_device_index();
+// Writes the keys that n calls draw from a generator: by its seed and its Philox offset or, under graph capture, by the
+// addresses of both on the device, where each replay finds new ones. intragraph is what the capture had drawn before.
+void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured, int64_t intragraph) {
+  STD_TORCH_CHECK(keys.is_cuda() && keys.scalar_type() == ScalarType::UInt64 && keys.dim() == 2 && keys.size(1) == 2 &&
+                      keys.is_contiguous(),
+                  "keys are written into a contiguous uint64 tensor of shape (n, 2) on a CUDA device");
+  const int64_t n = keys.size(0);
+  if (n == 0) return;
+  const int device = keys.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  write_key_kernel<<<1, 1, 0, current_stream(device)>>>(
-      key.mutable_data_ptr<uint64_t>(), reinterpret_cast<const int64_t*>(seed),
-      reinterpret_cast<const int64_t*>(offset), static_cast<uint64_t>(intragraph));
-  check_launch("write_key_kernel", 1, device);
+  write_keys_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, current_stream(device)>>>(
+      keys.mutable_data_ptr<uint64_t>(), n, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), captured,
+      static_cast<uint64_t>(intragraph));
+  check_launch("write_keys_kernel", n, device);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_dropout, m) {
-  m.def("write_captured_key(Tensor(a!) key, int seed, int offset, int intragraph) -> ()");
+  m.def("write_keys(Tensor(a!) keys, int seed, int offset, bool captured, int intragraph) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CUDA, m) {
   register_operators<run_cuda>(m);
-  m.impl("write_captured_key", TORCH_BOX(&write_captured_key));
+  m.impl("write_keys", TORCH_BOX(&write_keys));
 }
 
 }  // namespace fused_dropout

@@ -1,12 +1,10 @@
 """Shared by the bit-exact tests: inputs, and the contract's answer for any layout."""
 
-import itertools
 import math
 
 import contract
 import pytest
 import torch
-from conftest import ON_FAKE_GPU
 
 from fused_dropout import reference
 
@@ -40,21 +38,6 @@ def position(x: torch.Tensor) -> torch.Tensor:
     for dim, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=False)):
         index += (torch.arange(size) * stride).reshape(-1, *[1] * (x.dim() - 1 - dim))
     return index
-
-
-def skip_copies(x: torch.Tensor) -> bool:
-    """True on the fake GPU, which has none of torch's own kernels, for a tensor that torch copies inside an operator:
-    neither dense nor rows of at least a block's elements a fixed stride apart."""
-    dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=False) if size != 1]
-    ascending = sorted(dims)
-    dense = all(stride == math.prod(size for _, size in ascending[:k]) for k, (stride, _) in enumerate(ascending))
-    if not (x.is_cuda and ON_FAKE_GPU) or dense or x.numel() == 0:
-        return False
-    row = 1
-    while dims and dims[-1][0] == row:
-        row *= dims.pop()[1]
-    rows_apart = all(a[0] == b[0] * b[1] for a, b in itertools.pairwise(dims))
-    return row < 8 or not rows_apart
 
 
 def expected(x: torch.Tensor, seed: int, offset: int, p: float, start: int = 0) -> torch.Tensor:

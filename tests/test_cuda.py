@@ -51,6 +51,44 @@ def test_own_generator(generator):
     assert generator.get_offset() == before
 
 
+def rows_of(keys):
+    return [tuple(row) for row in keys.cpu().tolist()]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 300])
+@pytest.mark.parametrize("captured", [False, True])
+def test_write_keys(n, captured):
+    """Seed and offset by value, or at their addresses on the device. 300 keys take two blocks of threads."""
+    if not hasattr(torch.ops.fused_dropout, "write_keys"):
+        pytest.skip("there are no CUDA kernels")
+    seed, offset, intragraph = 2**63 + 5, 2**40, 12 if captured else 0
+    state = torch.tensor([seed, offset], dtype=torch.uint64).cuda()
+    address = state.data_ptr()
+    words = (address, address + 8) if captured else (seed - 2**64, offset)
+    keys = torch.zeros(n, 2, dtype=torch.uint64).cuda()
+    torch.ops.fused_dropout.write_keys(keys, *words, captured, intragraph)
+    assert rows_of(keys) == [(seed, (offset + intragraph) // 4 + i) for i in range(n)]
+
+
+def test_write_keys_refuses():
+    if not hasattr(torch.ops.fused_dropout, "write_keys"):
+        pytest.skip("there are no CUDA kernels")
+    for dtype, shape in [(torch.int64, (3, 2)), (torch.uint64, (2, 3)), (torch.uint64, (2,))]:
+        with pytest.raises(RuntimeError, match="contiguous uint64 tensor of shape"):
+            torch.ops.fused_dropout.write_keys(torch.zeros(shape, dtype=dtype).cuda(), 1, 2, False, 0)
+
+
+def test_keys_of_an_operator_call_are_those_of_as_many_calls(generator, info):
+    """n keys at once: the seed, and the offsets that n calls would have taken."""
+    if not info.eager:
+        pytest.skip("the eager binding writes them with a kernel")
+    generator.set_offset(40)
+    keys = torch.ops.fused_dropout.draw_keys(3, device=torch.device("cuda"))
+    assert keys.is_cuda
+    assert rows_of(keys) == [(1234, 10), (1234, 11), (1234, 12)]
+    assert generator.get_offset() == 52
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_graph_replays_draw_what_eager_calls_draw(generator, inplace, info):
     """Replay k equals the k-th eager call, and the generator is left where the eager calls leave it."""

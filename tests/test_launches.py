@@ -1,5 +1,6 @@
-"""What results do not show of the kernels, counted by an interpreter of what was compiled: one launch a call, each
-element moved once and in the widest accesses that its address allows, on any grid, beyond any memory's size."""
+"""What results do not show of the kernel for rows, counted by an interpreter of the compiled code: one launch a
+call, each element moved once and in the widest accesses that its address allows, on any grid, beyond any memory's
+size."""
 
 import functools
 import itertools
@@ -12,26 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_FAKE_GPU
-from helpers import DTYPES, assert_same, expected, for_dtypes, key_tensor, values
-from torch.utils._python_dispatch import _disable_current_modes
+from helpers import assert_same, expected, for_dtypes, key_tensor, values
+from launches import HALF, KEY, MASK, NARROW, OPS, WIDE, P, for_blocks, for_inplace, for_ops, launched, memory, module
 
 import fused_dropout as fd
-from fused_dropout import native
 
 if ON_FAKE_GPU:
     import fake_gpu
-    from ptx_run import Buffer, Module, cstruct
+    from ptx_run import Buffer, cstruct
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU counts accesses")]
-
-KEY, P = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321), 0.3
-HALF, MASK = torch.float16, torch.bool
-NARROW, WIDE = "unsigned int", "unsigned long"  # the types of a block's number
-OPS = ["<float, float>", "<double, double>", "<c10::Half, float>", "<c10::BFloat16, float>", "WriteMask"]
-OPS = dict(zip([*DTYPES, MASK], OPS, strict=True))
-for_ops = pytest.mark.parametrize("dtype", OPS, ids=str)
-for_inplace = pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
-for_blocks = pytest.mark.parametrize("block_type", [NARROW, WIDE])
 
 
 class Rows(NamedTuple):
@@ -39,13 +30,13 @@ class Rows(NamedTuple):
 
     count: int
     length: int
-    x_stride: int
-    y_stride: int
-    pitch: int
+    x: int
+    y: int
+    index: int
 
     def kept(self, p=P, start=0, key=KEY):
         """The contract's mask, one row below the other."""
-        return np.stack([contract.keep_numpy(*key, p, self.length, start + r * self.pitch) for r in range(self.count)])
+        return np.stack([contract.keep_numpy(*key, p, self.length, start + r * self.index) for r in range(self.count)])
 
 
 def dense(n):
@@ -56,7 +47,7 @@ def moved_in_vectors(rows, start, size, sides):
     """How many elements are in whole blocks that are aligned on each side, given as (pointer, stride)."""
     total = 0
     for r in range(rows.count):
-        ahead = -(start + r * rows.pitch) % 8
+        ahead = -(start + r * rows.index) % 8
         if not any((pointer + (r * stride + ahead) * size) % min(16, 8 * size) for pointer, stride in sides):
             total += max(0, rows.length - ahead) // 8 * 8
     return total
@@ -65,7 +56,7 @@ def moved_in_vectors(rows, start, size, sides):
 def assert_one_pass(rows, start, size, kept, y, x=None):
     """All of y is stored once, all of x is read at most once and once where kept, as vectors wherever they are allowed;
     nothing else is touched. y and x: a pointer and the Buffer that it points into."""
-    sides = [("st", *y, rows.y_stride)] + ([("ld", *x, rows.x_stride)] if x else [])
+    sides = [("st", *y, rows.y)] + ([("ld", *x, rows.x)] if x else [])
     in_vectors = moved_in_vectors(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
     for kind, pointer, buffer, stride in sides:
         places = (pointer - buffer.base) // size + np.arange(rows.count)[:, None] * stride + np.arange(rows.length)
@@ -84,23 +75,10 @@ def assert_one_pass(rows, start, size, kept, y, x=None):
 # ----------------------------------------------------------------------------------------------- what the host launches
 
 
-def launched(call, *args, **options):
-    """The result of a call that launches one kernel, without the fake GPU's mode: under one, other paths serve."""
-    before = len(fake_gpu.launches)
-    with _disable_current_modes():
-        result = call(*args, **options)
-    assert len(fake_gpu.launches) == before + 1
-    return result
-
-
-def memory(t):
-    return t.data_ptr(), fake_gpu.buffer_of(t)
-
-
 def check_apply(x, rows, start, inplace):
     want, args = expected(x, *KEY, P, start), (x, P, key_tensor(*KEY))
     if inplace:
-        rows = rows._replace(y_stride=rows.x_stride)
+        rows = rows._replace(y=rows.x)
         launched(torch.ops.fused_dropout.apply_, *args, start=start)
     y = x if inplace else launched(torch.ops.fused_dropout.apply, *args, start=start)
     assert_one_pass(rows, start, x.element_size(), rows.kept(start=start), memory(y), memory(x))
@@ -113,7 +91,7 @@ def check_apply(x, rows, start, inplace):
 def test_one_launch_a_call(dtype, binding, n, monkeypatch):
     """Forward, backward, in place and mask; the largest sizes take several passes of the grid."""
     if binding == "python":
-        monkeypatch.setattr("fused_dropout.functional._eager_dropout", None)
+        monkeypatch.setattr("fused_dropout.dispatch._eager_drop", None)
     rows, size, key = dense(n), dtype.itemsize, key_tensor(*KEY)
     kept, x, gradient = rows.kept(), values(n, dtype, "cuda").requires_grad_(), values(n, dtype, "cuda")
     y = launched(fd.dropout, x, P, key=key)
@@ -187,38 +165,7 @@ def test_64_bits_only_where_needed(start):
     assert f"{WIDE if start > 2**34 else NARROW}>(" in fake_gpu.launches[-1][0]
 
 
-@for_dtypes
-@for_inplace
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("noise_shape", [(37, 9, 1), (37, 1, 49), (1, 9, 49), (1, 1, 1)], ids=str)
-def test_broadcast_in_one_launch(dtype, inplace, offset, noise_shape):
-    """All is stored once and read at most once, as vectors but for the last elements, or a misaligned tensor's."""
-    n, size = 37 * 9 * 49, dtype.itemsize
-    x = values(n + offset, dtype, "cuda")[offset:].view(37, 9, 49)
-    arguments = (x, P, key_tensor(*KEY), noise_shape, 2.0)
-    want = torch.ops.fused_dropout.apply_broadcast(x.cpu(), *arguments[1:])
-    if inplace:
-        launched(torch.ops.fused_dropout.apply_broadcast_, *arguments)
-    y = x if inplace else launched(torch.ops.fused_dropout.apply_broadcast, *arguments)
-    in_vectors = n // 8 * 8 if not offset * size % 16 else 0
-    for kind, t in (("st", y), ("ld", x)):
-        pointer, buffer = memory(t)
-        first = (pointer - buffer.base) // size
-        counts = buffer.byte_counts(kind).reshape(-1, size)
-        assert not counts[:first].any()
-        assert (counts[first : first + n] == 1).all() if kind == "st" else counts.max() == 1
-        widths = {width: times.sum() * width for (k, width), times in buffer.counts.items() if k == kind}
-        assert widths.pop(16, 0) == in_vectors * size
-        assert set(widths) <= {size}
-    assert_same(y, want)
-
-
 # --------------------------------------------------------------------------------- grids that no host code would choose
-
-
-@functools.cache
-def module():
-    return Module.from_library(native.cuda_kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
 
 
 @functools.cache
@@ -237,18 +184,18 @@ def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, on_device=0, gr
 def run(dtype, block_type, rows, p=P, start=0, key=KEY, leads=(0, 0), **options):
     """Launches on just the rows' memory, each side's first block a lead behind an aligned address; checks all."""
     size, kept = dtype.itemsize, rows.kept(p, start, key)
-    x = values((rows.count - 1) * rows.x_stride + rows.length, torch.float32 if dtype == MASK else dtype)
-    y = torch.zeros((rows.count - 1) * rows.y_stride + rows.length, dtype=dtype)
+    x = values((rows.count - 1) * rows.x + rows.length, torch.float32 if dtype == MASK else dtype)
+    y = torch.zeros((rows.count - 1) * rows.y + rows.length, dtype=dtype)
     x_memory, y_memory = (
         Buffer(t.view(torch.uint8).numpy(), (start + lead) % 8 * size) for t, lead in zip((x, y), leads, strict=True)
     )
     launch(dtype, block_type, 0 if dtype == MASK else x_memory, y_memory, rows, p, start, key, **options)
     sides = [(buffer.ptr, buffer) for buffer in (y_memory, x_memory)]
     assert_one_pass(rows, start, size, kept, *sides[: 1 if dtype == MASK else 2])
-    x = x.as_strided((rows.count, rows.length), (rows.x_stride, 1))
-    want = [contract.expected(row, *key, p, start + r * rows.pitch) for r, row in enumerate(x)]
+    x = x.as_strided((rows.count, rows.length), (rows.x, 1))
+    want = [contract.expected(row, *key, p, start + r * rows.index) for r, row in enumerate(x)]
     want = torch.from_numpy(kept) if dtype == MASK else torch.stack(want)
-    y = torch.from_numpy(y_memory.array).view(dtype).as_strided(want.shape, (rows.y_stride, 1)).contiguous()
+    y = torch.from_numpy(y_memory.array).view(dtype).as_strided(want.shape, (rows.y, 1)).contiguous()
     assert torch.equal(y.view(torch.uint8), want.view(torch.uint8))
     return kept
 
@@ -318,11 +265,11 @@ def test_passes_through_a_huge_tensor(tmp_path, stride, block_type):
     check_windows(tmp_path, block_type, dense(2 * far + 5), windows, start=start, grid=grid, only=[0, grid - 1])
 
 
-@pytest.mark.parametrize(("pitch", "block_type"), [(59, NARROW), (59, WIDE), (2**18 + 1, WIDE), (2**40 + 3, WIDE)])
-def test_rows_of_a_huge_tensor(tmp_path, pitch, block_type):
+@pytest.mark.parametrize(("index", "block_type"), [(59, NARROW), (59, WIDE), (2**18 + 1, WIDE), (2**40 + 3, WIDE)])
+def test_rows_of_a_huge_tensor(tmp_path, index, block_type):
     """The last line of the tallest grid, and the rows that it goes on to, beyond 2^32 elements."""
-    rows = Rows(3 * 65535, 59, 2**18, 2**17 + 8, pitch)
-    windows = [(r * rows.x_stride, r * rows.y_stride, 59, r * pitch) for r in (65534, 2 * 65535 - 1, 3 * 65535 - 1)]
+    rows = Rows(3 * 65535, 59, 2**18, 2**17 + 8, index)
+    windows = [(r * rows.x, r * rows.y, 59, r * index) for r in (65534, 2 * 65535 - 1, 3 * 65535 - 1)]
     check_windows(tmp_path, block_type, rows, windows, grid=(1, 65535), only=[65534])
 
 

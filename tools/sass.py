@@ -16,6 +16,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LIMITS = {"c10::Half": 14, "c10::BFloat16": 14, "float": 13}  # instructions an element, with 32-bit block numbers
+WINDOW_LIMITS = (64, 1700)  # registers and instructions of the kernel for any window: its one draw is not unrolled
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
     "wide multiply": r"U?IMAD\.WIDE",
@@ -138,14 +139,39 @@ def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
     return usage
 
 
-def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> list[Kernel]:
-    tool, kernels = find_tool(), []
+@dataclass
+class WindowKernel:
+    """The kernel for any window: its loops depend on the window, so that only what holds for all of it is counted."""
+
+    name: str
+    registers: int
+    stack: int
+    instructions: int
+    local: int
+    divisions: int
+
+    def faults(self) -> list[str]:
+        counts = {"registers": self.registers, "instructions": self.instructions}
+        return [
+            *(
+                f"{n} {what}, more than {most}"
+                for (what, n), most in zip(counts.items(), WINDOW_LIMITS, strict=True)
+                if n > most
+            ),
+            *(f"{n} {what}" for what, n in vars(self).items() if what in ("stack", "local", "divisions") and n),
+        ]
+
+
+def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[list[Kernel], list[WindowKernel]]:
+    tool, kernels, windows = find_tool(), [], []
     for image in re.split(r"(?=code for sm_|arch = sm_)", output(tool, "--dump-sass", str(library)))[1:]:
         arch = re.search(r"sm_\w+", image)[0]
         for code in image.split("Function : ")[1:]:
             name = code.split()[0]
             full = output("c++filt", name)
-            kind = re.search(r"dropout_kernel<.*?(?:DropOrScale<([\w:]+), \w+>|WriteMask), unsigned (int|long)", full)
+            kind = re.search(
+                r"(dropout|window)_kernel<.*?(?:DropOrScale<([\w:]+), \w+>|WriteMask), unsigned (int|long)", full
+            )
             if not kind:
                 continue
             instruction = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P[\dT]+\s+)?([A-Z][\w.]*)\s*(.*?);")
@@ -157,20 +183,25 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> list[K
             local, divisions = (
                 sum(opcode.startswith(names) for _, opcode, _ in lines) for names in (("LDL", "STL"), DIVISION)
             )
-            bits = 32 if kind[2] == "int" else 64
+            dtype = kind[2] or "mask"
+            bits = 32 if kind[3] == "int" else 64
+            if kind[1] == "window":
+                name = f"{arch} {dtype}, {bits} bits, any window"
+                windows.append(WindowKernel(name, used["REG"], used["STACK"], len(lines), local, divisions))
+                continue
             kernels.append(
                 Kernel(
                     arch,
-                    kind[1] or "mask",
+                    dtype,
                     bits,
                     used["REG"],
                     used["STACK"],
                     local,
                     divisions,
-                    steady_state(lines, 128 if kind[1] else 64),
+                    steady_state(lines, 128 if kind[2] else 64),
                 )
             )
-    return kernels
+    return kernels, windows
 
 
 def table(rows: list[list[str]]) -> str:
@@ -178,7 +209,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
 
 
-def report(kernels: list[Kernel], broadcasts: list[dict[str, int]]) -> str:
+def report(kernels: list[Kernel], windows: list[WindowKernel]) -> str:
     rows = [
         ["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "16-byte loads, stores"]
     ]
@@ -199,7 +230,8 @@ def report(kernels: list[Kernel], broadcasts: list[dict[str, int]]) -> str:
     return (
         "# The CUDA kernels' machine code\n\nWritten by `make sass`. The steady state, per element:\n\n"
         f"{table(rows)}\n\n"
-        f"Those for broadcast masks take {max(used['REG'] for used in broadcasts)} registers at most, and no stack.\n\n"
+        f"Those for any window take {max(w.registers for w in windows)} registers and "
+        f"{max(w.instructions for w in windows)} instructions of code at most.\n\n"
         "## A model, nothing measured\n\n"
         "What a large tensor's dropout is bound by, from the counts above and from data sheets (bandwidth, processors\n"
         "and boost clock; 128 instructions a clock and processor; 32 wide multiplies, which is not documented): the\n"
@@ -212,18 +244,13 @@ def main() -> None:
     installed = Path(find_spec("fused_dropout").origin).parent
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else next(installed.glob("_cuda.*"))
     usage = resources(library)
-    kernels, broadcasts = (
-        parse(library, usage),
-        [used for (_, name), used in usage.items() if "broadcast_kernel" in name],
-    )
-    text = report(kernels, broadcasts)
+    kernels, windows = parse(library, usage)
+    text = report(kernels, windows)
     print(text)
     RESULTS.joinpath("sass.md").write_text(text)
     images = output(find_tool(), "--list-ptx", str(library))
     faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
-    faults += [
-        f"stack or local memory in a broadcast kernel: {used}" for used in broadcasts if used["STACK"] or used["LOCAL"]
-    ]
+    faults += [f"{w.name}: {fault}" for w in windows for fault in w.faults()]
     newest = max((k.arch for k in kernels), key=lambda arch: int(re.sub(r"\D", "", arch)))
     if newest not in images:
         faults.append(f"no PTX for {newest}, from which a later GPU's driver would compile")

@@ -1,0 +1,43 @@
+"""Shared by the tests of launches: what they call, and the kernels of the library that is loaded."""
+
+import functools
+
+import pytest
+import torch
+from conftest import ON_FAKE_GPU
+from helpers import DTYPES
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fused_dropout import native
+
+if ON_FAKE_GPU:
+    import fake_gpu
+    from ptx_run import Module
+
+KEY, P = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321), 0.3
+HALF, MASK = torch.float16, torch.bool
+NARROW, WIDE = "unsigned int", "unsigned long"  # the types of a block's number and of an index
+OPS = ["<float, float>", "<double, double>", "<c10::Half, float>", "<c10::BFloat16, float>", "WriteMask"]
+OPS = dict(zip([*DTYPES, MASK], OPS, strict=True))
+for_ops = pytest.mark.parametrize("dtype", OPS, ids=str)
+for_inplace = pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+for_blocks = pytest.mark.parametrize("block_type", [NARROW, WIDE])
+
+
+def launched(call, *args, launches=1, **options):
+    """The result of a call that launches one kernel, or as many as given, without the fake GPU's mode: under one, other
+    paths serve."""
+    before = len(fake_gpu.launches)
+    with _disable_current_modes():
+        result = call(*args, **options)
+    assert len(fake_gpu.launches) == before + launches
+    return result
+
+
+def memory(t):
+    return t.data_ptr(), fake_gpu.buffer_of(t)
+
+
+@functools.cache
+def module():
+    return Module.from_library(native.cuda_kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
