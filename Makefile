@@ -28,8 +28,9 @@ help: ## this list
 bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fused_dropout_bench.json, two minutes
 	$(PY) -m fused_dropout bench
 
-bench-cpu: $(INSTALLED) ## measure what the CPU kernels have to reach: a table and fused_dropout_bench_cpu.json, five minutes
+bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have to reach: tables and fused_dropout_bench_cpu.json, ten minutes
 	$(PY) tools/cpu_targets.py
+	$(PY) tools/compile_targets.py
 
 examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
 	$(PY) examples/gallery.py
