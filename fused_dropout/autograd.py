@@ -45,7 +45,7 @@ class DropoutEager(Dropout):
     def forward(
         ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
     ) -> Tensor:
-        ctx.words = key.tolist() if key.is_cpu else None
+        ctx.words = key.view(torch.int64).tolist() if key.is_cpu else None
         return Dropout.forward(ctx, x, p, key, index_strides, scale)
 
     @staticmethod
@@ -54,7 +54,8 @@ class DropoutEager(Dropout):
         if ctx.words is None:
             return _backward(ctx, gradient, saved)
         _warn_if_drawn_anew(saved, ctx.words)
-        return _backward(ctx, gradient, torch.tensor(ctx.words, dtype=torch.uint64, device="cpu"))
+        # A view of signed numbers: Inductor, under compiled autograd, has no constants of uint64.
+        return _backward(ctx, gradient, torch.tensor(ctx.words, device="cpu").view(torch.uint64))
 
 
 _apply_eager = apply_without_functorch(DropoutEager)
@@ -71,7 +72,9 @@ def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, .
 def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
     """A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
     recomputed activations have another mask than forward's, which torch itself does not notice."""
-    if type(saved) is Tensor and saved.is_cpu and saved.dtype == torch.uint64 and saved.tolist() != words:
+    if type(saved) is Tensor and saved.is_cpu and saved.dtype == torch.uint64:
+        if saved.view(torch.int64).tolist() == words:
+            return
         warnings.warn(
             "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let "
             "the checkpoint preserve the state of the generator, or give dropout a key.",
