@@ -88,6 +88,7 @@ def test_double_backward_uses_the_same_mask(device):
     assert torch.equal(second != 0, y != 0)
 
 
+@pytest.mark.no_modes
 def test_saves_the_key_and_nothing_else(device):
     saved = []
     x = torch.ones(1 << 12, device=device, requires_grad=True)
