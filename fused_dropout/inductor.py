@@ -70,9 +70,6 @@ def _register() -> None:
     def number(value: int, dtype: torch.dtype = int64) -> Any:
         return ops.constant(value, dtype)
 
-    def shift(word: Any, bits: int) -> Any:
-        return ops.bitwise_right_shift(word, number(bits))
-
     def size(value: Any) -> Any:
         value = sympify(value)
         return number(int(value)) if value.is_number else as_int64(ops.index_expr(value, int64))
@@ -109,32 +106,39 @@ def _register() -> None:
     def as_int64(value: Any) -> Any:
         return ops.to_dtype(value, int64)
 
-    def multiply(word: Any, multiplier: int, on_cpu: bool) -> tuple[Any, Any]:
-        low = number(reference.LOW_32)
-        if on_cpu:  # as in the reference: a product beyond 2**63 is undefined in C++
-            product = word * number(multiplier - (1 << 32))
-            return shift(product, 32) + word, product & low
-        product = word * number(multiplier)  # one instruction where the compiler sees two words of 32 bits
-        return shift(product, 32) & low, product & low
-
     def keep(at: Any, words: Sequence[Any], bound: Any, narrow: torch.dtype, on_cpu: bool) -> Any:
         """Whether the element with this index is kept."""
-        low, (seed, offset) = number(reference.LOW_32), words
+        # Each constant once: Inductor goes over every operation some ten times, in Python.
+        low, bits = number(reference.LOW_32), number(32)
+        # As in the reference: a product beyond 2**63 is undefined in C++. On a GPU the whole product of two words of 32
+        # bits is one instruction.
+        multipliers = [number(m - (1 << 32) if on_cpu else m) for m in reference.MULTIPLIERS]
+        weyl = [number(w) for w in reference.WEYL]
+
+        def halves(word: Any) -> list[Any]:
+            return [word & low, ops.bitwise_right_shift(word, bits) & low]
+
+        def multiply(word: Any, multiplier: Any) -> tuple[Any, Any]:
+            product = word * multiplier
+            high = ops.bitwise_right_shift(product, bits)
+            return high + word if on_cpu else high & low, product & low
+
         block = as_int64(ops.bitwise_right_shift(at, number(3, narrow)))
         slot = at & number(7, narrow)
-        c0, c1, c2, c3 = offset & low, shift(offset, 32) & low, block & low, shift(block, 32)
-        k0, k1 = seed & low, shift(seed, 32) & low
+        seed, offset = words
+        c0, c1, c2, c3 = *halves(offset), block & low, ops.bitwise_right_shift(block, bits)
+        k0, k1 = halves(seed)
         for _ in range(reference.ROUNDS):
-            high0, low0 = multiply(c0, reference.MULTIPLIERS[0], on_cpu)
-            high1, low1 = multiply(c2, reference.MULTIPLIERS[1], on_cpu)
+            high0, low0 = multiply(c0, multipliers[0])
+            high1, low1 = multiply(c2, multipliers[1])
             c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-            k0, k1 = (k0 + number(reference.WEYL[0])) & low, (k1 + number(reference.WEYL[1])) & low
+            k0, k1 = (k0 + weyl[0]) & low, (k1 + weyl[1]) & low
         half = [slot < number(n, narrow) for n in (2, 4, 6)]
         word = ops.where(half[1], ops.where(half[0], c0, c1), ops.where(half[2], c2, c3))
         odd = as_int64(slot & number(1, narrow))
         draw = ops.bitwise_right_shift(word, ops.bitwise_left_shift(odd, number(4))) & number(0xFFFF)
         tie = c0 ^ c1 ^ c2 ^ c3 ^ word
-        return (ops.bitwise_left_shift(draw, number(32)) | tie) < bound
+        return (ops.bitwise_left_shift(draw, bits) | tie) < bound
 
     def key_of(key: Any, device: torch.device) -> Callable[[], list[Any]]:
         """The seed and the offset."""

@@ -1,9 +1,10 @@
 """What torch.compile has to reach with dropout on a CPU: rows for ``make bench-cpu``.
 
-    python compile_targets.py                           both tables
+    python compile_targets.py                               all rows
     python compile_targets.py first-call DROPOUT BACKEND    one first call, in this process: seconds
+    python compile_targets.py forward DROPOUT               the compiled forward, in this process: microseconds
 
-A first call is measured in a process and with a cache of its own.
+Each figure is measured in a process and with a cache of its own; those of first calls in turns, and their median.
 """
 
 import os
@@ -75,10 +76,11 @@ def rows() -> list[dict]:
     """For each target: what, against, at most, the ratio, and both figures (s, or us for the forward)."""
     found = []
     for backend, bound in FIRST_CALLS.items():
-        ours, torchs = (
-            median(in_own_process("first-call", dropout, backend, mode="fuse") for _ in range(REPEATS))
-            for dropout in ("ours", "torch")
-        )
+        turns = [
+            [in_own_process("first-call", dropout, backend, mode="fuse") for dropout in DROPOUTS]
+            for _ in range(REPEATS)
+        ]
+        ours, torchs = map(median, zip(*turns, strict=True))
         what = f"first call, {SITES} (Linear, ReLU, dropout), forward + backward, {backend}"
         found.append({"what": what, "against": "nn.Dropout", "bound": bound, "ours": ours, "other": torchs})
     for mode, bound in FORWARD.items():
