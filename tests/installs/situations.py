@@ -250,7 +250,7 @@ def test_8_sdist(cpu, sources):
     serves(cpu, eager=True)
     assert cpu.warnings() == []
     installed = {path.name for path in cpu.package.rglob("*") if path.is_file()} - {"__pycache__"}
-    assert {name for name in installed if not name.endswith((".py", ".so"))} == {"py.typed", "_build.json"}
+    assert {name for name in installed if not name.endswith((".py", ".pyc", ".so"))} == {"py.typed", "_build.json"}
 
 
 def test_8_git(cpu, sources):
