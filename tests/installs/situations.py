@@ -290,7 +290,7 @@ def test_10_editable_reinstalled_uninstalled(cpu, sources):
     cpu.pip("install", "--no-build-isolation", "--force-reinstall", "--no-deps", sources, FUSED_DROPOUT_BUILD="none")
     only_the_reference_serves(cpu, "FUSED_DROPOUT_BUILD=none")
     cpu.pip("uninstall", "-y", "fused-dropout")
-    assert not [path for path in cpu.site.rglob("*") if path.is_file() if "fused" in path.name]
+    assert not [path for path in cpu.site.iterdir() if "fused" in path.name]
 
 
 def test_10_uv(cpu, sources):
