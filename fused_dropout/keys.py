@@ -30,9 +30,8 @@ def draw_key(
     if randomness == "error":
         torch.rand((), device=device)  # raises, in torch's words
     if randomness == "different":
-        # The 63 bits of each call alone; what Inductor makes of such bounds would overflow, and it draws others anyway.
-        low = 0 if is_compiling() else -(2**63)
-        seed = torch.randint(low, 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator) & (2**63 - 1)
+        # The seed that each call alone would draw: bounds 2**63 apart keep the low 63 bits of a 64-bit draw.
+        seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=device, generator=generator) + 2**62
         return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
     if watched and generator is not None:
         return _draw_keys_in_python(1, device, generator)[0]

@@ -75,11 +75,13 @@ class TestVmap:
             want = [func.grad(loss)(sample, key) for sample, key in zip(samples, keys, strict=True)]
             torch.testing.assert_close(got, torch.stack(want))
 
+    @for_compilers
     @for_calls
-    def test_different_samples_draw_the_keys_of_as_many_calls(self, name):
+    def test_different_samples_draw_the_keys_of_as_many_calls(self, name, compiler):
         call, x = CALLS[name][0], values(40, *SHAPE)
+        run = compiled(func.vmap(lambda x: call(x, P, True), randomness="different"), compiler)
         torch.manual_seed(SEED)
-        got = func.vmap(lambda x: call(x, P, True), randomness="different")(x)
+        got = run(x)
         torch.manual_seed(SEED)
         torch.testing.assert_close(got, torch.stack([call(sample, P, True) for sample in x]))
 
