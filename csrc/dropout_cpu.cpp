@@ -63,7 +63,7 @@ void ask_for_huge_pages(void* y, int64_t bytes) {
 template <typename T>
 void run(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>& kernels) {
   if (args.x != args.y) ask_for_huge_pages(args.y, args.numel * static_cast<int64_t>(sizeof(T)));
-  if (const auto consecutive = Tiles<T>::consecutive_dim(args.dims)) {
+  if (const auto consecutive = consecutive_dim(args.dims)) {
     const Tiles<T> tiles(args, params, kernels, *consecutive);
     return in_parallel(args.numel, tiles.strips(), [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) tiles.visit(begin);

@@ -45,14 +45,14 @@ int resident_blocks(int device) {
 
 // What a launch needs besides the window.
 template <typename Op>
-struct MaskParams {
+struct LaunchParams {
   KeySource source;
   uint64_t threshold;
   Op op;
 };
 
 template <typename Op, typename Block>
-void launch_rows_with(const KernelArgs& args, const Rows& rows, const MaskParams<Op>& params) {
+void launch_rows_with(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
   const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
   unsigned columns = 2;
@@ -68,7 +68,7 @@ void launch_rows_with(const KernelArgs& args, const Rows& rows, const MaskParams
 }
 
 template <typename Op>
-void launch_rows(const KernelArgs& args, const Rows& rows, const MaskParams<Op>& params) {
+void launch_rows(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
   const uint64_t last = (args.start + (rows.count - 1) * rows.index + rows.length) / kBlock;
   if (last < uint64_t{1} << 31) {
     launch_rows_with<Op, uint32_t>(args, rows, params);
@@ -93,7 +93,7 @@ bool moves_in_vectors(const KernelArgs& args, const void* side, int64_t Dim::* s
 }
 
 template <typename Op, typename Index>
-void launch_window_with(const KernelArgs& args, const MaskParams<Op>& params, bool x_vectors, bool y_vectors) {
+void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, bool x_vectors, bool y_vectors) {
   using T = typename Op::Element;
   constexpr int kBits = sizeof(Index) * 8;
   Window<Index> window;
@@ -116,7 +116,7 @@ void launch_window_with(const KernelArgs& args, const MaskParams<Op>& params, bo
 }
 
 template <typename Op>
-void launch_window(const KernelArgs& args, const MaskParams<Op>& params) {
+void launch_window(const KernelArgs& args, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
   uint64_t x = 0, y = 0, index = args.start;  // of the last element
   for (const Dim& dim : args.dims) {
@@ -133,20 +133,10 @@ void launch_window(const KernelArgs& args, const MaskParams<Op>& params) {
   }
 }
 
-// The dimension along which indices are consecutive, if it is not the innermost one in memory: a gradient in another
-// layout than forward's, for example.
-std::optional<size_t> consecutive_dim(const std::vector<Dim>& dims) {
-  if (dims[0].index <= 1) return std::nullopt;
-  for (size_t d = 1; d < dims.size(); ++d) {
-    if (dims[d].index == 1 && dims[d].size >= kBlock) return d;
-  }
-  return std::nullopt;
-}
-
 // The same elements in another order, in which eight with consecutive indices come first: a thread then draws one block
 // for them, and its neighbours take neighbours in memory. One launch more takes those past the last eight.
 template <typename Op>
-void launch_by_index(const KernelArgs& args, size_t consecutive, const MaskParams<Op>& params) {
+void launch_by_index(const KernelArgs& args, size_t consecutive, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
   const Dim along = args.dims[consecutive];
   const int64_t eights = along.size / kBlock, rest = along.size % kBlock, done = eights * kBlock;
@@ -177,7 +167,7 @@ void launch(const KernelArgs& args, Op op) {
   const uint64_t* words = args.key.const_data_ptr<uint64_t>();
   const KeySource source =
       args.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
-  const MaskParams<Op> params{source, threshold(args.p), op};
+  const LaunchParams<Op> params{source, threshold(args.p), op};
   if (const auto rows = as_rows(args.dims)) {
     // dropout_kernel moves rows that begin inside a block element by element. Where memory itself is dense and aligned,
     // window_kernel still moves vectors.

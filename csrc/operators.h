@@ -58,6 +58,16 @@ inline std::optional<Rows> as_rows(const std::vector<Dim>& dims) {
   return Rows{dims[1].size, inner.size, dims[1].x, dims[1].y, dims[1].index};
 }
 
+// The dimension along which indices are consecutive, if it is not the innermost one in memory: a gradient in another
+// layout than forward's, for example.
+inline std::optional<size_t> consecutive_dim(const std::vector<Dim>& dims) {
+  if (dims[0].index <= 1) return std::nullopt;
+  for (size_t d = 1; d < dims.size(); ++d) {
+    if (dims[d].index == 1 && dims[d].size >= kBlock) return d;
+  }
+  return std::nullopt;
+}
+
 // A dense, non-overlapping tensor fills one stretch of memory, in whatever order of its dimensions.
 inline bool is_dense(const Tensor& x) {
   if (x.is_contiguous()) return true;

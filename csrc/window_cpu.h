@@ -81,18 +81,23 @@ class Walk {
     return add(packed && row.index == 0 && length >= kLongRun ? length : std::min(length, kFlags));
   }
 
-  // The next rows, which lie next to each other and have the same indices, and so the same flags.
-  int64_t visit_repeated(int64_t n) {
+  // The flags of the next n indices, drawn at once.
+  const uint16_t* draw(int64_t n) {
     reset();
-    const Dim& row = args_.dims[0];
-    const int64_t total = std::min(n / row.size, args_.dims[1].size - at_[1]) * row.size;
     const uint64_t first = index_ / kBlock, slot = index_ % kBlock;
-    const int64_t count = (static_cast<int64_t>(slot) + row.size + kBlock - 1) / kBlock;
+    const int64_t count = (static_cast<int64_t>(slot) + n + kBlock - 1) / kBlock;
     for (int64_t i = 0; i < count; ++i) blocks_[i] = first + i;
     cpu_kernels().draw_flags(blocks_, flags_, count, params_);
+    return flags_ + slot;
+  }
+
+  // The next rows, which lie next to each other and have the same indices, and so the same flags.
+  int64_t visit_repeated(int64_t n) {
+    const Dim& row = args_.dims[0];
+    const int64_t total = std::min(n / row.size, args_.dims[1].size - at_[1]) * row.size;
     uint16_t flags[kFlags];
     const int64_t laid_out = std::min(kFlags / row.size * row.size, total);
-    std::copy_n(flags_ + slot, row.size, flags);
+    std::copy_n(draw(row.size), row.size, flags);
     for (int64_t i = row.size; i < laid_out; ++i) flags[i] = flags[i - row.size];
     for (int64_t i = 0; i < total; i += laid_out) {
       kernels_.select(x() + i, y() + i, flags, std::min(laid_out, total - i), args_.scale);
@@ -102,21 +107,16 @@ class Walk {
 
   // The next rows, which are short, lie next to each other and have one index each, consecutive ones.
   int64_t visit_shared(int64_t n) {
-    reset();
-    const int64_t size = args_.dims[0].size;
-    const uint64_t first = index_ / kBlock, slot = index_ % kBlock;
-    const int64_t most = kBlocks * kBlock - static_cast<int64_t>(slot);
+    const int64_t size = args_.dims[0].size, most = (kBlocks - 1) * kBlock;
     const int64_t rows = std::min({n / size, args_.dims[1].size - at_[1], most});
-    const int64_t count = (static_cast<int64_t>(slot) + rows + kBlock - 1) / kBlock;
-    for (int64_t i = 0; i < count; ++i) blocks_[i] = first + i;
-    cpu_kernels().draw_flags(blocks_, flags_, count, params_);
+    const uint16_t* drawn = draw(rows);
     uint16_t flags[kFlags + kBlock];
     const int64_t at_once = kFlags / size;
     for (int64_t r = 0; r < rows; r += at_once) {
       const int64_t together = std::min(at_once, rows - r);
       for (int64_t k = 0; k < together; ++k) {
         // Eight at a time: what is written past the end is overwritten by the next row, or is never read.
-        const uint16_t flag = flags_[slot + r + k];
+        const uint16_t flag = drawn[r + k];
         for (int64_t i = 0; i < size; i += kBlock) std::fill_n(flags + k * size + i, kBlock, flag);
       }
       kernels_.select(x() + r * size, y() + r * size, flags, together * size, args_.scale);
@@ -342,14 +342,6 @@ class Walk {
 template <typename T>
 class Tiles {
  public:
-  static std::optional<size_t> consecutive_dim(const std::vector<Dim>& dims) {
-    if (dims[0].index <= 1) return std::nullopt;
-    for (size_t d = 1; d < dims.size(); ++d) {
-      if (dims[d].index == 1 && dims[d].size >= kBlock) return d;
-    }
-    return std::nullopt;
-  }
-
   Tiles(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>& kernels, size_t consecutive)
       : args_(args), params_(params), kernels_(kernels), row_(args.dims[0]), column_(args.dims[consecutive]) {
     for (size_t d = 1; d < args.dims.size(); ++d) {

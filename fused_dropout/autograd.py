@@ -118,8 +118,12 @@ def apply(
     x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). index_strides and scale: as
     in the operator. Returns a tensor with the strides of ``torch.empty_like(x)``.
     """
-    if must_compose(x):
-        return compose(x, p, key, index_strides, scale)
+    serve = compose if must_compose(x) else apply_plain
+    return serve(x, p, key, index_strides, scale)
+
+
+def apply_plain(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
+    """``apply`` where nothing has to see torch's own operations, but perhaps a compiler."""
     if x.requires_grad and torch.is_grad_enabled():
         return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, index_strides, scale)
     return operators.apply_as_served(x, p, key, index_strides, scale)

@@ -99,8 +99,7 @@ def _over(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None) -> Tensor:
     """``reference.keep_mask``."""
-    reference.check_window(x.shape, start, index_strides)
-    strides = reference.index_strides_of(x) if index_strides is None else index_strides
+    strides = reference.checked_strides(x, start, index_strides)
     out = torch.empty_like(x, dtype=torch.bool)
     return out if _run(out, x, p, key, start, strides, None) else reference.keep_mask(x, p, key, start, strides)
 
@@ -114,8 +113,7 @@ def apply(
     scale: float | None = None,
 ) -> Tensor:
     """``reference.apply``."""
-    reference.check_window(x.shape, start, index_strides)
-    x, strides = x.detach(), reference.index_strides_of(x) if index_strides is None else index_strides
+    x, strides = x.detach(), reference.checked_strides(x, start, index_strides)
     dense = reference.is_dense(x)
     out = torch.empty_like(x) if dense else torch.empty_like(x).copy_(x)
     if _run(out, x if dense else out, p, key, start, strides, scale):
@@ -132,8 +130,7 @@ def apply_(
     scale: float | None = None,
 ) -> None:
     """``reference.apply_``."""
-    reference.check_window(x.shape, start, index_strides)
-    strides = reference.index_strides_of(x) if index_strides is None else index_strides
+    strides = reference.checked_strides(x, start, index_strides)
     own = x.detach()
     if not reference.is_dense(own) or not _run(own, own, p, key, start, strides, scale):
         x.copy_(apply(x, p, key, start, strides, scale))

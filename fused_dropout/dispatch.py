@@ -65,7 +65,7 @@ def drop(
             operators.apply_(x, p, key, 0, index_strides, scale)
             torch.autograd.graph.increment_version(x)
             return x
-        output = autograd.apply(x, p, key, index_strides, scale)
+        output = autograd.apply_plain(x, p, key, index_strides, scale)
     else:
         try:
             output = autograd.compose(x, p, key, index_strides, scale)

@@ -109,22 +109,23 @@ def index_strides_of(x: Tensor) -> Sequence[int]:
     return x.stride() if is_dense(x) else row_major(x.shape)
 
 
-def check_window(shape: Sequence[int], start: int, index_strides: Sequence[int] | None) -> None:
-    """Refuses a window of indices that are negative or do not fit an int64.
+def checked_strides(x: Tensor, start: int, index_strides: Sequence[int] | None) -> Sequence[int]:
+    """The index strides of a call on x. Refuses a window of indices that are negative or do not fit an int64.
 
     Raises:
         RuntimeError: ``start`` or an index stride is negative, there is not one stride for each dimension, or the
             largest index is 2**63 or more.
     """
-    strides = row_major(shape) if index_strides is None else index_strides
+    strides = index_strides_of(x) if index_strides is None else index_strides
     if start < 0:
         raise RuntimeError(f"start has to be 0 or more, but got {start}")
-    if len(strides) != len(shape):
-        raise RuntimeError(f"index_strides needs one stride for each of {len(shape)} dimensions, but got {strides}")
+    if len(strides) != x.dim():
+        raise RuntimeError(f"index_strides needs one stride for each of {x.dim()} dimensions, but got {strides}")
     if any(stride < 0 for stride in strides):
         raise RuntimeError(f"index_strides have to be 0 or more, but got {list(strides)}")
-    if start + sum(stride * max(size - 1, 0) for stride, size in zip(strides, shape, strict=True)) >= 1 << 63:
+    if start + sum(stride * max(size - 1, 0) for stride, size in zip(strides, x.shape, strict=True)) >= 1 << 63:
         raise RuntimeError("the largest element index has to be below 2**63")
+    return strides
 
 
 def keep_indices(start: int, strides: Sequence[int], shape: Sequence[int], p: float, key: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: S
     """The mask of x: a bool tensor of x's shape, True where an element is kept, with the strides of ``empty_like(x)``.
 
     Raises:
-        RuntimeError: as :func:`check_window`.
+        RuntimeError: as :func:`checked_strides`.
     """
     return torch.empty_like(x, dtype=torch.bool).copy_(_window_of(x, p, key, start, index_strides))
 
@@ -232,8 +233,7 @@ def apply_(
 
 
 def _window_of(x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None) -> Tensor:
-    check_window(x.shape, start, index_strides)
-    strides = index_strides_of(x) if index_strides is None else index_strides
+    strides = checked_strides(x, start, index_strides)
     return keep_window(x.shape, p, key, start, strides, x.device)
 
 

@@ -91,7 +91,7 @@ def known_zero(n: Any) -> bool:
 
 def keep_draws_apart(draw: Any) -> None:
     """Keeps AOTAutograd from merging two draws as a common subexpression, which would give two dropouts of a compiled
-    block one mask. Up to torch 2.15 it goes by this list of its own, not by the operator's tag.
+    block one mask. Up to torch 2.13 it goes by this list of its own, not by the operator's tag.
 
     Without the list nothing is done here; ``test_two_dropouts_of_one_tensor_differ`` fails if that is wrong.
     """
