@@ -99,13 +99,13 @@ Tensor draw_cpu_keys(int64_t n) {
   const auto empty = [n](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                          ScalarType dtype) {
     AtenTensorHandle x = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype_code(dtype),
-                                                    aoti_torch_device_type_cpu(), 0, &x));
+    check_torch(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.begin(), dtype_code(dtype),
+                                         aoti_torch_device_type_cpu(), 0, &x));
     return Tensor(x);
   };
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(empty({n}, {1}, ScalarType::Long)), from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::random_", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor seeds = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor keys = empty({n, 2}, {2, 1}, ScalarType::UInt64);
   uint64_t* words = keys.mutable_data_ptr<uint64_t>();

@@ -13,13 +13,44 @@
 
 #include <array>
 #include <atomic>
+#include <exception>
+#include <string>
 
 namespace fused_dropout {
 namespace {
 
-void check_launch(const char* what, int64_t numel, int device) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "launch of ", what, " for ", numel, " elements on cuda:", device,
+// Whether the library has no code that runs on the device: neither for its architecture nor PTX that the driver takes.
+bool is_without_code(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion: return true;
+    default: return false;
+  }
+}
+
+std::string what_has_no_code(cudaError_t error, int device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  std::string built;
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    built += (built.empty() ? "" : ", ") + std::to_string(arch / 100) + "." + std::to_string(arch / 10 % 10);
+  }
+  return "cuda:" + std::to_string(device) + " has compute capability " + std::to_string(major) + "." +
+         std::to_string(minor) + ", for which there is no code (" + cudaGetErrorString(error) +
+         "): the CUDA kernels were built for " + built;
+}
+
+void check_cuda(cudaError_t error, const char* what, int64_t numel, int device) {
+  if (error == cudaSuccess) return;
+  STD_TORCH_CHECK(!is_without_code(error), "fused_dropout: ", what_has_no_code(error, device),
+                  ". \"python -m fused_dropout info\" gives the command for a build that serves it.");
+  STD_TORCH_CHECK(false, "launch of ", what, " for ", numel, " elements on cuda:", device,
                   " failed: ", cudaGetErrorString(error));
 }
 
@@ -29,18 +60,25 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// As many thread blocks as the device runs at once: more would only take turns.
+// As many thread blocks as the device runs at once: more would only take turns. To ask for them loads the kernel. Only
+// an answer is kept, no failure.
 template <auto kernel>
-int resident_blocks(int device) {
+cudaError_t resident_blocks(int device, int64_t* blocks) {
   static std::array<std::atomic<int>, 128> known{};
-  std::atomic<int>& blocks = known[static_cast<size_t>(device) % known.size()];
-  if (blocks == 0) {
+  std::atomic<int>& found = known[static_cast<size_t>(device) % known.size()];
+  if (found == 0) {
     int processors = 0, of_each = 0;
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
-    blocks = std::max(1, processors * of_each);
+    cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
+    if (error == cudaSuccess && of_each == 0) error = cudaErrorLaunchOutOfResources;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would be blamed for it
+      return error;
+    }
+    found = processors * of_each;
   }
-  return blocks;
+  *blocks = found;
+  return cudaSuccess;
 }
 
 // What a launch needs besides the window.
@@ -58,13 +96,15 @@ void launch_rows_with(const KernelArgs& args, const Rows& rows, const LaunchPara
   unsigned columns = 2;
   while (columns < kThreads && columns < blocks_per_row) columns *= 2;
   const unsigned lines = kThreads / columns;
-  const int64_t resident = resident_blocks<dropout_kernel<Op, Block>>(args.device);
+  int64_t resident = 0;
+  check_cuda(resident_blocks<dropout_kernel<Op, Block>>(args.device, &resident), "dropout_kernel", args.numel,
+             args.device);
   const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
   const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
   dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(args.device)>>>(
       static_cast<const T*>(args.x), static_cast<T*>(args.y), rows, args.start, params.source, params.threshold,
       params.op);
-  check_launch("dropout_kernel", args.numel, args.device);
+  check_cuda(cudaGetLastError(), "dropout_kernel", args.numel, args.device);
 }
 
 template <typename Op>
@@ -106,13 +146,15 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
     window.dims[d] = {static_cast<Index>(dim.size), static_cast<Index>(magic),     static_cast<Index>(dim.x),
                       static_cast<Index>(dim.y),    static_cast<Index>(dim.index), bits - 1};
   }
-  const int64_t resident = resident_blocks<window_kernel<Op, Index>>(args.device);
+  int64_t resident = 0;
+  check_cuda(resident_blocks<window_kernel<Op, Index>>(args.device, &resident), "window_kernel", args.numel,
+             args.device);
   const int64_t at_once = int64_t{kThreads} * kBlock;
   const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
   window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
       static_cast<const T*>(args.x), static_cast<T*>(args.y), static_cast<Index>(args.numel), window,
       static_cast<Index>(args.start), x_vectors, y_vectors, params.source, params.threshold, params.op);
-  check_launch("window_kernel", args.numel, args.device);
+  check_cuda(cudaGetLastError(), "window_kernel", args.numel, args.device);
 }
 
 template <typename Op>
@@ -219,7 +261,46 @@ void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured,
   write_keys_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, current_stream(device)>>>(
       keys.mutable_data_ptr<uint64_t>(), n, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), captured,
       static_cast<uint64_t>(intragraph));
-  check_launch("write_keys_kernel", n, device);
+  check_cuda(cudaGetLastError(), "write_keys_kernel", n, device);
+}
+
+template <typename Op>
+cudaError_t load_kernels_of(int device) {
+  int64_t blocks = 0;
+  for (const auto resident :
+       {&resident_blocks<dropout_kernel<Op, uint32_t>>, &resident_blocks<dropout_kernel<Op, uint64_t>>,
+        &resident_blocks<window_kernel<Op, uint32_t>>, &resident_blocks<window_kernel<Op, uint64_t>>}) {
+    if (const cudaError_t error = resident(device, &blocks); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Loads all kernels: the first load of one must not fall into a graph capture.
+cudaError_t load_kernels(int device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  for (const auto load :
+       {&load_kernels_of<DropOrScale<float, float>>, &load_kernels_of<DropOrScale<double, double>>,
+        &load_kernels_of<DropOrScale<torch::headeronly::Half, float>>,
+        &load_kernels_of<DropOrScale<torch::headeronly::BFloat16, float>>, &load_kernels_of<WriteMask>}) {
+    if (const cudaError_t error = load(device); error != cudaSuccess) return error;
+  }
+  int64_t blocks = 0;
+  return resident_blocks<write_keys_kernel>(device, &blocks);
+}
+
+// load(device: int) -> str: "", or why no kernel runs on this device. Raises RuntimeError if it is not known.
+PyObject* load(PyObject*, PyObject* number) {
+  const int device = static_cast<int>(PyLong_AsLong(number));
+  if (PyErr_Occurred()) return nullptr;
+  try {
+    const cudaError_t error = load_kernels(device);
+    if (is_without_code(error)) return PyUnicode_FromString(what_has_no_code(error, device).c_str());
+    check_cuda(error, "the kernels", 0, device);
+    return PyUnicode_FromString("");
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
 }  // namespace
@@ -236,6 +317,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CUDA, m) {
 
 // The module `fused_dropout._cuda`: importing it registers what stands above.
 PyMODINIT_FUNC PyInit__cuda(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", FUSED_DROPOUT_BUILT("_cuda"), 0, nullptr};
+  static PyMethodDef methods[] = {{"load", fused_dropout::load, METH_O, nullptr}, {}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", FUSED_DROPOUT_BUILT("_cuda"), 0, methods};
   return PyModule_Create(&definition);
 }

@@ -18,6 +18,7 @@
 #include "version.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -49,11 +50,23 @@ at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
   return c10::fromIntArrayRefSlow(*mask.index_strides);
 }
 
+// A result like this tensor. The stable ABI loses an error's class: if memory is what was missing, torch's own error is
+// raised here.
+template <typename Call>
+Tensor with_torchs_error(const Tensor& like, Call call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    at::empty_like(like);
+    throw;
+  }
+}
+
 Tensor apply(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
                            std::optional<double>)>("fused_dropout::apply");
-  return op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
+  return with_torchs_error(x, [&] { return op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale); });
 }
 
 void apply_(const Tensor& x, const Mask& mask) {
@@ -63,13 +76,16 @@ void apply_(const Tensor& x, const Mask& mask) {
   op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
 }
 
-bool serves(c10::DeviceType device) {
 #ifdef FUSED_DROPOUT_CUDA
-  static const bool has_cuda_kernels =
-      c10::Dispatcher::singleton().findSchema({"fused_dropout::write_keys", ""}).has_value();
-  if (device == at::kCUDA) return has_cuda_kernels;
+// The CUDA devices that the kernels run on, a bit for each, once operators.py has found it out.
+std::atomic<uint64_t> cuda_devices{0};
 #endif
-  return device == at::kCPU;
+
+bool serves(c10::Device device) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (device.is_cuda()) return device.index() >= 0 && device.index() < 64 && cuda_devices >> device.index() & 1;
+#endif
+  return device.is_cpu();
 }
 
 // Whether the kernels can take this tensor as it is, outside every transform, mode and tracer. Python decides on the
@@ -87,7 +103,7 @@ bool takes_fast_path(const Tensor& x) {
   const auto nothing_in = [](c10::DispatchKeySet keys) {
     return keys.highestFunctionalityKey() == DispatchKey::Undefined;
   };
-  return x.defined() && serves(x.device().type()) && nothing_in(x.key_set() - kPlainTensor) &&
+  return x.defined() && serves(x.device()) && nothing_in(x.key_set() - kPlainTensor) &&
          nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
          !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
@@ -188,7 +204,7 @@ Tensor compose(const Tensor& x, const Mask& mask) {
     if ((*mask.index_strides)[d] == 0) shape[d] = 1;
   }
   const Tensor like = at::empty(shape, at::TensorOptions().dtype(at::kBool).device(x.device()));
-  const Tensor kept = op.call(like, mask.p, mask.key, 0, strides_of(mask));
+  const Tensor kept = with_torchs_error(like, [&] { return op.call(like, mask.p, mask.key, 0, strides_of(mask)); });
   const double scale = mask.scale ? *mask.scale : mask.p < 1 ? 1.0 / (1.0 - mask.p) : 0.0;
   const Tensor zero = at::zeros({}, at::TensorOptions().dtype(x.scalar_type()).device(x.device()));
   return at::where(kept, x.mul(scale), zero);
@@ -308,6 +324,9 @@ TORCH_LIBRARY_IMPL(fused_dropout, CompositeExplicitAutograd, m) {
 PYBIND11_MODULE(_eager, m) {
   m.doc() = FUSED_DROPOUT_BUILT("_eager") " for torch " FUSED_DROPOUT_EXPANDED(FUSED_DROPOUT_TORCH) ";";
   m.def("drop", torch::wrap_pybind_function_no_gil(drop));
-  m.def("serves", [](const std::string& device) { return serves(c10::Device(device).type()); });
+  m.def("serves", serves);
+#ifdef FUSED_DROPOUT_CUDA
+  m.def("serve_cuda", [](int device) { cuda_devices |= device < 64 ? uint64_t{1} << device : 0; });
+#endif
   m.def("draw_keys", torch::wrap_pybind_function_no_gil(draw_keys));
 }

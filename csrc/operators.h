@@ -14,8 +14,12 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
+
+// What torch said when a call failed. Not in torch 2.11.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fused_dropout {
 
@@ -173,21 +177,29 @@ inline int32_t dtype_code(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
+// Raises what torch raised, in its words: "out of memory", most often. Its class is lost here, and is found again by
+// whoever called the operator: eager.cpp and operators.py.
+inline void check_torch(AOTITorchError code) {
+  if (code == AOTI_TORCH_SUCCESS) return;
+  const char* (*what)() = &torch_exception_get_what_without_backtrace;
+  throw std::runtime_error(what ? what() : "fused_dropout: torch could not allocate the result: out of memory?");
+}
+
 // What torch.empty_like gives; for a dense tensor, the usual case, without a look-up of that operator by its name.
 inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   using torch::stable::detail::from;
   if (is_dense(x)) {
     AtenTensorHandle y = nullptr;
     int32_t device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(dtype),
-                                                    device_type, x.get_device_index(), &y));
+    check_torch(aoti_torch_get_device_type(x.get(), &device_type));
+    check_torch(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(dtype), device_type,
+                                         x.get_device_index(), &y));
     return Tensor(y);
   }
   std::array<StableIValue, 6> stack{
       from(x),           from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
       from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  check_torch(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

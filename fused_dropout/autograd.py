@@ -105,7 +105,7 @@ def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | Non
     like = empty(shape if in_order else [shape[d] for d in order], dtype=torch.bool, device=x.device)
     if not in_order:
         like = like.permute([order.index(d) for d in range(x.dim())])
-    kept = operators.keep_mask(like, p, key, 0, index_strides)
+    kept = operators.keep_mask_as_served(like, p, key, 0, index_strides)
     factor = reference.scale(p) if scale is None else scale
     return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
 

@@ -48,6 +48,8 @@ def drop(
             return output
     if not is_covered(x, generator, key):
         return None
+    if x.is_cuda:
+        operators.settle_cuda(x.device)
     compiling = is_compiling()
     if known_zero(x.numel()) if compiling else x.numel() == 0:
         return x

@@ -468,4 +468,4 @@ def keep_mask(
         # One element stands for all: only shape, layout and device are looked at.
         like = torch.empty((), dtype=torch.bool, device=device or "cpu").expand(tuple(shape))
     _check_key(key, like)
-    return operators.keep_mask(like, float(p), key, index(start))
+    return operators.keep_mask_as_served(like, float(p), key, index(start))

@@ -48,7 +48,7 @@ def draw_keys(n: int, device: torch.device, generator: Generator | None = None) 
     Without the eager binding, the keys of a captured CUDA graph are 63-bit numbers drawn on the device: fresh ones at
     each replay, though not those that eager calls would take.
     """
-    if eager is not None and eager.serves(device.type):
+    if eager is not None and eager.serves(device):
         return eager.draw_keys(n, device, generator)
     if generator is None and device == _CPU and kernels is not None:
         try:

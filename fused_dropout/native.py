@@ -161,7 +161,16 @@ def _has_triton() -> bool:
     return False
 
 
-# Whether Inductor makes the kernel for a GPU of NVIDIA's or AMD's.
-compiles_reference: bool = (
-    backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
-)
+def _compiles_reference() -> bool:
+    """Whether Inductor makes the kernel for a GPU of NVIDIA's or AMD's."""
+    return backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
+
+
+compiles_reference: bool = _compiles_reference()
+
+
+def withdraw_cuda_kernels(why: str) -> None:
+    """For a GPU that they have no code for."""
+    global cuda_kernels, compiles_reference
+    cuda_kernels, missing["_cuda"] = None, why
+    compiles_reference = _compiles_reference()

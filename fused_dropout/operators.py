@@ -6,6 +6,7 @@ for the devices that it was built for. All are pure functions of an explicit key
 keys from a default generator.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, inductor, keys, native, reference
+from .build_info import how_to_improve
 from .inductor import FORM
 from .torch_internals import is_compiling, is_recorded, keep_draws_apart
 
@@ -123,10 +125,45 @@ def _keep_mask_batched(
 
 torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=_library)
 
-if native.compiles_reference:
-    _library.impl("apply", compiled.apply, "CUDA")
-    _library.impl("apply_", _uncounted(compiled.apply_), "CUDA")
-    _library.impl("keep_mask", compiled.keep_mask, "CUDA")
+
+def _serve_cuda_by_reference() -> None:
+    """Puts what serves GPUs without kernels in the place of the kernels, if there are any."""
+    by = compiled if native.compiles_reference else reference
+    for name, kernel in (("apply", by.apply), ("apply_", _uncounted(by.apply_)), ("keep_mask", by.keep_mask)):
+        _library.impl(name, kernel, "CUDA", allow_override=True)
+    if native.eager is not None:  # whose keys on the device are written by a kernel
+        _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", allow_override=True)
+
+
+_settled: set[int] = set()
+
+
+def settle_cuda(device: torch.device) -> bool:
+    """At the first call on a GPU: loads the kernels, or finds that none of them runs there. Then the reference serves
+    CUDA from here on, with a warning. Importing this package must not do it: that would create a CUDA context."""
+    if native.cuda_kernels is None or device.index in _settled or not torch.cuda.is_available():
+        return True
+    if why := native.cuda_kernels.load(device.index):
+        native.withdraw_cuda_kernels(f"not used: {why}")
+        _serve_cuda_by_reference()
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        warnings.warn(
+            f"fused_dropout: {native.note('_cuda')}. The reference serves instead. Better by: "
+            f"TORCH_CUDA_ARCH_LIST={capability} {how_to_improve()}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    elif native.eager is not None:
+        native.eager.serve_cuda(device.index)
+    _settled.add(device.index)
+    return True
+
+
+# As in torch_internals: Dynamo calls it when it traces, with the device, and does not look inside.
+settle_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+if native.compiles_reference or (native.cuda_kernels is None and native.eager is not None and torch.version.cuda):
+    _serve_cuda_by_reference()
 
 
 def apply_as_served(
@@ -137,4 +174,19 @@ def apply_as_served(
     if fuse and is_compiling() and not is_recorded():
         strides = reference.index_strides_of(x) if index_strides is None else index_strides
         return apply_expanded(x, p, key, 0, strides, scale)
-    return apply(x, p, key, 0, index_strides, scale)
+    try:
+        return apply(x, p, key, 0, index_strides, scale)
+    except RuntimeError:
+        torch.empty_like(x)  # raises if memory is what was missing: the kernels' error has lost its class
+        raise
+
+
+def keep_mask_as_served(
+    x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None
+) -> Tensor:
+    """``keep_mask``, with torch's own error where memory is missing."""
+    try:
+        return keep_mask(x, p, key, start, index_strides)
+    except RuntimeError:
+        torch.empty_like(x, dtype=torch.bool)
+        raise
