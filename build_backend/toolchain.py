@@ -23,7 +23,7 @@ from setuptools.errors import ExecError
 OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
 PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
 NO_TORCH = "there is no torch"
-ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0")
+ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml; without isolation nobody else asks
@@ -83,7 +83,9 @@ class Toolkit(NamedTuple):
             return "native"
         said = subprocess.run([f"{self.folder}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
         known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in said.split()]
-        return ";".join(known) + "+PTX"  # newer ones compile that when they first run
+        # What has no code of its own compiles that when it first runs: 11.0 too, which cannot take the PTX of 12.0.
+        portable = [arch for arch in known if arch != "12.0"][-1]
+        return ";".join(arch + "+PTX" * (arch == portable) for arch in known)
 
 
 def find_toolkit(torch):

@@ -295,7 +295,8 @@ PyObject* load(PyObject*, PyObject* number) {
   try {
     const cudaError_t error = load_kernels(device);
     if (is_without_code(error)) return PyUnicode_FromString(what_has_no_code(error, device).c_str());
-    check_cuda(error, "the kernels", 0, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "loading the kernels on cuda:", device,
+                    " failed: ", cudaGetErrorString(error));
     return PyUnicode_FromString("");
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -182,7 +182,7 @@ inline int32_t dtype_code(ScalarType dtype) {
 inline void check_torch(AOTITorchError code) {
   if (code == AOTI_TORCH_SUCCESS) return;
   const char* (*what)() = &torch_exception_get_what_without_backtrace;
-  throw std::runtime_error(what ? what() : "fused_dropout: torch could not allocate the result: out of memory?");
+  throw std::runtime_error(what ? what() : "fused_dropout: a call into torch failed, most likely for lack of memory");
 }
 
 // What torch.empty_like gives; for a dense tensor, the usual case, without a look-up of that operator by its name.

@@ -270,34 +270,35 @@ def test_another_size_compiles_nothing(monkeypatch, key):
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0] == 0, y.t() == 0)
 
 
-# Prints whether the operator was called as it is, and whether a cache had the graph.
-IN_A_CACHE = """
+# Compiles one graph in three forms with one cache. Prints for each whether the operator was called as it is, and
+# whether the cache had the graph.
+WITH_ONE_CACHE = """
 import torch, fused_dropout as fd
+from fused_dropout import native
 from torch._dynamo.utils import counters
 x, key = torch.ones(64), fd.key(5)
-function = torch.compile(lambda x: fd.dropout(x + 1, 0.3, key=key) * 2)
-function(x)
-with torch.profiler.profile() as profile:
-    y = function(x)
-assert torch.equal(y, fd.dropout(x + 1, 0.3, key=key) * 2)
-print(any(event.key == "fused_dropout::apply" for event in profile.key_averages()), any("hit" in name and n
-      for name, n in [*counters["aot_autograd"].items(), *counters["inductor"].items()]))
+for native.compile_as in ("fuse", "kernel", "fuse"):
+    torch._dynamo.reset()
+    counters.clear()
+    function = torch.compile(lambda x: fd.dropout(x + 1, 0.3, key=key) * 2)
+    function(x)
+    with torch.profiler.profile() as profile:
+        y = function(x)
+    assert torch.equal(y, fd.dropout(x + 1, 0.3, key=key) * 2)
+    print(any(event.key == "fused_dropout::apply" for event in profile.key_averages()), any("hit" in name and n
+          for name, n in [*counters["aot_autograd"].items(), *counters["inductor"].items()]))
 """
 
 
 def test_caches_keep_the_forms_apart(tmp_path, info):
-    """The same graph as the kernel and expanded, in processes that share a cache, which serves the first form again."""
-    found = []
-    for mode in ("fuse", "kernel", "fuse"):
-        own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "FUSED_DROPOUT_COMPILE": mode, "PYTHONWARNINGS": "ignore"}
-        own["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # it would take longer than the one kernel
-        own["FUSED_DROPOUT_BACKEND"] = info.backend if info.devices["cpu"] == "native" else "python"
-        command = [sys.executable, "-c", IN_A_CACHE]
-        done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr  # torch ends the process, if overloads have the same arguments
-        found.append(done.stdout.split())
-    assert [called for called, _ in found] == ["False", "True", "False"]
-    assert [hit for _, hit in found] == ["False", "False", "True"]
+    """The same graph as the kernel and expanded, with one cache, which serves the first form again."""
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    own["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # it would take longer than the one kernel
+    own["FUSED_DROPOUT_BACKEND"] = info.backend if info.devices["cpu"] == "native" else "python"
+    command = [sys.executable, "-c", WITH_ONE_CACHE]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # torch ends the process, if overloads have the same arguments
+    assert done.stdout.split() == ["False", "False", "True", "False", "False", "True"]
 
 
 def test_cpp_wrapper(compile_as, key):

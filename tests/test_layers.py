@@ -100,3 +100,42 @@ def test_native_demanded_but_missing_is_an_error():
     hidden = "import sys; sys.modules['fused_dropout._C'] = None; import fused_dropout"
     done = run(code=hidden, FUSED_DROPOUT_BACKEND="native")
     assert "ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built" in done.stderr
+
+
+# Calls for which there is no memory, under a limit of the address space: what each raises, beside torch's own dropout.
+OUT_OF_MEMORY = """
+import json, resource, sys
+sys.modules.update({f"fused_dropout.{name}": None for name in sys.argv[1].split(",") if name})
+import torch, fused_dropout as fd
+from torch.nn.functional import dropout
+n = 2**26
+x = torch.zeros(n, requires_grad=True)
+y, plain, rows, mask = fd.dropout(x, 0.5), x.detach(), x.detach().view(1024, -1), torch.zeros(1).expand(4 * n)
+fd.dropout(torch.ones(9), 0.5, noise_shape=(1,)), fd.keep_mask((9,), 0.5, fd.key(1))  # what is imported late
+torch.func.vmap(fd.dropout, randomness="same")(torch.ones(2, 9))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
+def error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error).partition(" bytes")[0]
+print(json.dumps([error_of(call) for call in (
+    lambda: dropout(plain, 0.5), lambda: fd.dropout(plain, 0.5), lambda: fd.dropout(x, 0.5),
+    lambda: torch.autograd.grad(y, x, plain), lambda: fd.dropout(rows, 0.5, noise_shape=(None, 1)),
+    lambda: fd.drop_path(rows, 0.5, True), lambda: torch.func.vmap(fd.dropout, randomness="same")(rows),
+    lambda: fd.keep_mask(mask, 0.5, fd.key(1)))]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("hide", ["", "_eager"])
+def test_missing_memory_raises_torchs_own_error(hide, info):
+    if info.devices["cpu"] != "native":
+        pytest.skip("no kernels: all allocations are torch's own")
+    done = run(hide, OUT_OF_MEMORY)
+    assert done.returncode == 0, done.stderr
+    (kind, words), *ours = json.loads(done.stdout)
+    assert kind == "RuntimeError"
+    assert "can't allocate memory: you tried to allocate 268435456" in words
+    assert ours == [[kind, words]] * len(ours)
