@@ -20,12 +20,17 @@ PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
+# What is measured or checked on a GPU has to be the kernels, not what serves in their place.
+SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend_info(); \
+	info.devices.get("cuda", "native") == "native" or sys.exit(f"{info}\nno CUDA kernels serve this GPU")'
+
 .PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fused_dropout_bench.json, two minutes
+	@$(SERVED_BY_KERNELS)
 	$(PY) -m fused_dropout bench
 
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have to reach: tables and fused_dropout_bench_cpu.json, ten minutes
@@ -111,6 +116,7 @@ sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an el
 	$(CUDA_PY) tools/sass.py
 
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
+	@$(SERVED_BY_KERNELS)
 	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda $(CORE) tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
 
 statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; ten minutes
@@ -149,7 +155,12 @@ $(INSTALLED): $(PY) $(SOURCES)
 	@echo "installing into $(VENV): torch, the test and bench extras, and this package, compiled if there is a compiler"
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q "setuptools>=77"
-	@$(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
+	@# With a GPU the CUDA part is demanded, and nvcc taken from PyPI where no toolkit fits this torch.
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		PYTHONPATH=build_backend $(PY) -c 'import sys, toolchain; sys.exit(not toolchain.toolkit.folder)' || \
+			$(PY) -m pip install -q "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$($(PY) -c 'import torch; print(torch.version.cuda)').*"; \
+		export FUSED_DROPOUT_BUILD=cuda; \
+	fi; $(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@cd build 2>/dev/null || mkdir build
 	@$(PY) -m fused_dropout info
 	@touch $@

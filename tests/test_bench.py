@@ -53,6 +53,20 @@ def test_speed(result):
         assert r["samples"] >= 5
 
 
+def test_goes_on_without_what_there_is_no_memory_for(capsys):
+    def fail(error):
+        raise error
+
+    cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
+    found = [partial(fail, torch.OutOfMemoryError("CUDA out of memory.")), lambda: ["a record"], partial(fail, cpu)]
+    report = {"speed": [], "skipped": []}
+    command.execute([command.Task("speed", f"task {i}", run) for i, run in enumerate(found)], report)
+    assert report["speed"] == ["a record"]
+    assert report["skipped"] == ["task 0: not enough memory", "task 2: not enough memory"]
+    with pytest.raises(RuntimeError, match="another"):
+        command.execute([command.Task("speed", "task", partial(fail, RuntimeError("another")))], report)
+
+
 def test_saved_bytes(result):
     (saved,) = result["saved_bytes"]
     assert saved["fd"] == 16

@@ -63,8 +63,14 @@ def plan(device: str, form: str, share: float) -> Iterator[Task]:
             yield Task("model", f"{device} {'compiled ' * compiled}{workload}", model)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, or of the CPU's allocator, which has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def execute(tasks: Sequence[Task], report: dict[str, list]) -> None:
-    """Runs the tasks under a progress bar: one line redrawn on a terminal, a line now and then elsewhere."""
+    """Runs the tasks under a progress bar: one line redrawn on a terminal, a line now and then elsewhere. What there is
+    not enough memory for is skipped."""
     start, on_terminal = time.perf_counter(), sys.stderr.isatty()
     for done, this in enumerate(tasks):
         left = f", {(time.perf_counter() - start) / done * (len(tasks) - done):.0f} s left" if done else ""
@@ -73,7 +79,14 @@ def execute(tasks: Sequence[Task], report: dict[str, list]) -> None:
             print(f"\r{line:79.79}", end="", file=sys.stderr, flush=True)
         elif done % 8 == 0:
             print(line, file=sys.stderr, flush=True)
-        report[this.kind] += this.run()
+        try:
+            report[this.kind] += this.run()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            report["skipped"].append(f"{this.label}: not enough memory")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     tasks = [task for device in options.devices for task in plan(device, options.form, 1 / len(options.devices))]
     environment = describe_environment()
-    report: dict[str, list] = {kind: [] for kind in KINDS}
+    report: dict[str, list] = {kind: [] for kind in (*KINDS, "skipped")}
     code, ending = 0, "Written to"
     try:
         execute(tasks, report)
@@ -112,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, ending = 130, "Interrupted; what was measured is in"
     if sys.stderr.isatty():
         print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
-    result = {"environment": environment, **{kind: [asdict(r) for r in records] for kind, records in report.items()}}
+    result = {"environment": environment, "skipped": report["skipped"]}
+    result |= {kind: [asdict(record) for record in report[kind]] for kind in KINDS}
     print("\n".join(describe(result)))
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(ending, options.json)

@@ -82,8 +82,9 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
     environment = result["environment"]
     info = environment["backend_info"]
     devices = dict.fromkeys(r["device"] for r in result["speed"])
+    kinds = result.keys() - {"environment", "skipped"}
     for device in devices:
-        here = {k: [r for r in v if r["device"] == device] for k, v in result.items() if k != "environment"}
+        here = {kind: [r for r in result[kind] if r["device"] == device] for kind in kinds}
         yield f"== {device}: {environment['cpu'] if device == 'cpu' else environment['gpus'][0]}"
         yield f"torch {environment['torch']}, {environment['threads']} threads, load {environment['load']} at the start"
         lines = [*speed_lines(here["speed"])]
@@ -93,6 +94,6 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
         lines += [*_rate_lines(here["drop_rate"]), *_training_lines(here["training"])]
         lines += [*_memory_lines(here["memory"]), *_model_lines(here["model"]), ""]
         yield from (line.rstrip(" ") for line in lines)
-    yield from (f"note: {note}" for note in info["notes"])
+    yield from (f"note: {note}" for note in [*info["notes"], *result.get("skipped", [])])
     served = ", ".join(f"{device}: {info['devices'][device]}" for device in devices)
     yield f"Served by {served}; eager binding: {'yes' if info['eager'] else 'no'}"
