@@ -43,10 +43,12 @@ examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and
 test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
 	@# Side by side, for the second core: threads that wait must not keep the other run from its core.
 	@export OMP_WAIT_POLICY=passive; { \
+		$(PY) -m pytest -q -p no:cacheprovider tests/transforms && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_eager $(CORE) $(DROP_IN) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py; \
 	} >build/test-layers.log 2>&1 & \
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q; whole=$$?; wait $$!; layers=$$?; cat build/test-layers.log; exit $$((whole | layers))
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q --ignore=tests/transforms; whole=$$?; wait $$!; layers=$$?; \
+	cat build/test-layers.log; exit $$((whole | layers))
 
 test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap and torch.compile, with and without the compiled part: 2,352 cells each
 	@$(PY) -m pytest -q -p no:cacheprovider --every-cell --hide=_C tests/transforms >build/test-transforms.log 2>&1 & \
