@@ -129,10 +129,12 @@ torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=
 def _serve_cuda_by_reference() -> None:
     """Puts what serves GPUs without kernels in the place of the kernels, if there are any."""
     by = compiled if native.compiles_reference else reference
+    # Older ones, which have no kernels to override, need not know the word.
+    override: Any = {"allow_override": True} if native.release(torch.__version__) >= native.OLDEST_TORCH else {}
     for name, kernel in (("apply", by.apply), ("apply_", _uncounted(by.apply_)), ("keep_mask", by.keep_mask)):
-        _library.impl(name, kernel, "CUDA", allow_override=True)
+        _library.impl(name, kernel, "CUDA", **override)
     if native.eager is not None:  # whose keys on the device are written by a kernel
-        _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", allow_override=True)
+        _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", **override)
 
 
 _settled: set[int] = set()
