@@ -88,8 +88,10 @@ import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch":
 FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
 test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
-	$(FAKE) $(FAKE_PYTEST) .
-	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_window_launches.py test_cuda.py test_mask.py test_noise_shape.py
+	@# Side by side, for the second core.
+	@( export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_window_launches.py test_cuda.py test_mask.py test_noise_shape.py \
+	) >build/test-fakegpu-80.log 2>&1 & \
+	( $(FAKE) $(FAKE_PYTEST) . ); sm_90=$$?; wait $$!; sm_80=$$?; cat build/test-fakegpu-80.log; exit $$((sm_90 | sm_80))
 	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
 	$(FAKE) --strict $(FAKE_PYTEST) test_cuda.py -k "not graph"
 
