@@ -20,9 +20,13 @@ PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py
 
-# What is measured or checked on a GPU has to be the kernels, not what serves in their place.
+# Ends with an error if there is a GPU that the kernels do not serve: the reference would be measured in their place.
 SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend_info(); \
 	info.devices.get("cuda", "native") == "native" or sys.exit(f"{info}\nno CUDA kernels serve this GPU")'
+
+# What the CUDA build lacks in this Python's environment: nvcc, if no toolkit fits its torch.
+INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
+	| xargs -r $(1) -m pip install -q
 
 .PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
@@ -40,14 +44,16 @@ bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have t
 examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
 	$(PY) examples/gallery.py
 
+# Threads that spin while they wait would slow down the run beside them.
+test: export OMP_WAIT_POLICY := passive
 test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
-	@# Side by side, for the second core: threads that wait must not keep the other run from its core.
-	@export OMP_WAIT_POLICY=passive; { \
+	@# Side by side, for the second core.
+	@{ \
 		$(PY) -m pytest -q -p no:cacheprovider tests/transforms && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_eager $(CORE) $(DROP_IN) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py; \
 	} >build/test-layers.log 2>&1 & \
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -q --ignore=tests/transforms; whole=$$?; wait $$!; layers=$$?; \
+	$(PY) -m pytest -q --ignore=tests/transforms; whole=$$?; wait $$!; layers=$$?; \
 	cat build/test-layers.log; exit $$((whole | layers))
 
 test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap and torch.compile, with and without the compiled part: 2,352 cells each
@@ -159,11 +165,9 @@ $(INSTALLED): $(PY) $(SOURCES)
 	@echo "installing into $(VENV): torch, the test and bench extras, and this package, compiled if there is a compiler"
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q "setuptools>=77"
-	@# With a GPU the CUDA part is demanded, and nvcc taken from PyPI where no toolkit fits this torch.
+	@# With a GPU the CUDA part has to build. If no toolkit fits this torch, nvcc comes from PyPI.
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		PYTHONPATH=build_backend $(PY) -c 'import sys, toolchain; sys.exit(not toolchain.toolkit.folder)' || \
-			$(PY) -m pip install -q "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$($(PY) -c 'import torch; print(torch.version.cuda)').*"; \
-		export FUSED_DROPOUT_BUILD=cuda; \
+		$(call INSTALL_TOOLKIT,$(PY)); export FUSED_DROPOUT_BUILD=cuda; \
 	fi; $(PY) -m pip install -q --no-build-isolation -e ".[test,bench]"
 	@cd build 2>/dev/null || mkdir build
 	@$(PY) -m fused_dropout info
@@ -193,8 +197,7 @@ build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
 
 build/torch-cuda: $(CUDA_PY)
 	$(CUDA_PY) -m pip install -q torch "setuptools>=77" pytest hypothesis numpy
-	command -v nvcc >/dev/null || $(CUDA_PY) -m pip install -q \
-		"cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==$$($(CUDA_PY) -c 'import torch; print(torch.version.cuda)').*"
+	$(call INSTALL_TOOLKIT,$(CUDA_PY))
 	@mkdir -p build && touch $@
 
 build/installed-cuda: build/torch-cuda $(SOURCES) $(PACKAGE)

@@ -83,7 +83,7 @@ class Toolkit(NamedTuple):
             return "native"
         said = subprocess.run([f"{self.folder}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
         known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in said.split()]
-        # What has no code of its own compiles that when it first runs: 11.0 too, which cannot take the PTX of 12.0.
+        # A GPU without machine code here compiles this PTX at its first run. PTX of 12.0 would not serve 11.0.
         portable = [arch for arch in known if arch != "12.0"][-1]
         return ";".join(arch + "+PTX" * (arch == portable) for arch in known)
 
@@ -159,7 +159,8 @@ def why_nothing():
     return "" if torch else NO_TORCH
 
 
-def _missing():
+def missing():
+    """The requirements of this build that the environment lacks."""
     if why_nothing() not in ("", NO_TORCH):
         return []  # no torch is fetched to build nothing with
     wanted = BUILD == "cuda" and not toolkit.folder
@@ -169,8 +170,8 @@ def _missing():
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _missing()
+    return build_meta.get_requires_for_build_wheel(config_settings) + missing()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _missing()
+    return build_meta.get_requires_for_build_editable(config_settings) + missing()
