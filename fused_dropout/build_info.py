@@ -90,7 +90,7 @@ def how_to_improve() -> str | None:
 def _path(device: str) -> str:
     if native.cuda_kernels if device == "cuda" else native.kernels:
         return "native"
-    return "compiled reference" if device == "cuda" and native.compiles_reference else "reference"
+    return "compiled reference" if device == "cuda" and native.compiles_reference() else "reference"
 
 
 def backend_info() -> BackendInfo:

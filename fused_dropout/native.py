@@ -161,16 +161,12 @@ def _has_triton() -> bool:
     return False
 
 
-def _compiles_reference() -> bool:
-    """Whether Inductor makes the kernel for a GPU of NVIDIA's or AMD's."""
+def compiles_reference() -> bool:
+    """Whether Inductor compiles the reference for the GPU, since there are no CUDA kernels."""
     return backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
 
 
-compiles_reference: bool = _compiles_reference()
-
-
 def withdraw_cuda_kernels(why: str) -> None:
-    """For a GPU that they have no code for."""
-    global cuda_kernels, compiles_reference
+    """Does without the CUDA kernels from here on: they have no code for a GPU of this machine."""
+    global cuda_kernels
     cuda_kernels, missing["_cuda"] = None, why
-    compiles_reference = _compiles_reference()

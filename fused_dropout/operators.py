@@ -16,7 +16,7 @@ from torch import Tensor
 from . import compiled, inductor, keys, native, reference
 from .build_info import how_to_improve
 from .inductor import FORM
-from .torch_internals import is_compiling, is_recorded, keep_draws_apart
+from .torch_internals import constant_while_tracing, is_compiling, is_recorded, keep_draws_apart
 
 _library = torch.library.Library("fused_dropout", "DEF")
 _WINDOW = "float p, Tensor key, SymInt start=0, SymInt[]? index_strides=None"
@@ -127,22 +127,23 @@ torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=
 
 
 def _serve_cuda_by_reference() -> None:
-    """Puts what serves GPUs without kernels in the place of the kernels, if there are any."""
-    by = compiled if native.compiles_reference else reference
-    # Older ones, which have no kernels to override, need not know the word.
+    """Registers the reference for CUDA, compiled if that is possible, and replaces the kernels if they are loaded."""
+    by = compiled if native.compiles_reference() else reference
+    # Older versions of torch load no kernels to replace, and may not have this option.
     override: Any = {"allow_override": True} if native.release(torch.__version__) >= native.OLDEST_TORCH else {}
     for name, kernel in (("apply", by.apply), ("apply_", _uncounted(by.apply_)), ("keep_mask", by.keep_mask)):
         _library.impl(name, kernel, "CUDA", **override)
-    if native.eager is not None:  # whose keys on the device are written by a kernel
+    if native.eager is not None:  # its draw_keys needs a CUDA kernel to write keys on the device
         _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", **override)
 
 
 _settled: set[int] = set()
 
 
+@constant_while_tracing
 def settle_cuda(device: torch.device) -> bool:
-    """At the first call on a GPU: loads the kernels, or finds that none of them runs there. Then the reference serves
-    CUDA from here on, with a warning. Importing this package must not do it: that would create a CUDA context."""
+    """Loads the CUDA kernels at the first call on a device. If they have no code for it, warns, and lets the reference
+    serve CUDA from then on. Not done at import, since it creates a CUDA context. Returns True."""
     if native.cuda_kernels is None or device.index in _settled or not torch.cuda.is_available():
         return True
     if why := native.cuda_kernels.load(device.index):
@@ -161,10 +162,7 @@ def settle_cuda(device: torch.device) -> bool:
     return True
 
 
-# As in torch_internals: Dynamo calls it when it traces, with the device, and does not look inside.
-settle_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-if native.compiles_reference or (native.cuda_kernels is None and native.eager is not None and torch.version.cuda):
+if native.compiles_reference() or (native.cuda_kernels is None and native.eager is not None and torch.version.cuda):
     _serve_cuda_by_reference()
 
 
@@ -179,14 +177,14 @@ def apply_as_served(
     try:
         return apply(x, p, key, 0, index_strides, scale)
     except RuntimeError:
-        torch.empty_like(x)  # raises if memory is what was missing: the kernels' error has lost its class
+        torch.empty_like(x)  # if memory is missing, raises torch's own error: the kernel's has lost its class
         raise
 
 
 def keep_mask_as_served(
     x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None
 ) -> Tensor:
-    """``keep_mask``, with torch's own error where memory is missing."""
+    """``keep_mask``, which raises torch's own error if memory is missing."""
     try:
         return keep_mask(x, p, key, start, index_strides)
     except RuntimeError:

@@ -5,6 +5,7 @@ through all of them under each version of torch that is tested.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,11 +24,23 @@ def is_recorded() -> bool:
     return torch.compiler._is_exporting_flag or (not is_compiling() and torch._C._get_tracing_state() is not None)
 
 
+def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets Dynamo call the function while it traces, and take the result for a constant, without looking inside.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports Dynamo. Without the attribute Dynamo refuses to
+    trace the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_tracing
 def functorch_randomness() -> str | None:
     """None outside of torch.func's transforms; else the strictest ``randomness`` of the vmaps that are active: "error",
     "different", "same", or "" if there is no vmap.
 
-    Without these names the first call under a transform raises AttributeError or ImportError.
+    Dynamo enters the transforms that it traces, so the answer while tracing is right. Without these names the first
+    call under a transform raises AttributeError or ImportError.
     """
     if not torch._C._are_functorch_transforms_active():
         return None
@@ -39,11 +52,6 @@ def functorch_randomness() -> str | None:
             mode = CVmapInterpreterPtr(level).randomness().name.lower()
             strictest = max(strictest, mode, key=("", "same", "different", "error").index)
     return strictest
-
-
-# Dynamo enters the transforms that it traces, and takes the answer of that moment for a constant. This is what
-# torch.compiler.assume_constant_result does, less the import of Dynamo. Without the attribute Dynamo refuses to trace.
-functorch_randomness._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_watched() -> bool:

@@ -1,4 +1,4 @@
-"""The first call on a GPU: kernels without code for it, a load that fails, memory that is missing."""
+"""The first call on a GPU: the kernels have no code for it, or a load fails."""
 
 import subprocess
 import sys
@@ -11,36 +11,35 @@ pytestmark = [
     pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU's runtime can be made to fail"),
 ]
 
-# fail(name, code) makes a function of the fake runtime return this error, and mend() undoes it.
+# fail(error) makes the fake runtime return this error when a kernel is loaded, and mend() undoes it.
 START = """
 import ctypes, mmap, warnings
 import torch, fake_gpu, fused_dropout as fd
 from fused_dropout import native
-libc, runtime, patched = ctypes.CDLL(None, use_errno=True), ctypes.CDLL(None), {}
-def write(address, code):
+libc = ctypes.CDLL(None)
+address = ctypes.cast(libc.cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, ctypes.c_void_p).value
+working = ctypes.string_at(address, 6)
+def write(code):
     page = address & -mmap.PAGESIZE
     assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(2 * mmap.PAGESIZE), 7) == 0
     ctypes.memmove(address, code, len(code))
-def fail(name, error):
-    address = ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value
-    patched[address] = ctypes.string_at(address, 6)
-    write(address, b"\\xb8" + error.to_bytes(4, "little") + b"\\xc3")  # mov eax, error; ret
+def fail(error):
+    write(b"\\xb8" + error.to_bytes(4, "little") + b"\\xc3")  # mov eax, error; ret
 def mend():
-    for address, code in patched.items():
-        write(address, code)
+    write(working)
 x, key = torch.ones(5000, device="cuda"), fd.key(5)
 want = fd.dropout(torch.ones(5000), 0.3, key=key)
 """
 
 ANOTHER_GPU = """
 from fused_dropout import compiled, reference
-served = []  # by whom: torch's own kernels, which the reference calls, are not there
+served = []  # stand-ins: the fake GPU lacks the torch kernels that the reference calls
 def serve(name):
     return lambda x, *_: (served.append(name), None if name == "apply_" else torch.empty_like(x))[1]
 for name in ("apply", "apply_", "keep_mask"):
     for module in (compiled, reference):
         setattr(module, name, serve(name))
-fail("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", 209)  # cudaErrorNoKernelImageForDevice
+fail(209)  # cudaErrorNoKernelImageForDevice
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
@@ -58,7 +57,7 @@ assert not native.eager.serves(x.device) and not fake_gpu.launches
 """
 
 A_LOAD_FAILS_ONCE = """
-fail("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", 2)  # cudaErrorMemoryAllocation
+fail(2)  # cudaErrorMemoryAllocation
 for call in (lambda: fd.dropout(x, 0.3, key=key), lambda: torch.ops.fused_dropout.apply(x, 0.3, key)):
     try:
         call()
@@ -69,11 +68,11 @@ for call in (lambda: fd.dropout(x, 0.3, key=key), lambda: torch.ops.fused_dropou
 mend()
 assert torch.equal(fd.dropout(x, 0.3, key=key).cpu(), want)
 name, grid, block, stats = fake_gpu.launches[-1]
-assert grid[0] > 1, grid  # no failure was taken for an answer
+assert grid[0] > 1, grid  # the failed call has left no number behind
 """
 
 NO_OPERATOR_WITHOUT_CODE = """
-fail("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", 222)  # cudaErrorUnsupportedPtxVersion
+fail(222)  # cudaErrorUnsupportedPtxVersion
 try:
     torch.ops.fused_dropout.apply(x, 0.3, key)
 except RuntimeError as error:
@@ -84,7 +83,7 @@ else:
 
 LOADED_AT_THE_FIRST_CALL = """
 assert native.cuda_kernels.load(0) == ""
-fail("cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", 209)  # what is loaded is not asked for again
+fail(209)  # a loaded kernel is not loaded again
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     for y in (x.to(dtype), x.to(dtype).view(50, 100)[:, ::3]):
         fd.dropout(y, 0.3, key=key)
