@@ -19,8 +19,8 @@
 namespace fused_dropout {
 namespace {
 
-// Whether the library has no code that runs on the device: neither for its architecture nor PTX that the driver takes.
-bool is_without_code(cudaError_t error) {
+// Whether the error means that the library has no machine code for the device, and no PTX that its driver can compile.
+bool is_missing_code(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorInvalidKernelImage:
@@ -33,7 +33,7 @@ bool is_without_code(cudaError_t error) {
   }
 }
 
-std::string what_has_no_code(cudaError_t error, int device) {
+std::string describe_missing_code(cudaError_t error, int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
@@ -48,7 +48,7 @@ std::string what_has_no_code(cudaError_t error, int device) {
 
 void check_cuda(cudaError_t error, const char* what, int64_t numel, int device) {
   if (error == cudaSuccess) return;
-  STD_TORCH_CHECK(!is_without_code(error), "fused_dropout: ", what_has_no_code(error, device),
+  STD_TORCH_CHECK(!is_missing_code(error), "fused_dropout: ", describe_missing_code(error, device),
                   ". \"python -m fused_dropout info\" gives the command for a build that serves it.");
   STD_TORCH_CHECK(false, "launch of ", what, " for ", numel, " elements on cuda:", device,
                   " failed: ", cudaGetErrorString(error));
@@ -60,8 +60,8 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// As many thread blocks as the device runs at once: more would only take turns. To ask for them loads the kernel. Only
-// an answer is kept, no failure.
+// How many thread blocks of a kernel the device runs at once. A larger grid would not be faster. The first call loads
+// the kernel and keeps the number. A failed call keeps nothing, so that the next call asks again.
 template <auto kernel>
 cudaError_t resident_blocks(int device, int64_t* blocks) {
   static std::array<std::atomic<int>, 128> known{};
@@ -72,7 +72,7 @@ cudaError_t resident_blocks(int device, int64_t* blocks) {
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
     if (error == cudaSuccess && of_each == 0) error = cudaErrorLaunchOutOfResources;
     if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would be blamed for it
+      cudaGetLastError();  // clears the error, which the next launch would report as its own
       return error;
     }
     found = processors * of_each;
@@ -275,7 +275,7 @@ cudaError_t load_kernels_of(int device) {
   return cudaSuccess;
 }
 
-// Loads all kernels: the first load of one must not fall into a graph capture.
+// Loads all kernels, so that a graph capture does not have to load one.
 cudaError_t load_kernels(int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   for (const auto load :
@@ -288,13 +288,14 @@ cudaError_t load_kernels(int device) {
   return resident_blocks<write_keys_kernel>(device, &blocks);
 }
 
-// load(device: int) -> str: "", or why no kernel runs on this device. Raises RuntimeError if it is not known.
+// load(device: int) -> str: loads all kernels. Returns "", or a description if the library has no code for the device.
+// Raises RuntimeError if loading fails for another reason.
 PyObject* load(PyObject*, PyObject* number) {
   const int device = static_cast<int>(PyLong_AsLong(number));
   if (PyErr_Occurred()) return nullptr;
   try {
     const cudaError_t error = load_kernels(device);
-    if (is_without_code(error)) return PyUnicode_FromString(what_has_no_code(error, device).c_str());
+    if (is_missing_code(error)) return PyUnicode_FromString(describe_missing_code(error, device).c_str());
     STD_TORCH_CHECK(error == cudaSuccess, "loading the kernels on cuda:", device,
                     " failed: ", cudaGetErrorString(error));
     return PyUnicode_FromString("");

@@ -50,8 +50,8 @@ at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
   return c10::fromIntArrayRefSlow(*mask.index_strides);
 }
 
-// A result like this tensor. The stable ABI loses an error's class: if memory is what was missing, torch's own error is
-// raised here.
+// Returns call(), whose result has the size of `like`. An error loses its class in the stable ABI. If the call failed
+// for lack of memory, at::empty_like fails too, and raises torch's own error.
 template <typename Call>
 Tensor with_torchs_error(const Tensor& like, Call call) {
   try {
@@ -77,7 +77,7 @@ void apply_(const Tensor& x, const Mask& mask) {
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// The CUDA devices that the kernels run on, a bit for each, once operators.py has found it out.
+// Bit i is set if the kernels run on CUDA device i. operators.py sets it at the first call on the device.
 std::atomic<uint64_t> cuda_devices{0};
 #endif
 

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-// What torch said when a call failed. Not in torch 2.11.
+// The message of the last call that failed. torch 2.11 does not have this function.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace fused_dropout {
@@ -62,8 +62,8 @@ inline std::optional<Rows> as_rows(const std::vector<Dim>& dims) {
   return Rows{dims[1].size, inner.size, dims[1].x, dims[1].y, dims[1].index};
 }
 
-// The dimension along which indices are consecutive, if it is not the innermost one in memory: a gradient in another
-// layout than forward's, for example.
+// The dimension whose indices are consecutive, if it is not the innermost one in memory. Example: a gradient whose
+// layout differs from forward's.
 inline std::optional<size_t> consecutive_dim(const std::vector<Dim>& dims) {
   if (dims[0].index <= 1) return std::nullopt;
   for (size_t d = 1; d < dims.size(); ++d) {
@@ -177,8 +177,8 @@ inline int32_t dtype_code(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// Raises what torch raised, in its words: "out of memory", most often. Its class is lost here, and is found again by
-// whoever called the operator: eager.cpp and operators.py.
+// Raises torch's message if a call failed, most often for lack of memory. The error's class is lost here. The callers
+// of the operators, eager.cpp and operators.py, restore it.
 inline void check_torch(AOTITorchError code) {
   if (code == AOTI_TORCH_SUCCESS) return;
   const char* (*what)() = &torch_exception_get_what_without_backtrace;

@@ -81,7 +81,7 @@ class Walk {
     return add(packed && row.index == 0 && length >= kLongRun ? length : std::min(length, kFlags));
   }
 
-  // The flags of the next n indices, drawn at once.
+  // Draws the flags of the next n indices.
   const uint16_t* draw(int64_t n) {
     reset();
     const uint64_t first = index_ / kBlock, slot = index_ % kBlock;
@@ -91,7 +91,7 @@ class Walk {
     return flags_ + slot;
   }
 
-  // The next rows, which lie next to each other and have the same indices, and so the same flags.
+  // Visits the next rows if they are adjacent in memory and share their indices. One set of flags serves all of them.
   int64_t visit_repeated(int64_t n) {
     const Dim& row = args_.dims[0];
     const int64_t total = std::min(n / row.size, args_.dims[1].size - at_[1]) * row.size;
@@ -105,7 +105,7 @@ class Walk {
     return total;
   }
 
-  // The next rows, which are short, lie next to each other and have one index each, consecutive ones.
+  // Visits the next rows if they are short and adjacent in memory, and row r has the one index first + r.
   int64_t visit_shared(int64_t n) {
     const int64_t size = args_.dims[0].size, most = (kBlocks - 1) * kBlock;
     const int64_t rows = std::min({n / size, args_.dims[1].size - at_[1], most});

@@ -123,7 +123,7 @@ def apply(
 
 
 def apply_plain(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
-    """``apply`` where nothing has to see torch's own operations, but perhaps a compiler."""
+    """``apply`` for callers that know that ``must_compose`` is false, a compiler among them."""
     if x.requires_grad and torch.is_grad_enabled():
         return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, index_strides, scale)
     return operators.apply_as_served(x, p, key, index_strides, scale)

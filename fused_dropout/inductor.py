@@ -108,10 +108,10 @@ def _register() -> None:
 
     def keep(at: Any, words: Sequence[Any], bound: Any, narrow: torch.dtype, on_cpu: bool) -> Any:
         """Whether the element with this index is kept."""
-        # Each constant once: Inductor goes over every operation some ten times, in Python.
+        # Makes each constant once: Inductor visits every operation about ten times, in Python.
         low, bits = number(reference.LOW_32), number(32)
-        # As in the reference: a product beyond 2**63 is undefined in C++. On a GPU the whole product of two words of 32
-        # bits is one instruction.
+        # In C++ a product beyond 2**63 is undefined, so the CPU multiplies as the reference does. On a GPU the full
+        # product of two 32-bit words is one instruction.
         multipliers = [number(m - (1 << 32) if on_cpu else m) for m in reference.MULTIPLIERS]
         weyl = [number(w) for w in reference.WEYL]
 
@@ -204,7 +204,8 @@ def _register() -> None:
         return pointwise(x, dtype, element, x.get_size())
 
     def call(x: Any, p: float, key: Any, start: Any = 0, index_strides: Any = None, scale: Any = None) -> Any:
-        """The operator as it is. Inductor's own call names each argument that has a default: 2 us more, each time."""
+        """Calls the operator without expanding it. Leaves out arguments at their defaults: Inductor's own call passes
+        them by name, which costs 2 us a call."""
         plain = (start, index_strides, scale) == (0, None, None) and not V.graph.cpp_wrapper
         options = {} if plain else {"start": start, "index_strides": index_strides, "scale": scale}
         return fallback_handler(operators.apply.default, add_to_fallback_set=False)(x, p, key, **options)

@@ -30,7 +30,7 @@ def draw_key(
     if randomness == "error":
         torch.rand((), device=device)  # raises, in torch's words
     if randomness == "different":
-        # The seed that each call alone would draw: bounds 2**63 apart keep the low 63 bits of a 64-bit draw.
+        # The same seeds as single calls draw. Bounds that are 2**63 apart keep the low 63 bits of a 64-bit draw.
         seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=device, generator=generator) + 2**62
         return torch.cat((seed, torch.zeros_like(seed))).to(torch.uint64)
     if watched and generator is not None:

@@ -270,8 +270,8 @@ def test_another_size_compiles_nothing(monkeypatch, key):
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0] == 0, y.t() == 0)
 
 
-# Compiles one graph in three forms with one cache. Prints for each whether the operator was called as it is, and
-# whether the cache had the graph.
+# Compiles one graph three times with one cache: expanded, as the kernel, expanded again. Prints each time whether the
+# kernel's operator was called, and whether the graph came from the cache.
 WITH_ONE_CACHE = """
 import torch, fused_dropout as fd
 from fused_dropout import native
@@ -291,7 +291,7 @@ for native.compile_as in ("fuse", "kernel", "fuse"):
 
 
 def test_caches_keep_the_forms_apart(tmp_path, info):
-    """The same graph as the kernel and expanded, with one cache, which serves the first form again."""
+    """One cache holds the expanded graph and the one with the kernel, and serves the expanded one again."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     own["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"  # it would take longer than the one kernel
     own["FUSED_DROPOUT_BACKEND"] = info.backend if info.devices["cpu"] == "native" else "python"

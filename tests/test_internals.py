@@ -111,7 +111,7 @@ def test_draws_are_kept_apart():
         graph.call_function(operators.draw_keys, (1,), {"device": X.device})
     graph.output(tuple(graph.nodes))
     assert len([n for n in compile_utils.fx_graph_cse(graph).nodes if n.op == "call_function"]) == 2
-    if torch.__version__ >= "2.14":  # which goes by the operator's tag
+    if torch.__version__ >= "2.14":  # it reads the operator's tag instead
         return
     # The list is what does it: without it two draws would be one.
     compile_utils.rand_ops.remove(torch.ops.fused_dropout.draw_keys)

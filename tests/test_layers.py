@@ -102,7 +102,7 @@ def test_native_demanded_but_missing_is_an_error():
     assert "ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built" in done.stderr
 
 
-# Calls for which there is no memory, under a limit of the address space: what each raises, beside torch's own dropout.
+# Limits the address space, so that each call runs out of memory. Prints the error of torch's own dropout, then of ours.
 OUT_OF_MEMORY = """
 import json, resource, sys
 sys.modules.update({f"fused_dropout.{name}": None for name in sys.argv[1].split(",") if name})

@@ -4,7 +4,8 @@
     python compile_targets.py first-call DROPOUT BACKEND    one first call, in this process: seconds
     python compile_targets.py forward DROPOUT               the compiled forward, in this process: microseconds
 
-Each figure is measured in a process and with a cache of its own; those of first calls in turns, and their median.
+Each figure comes from a process of its own, with its own cache. First calls of ours and torch's are measured in turns;
+the figure is their median.
 """
 
 import os

@@ -251,7 +251,7 @@ def main() -> None:
     images = output(find_tool(), "--list-ptx", str(library))
     faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
     faults += [f"{w.name}: {fault}" for w in windows for fault in w.faults()]
-    # Not that of sm_120, which would leave sm_110 out: as build_backend/toolchain.py has it.
+    # PTX of sm_120 would not serve sm_110: build_backend/toolchain.py makes the same choice.
     portable = max((k.arch for k in kernels if k.arch != "sm_120"), key=lambda arch: int(re.sub(r"\D", "", arch)))
     if portable not in images:
         faults.append(f"no PTX for {portable}, from which a later GPU's driver would compile")

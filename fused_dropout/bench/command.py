@@ -64,13 +64,13 @@ def plan(device: str, form: str, share: float) -> Iterator[Task]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Of a GPU, or of the CPU's allocator, which has no class of its own for it."""
+    """Whether memory ran out, on a GPU or on the CPU. The CPU's allocator has no error class of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def execute(tasks: Sequence[Task], report: dict[str, list]) -> None:
-    """Runs the tasks under a progress bar: one line redrawn on a terminal, a line now and then elsewhere. What there is
-    not enough memory for is skipped."""
+    """Runs the tasks under a progress bar: one line redrawn on a terminal, a line now and then elsewhere. A task that
+    runs out of memory is noted under "skipped"."""
     start, on_terminal = time.perf_counter(), sys.stderr.isatty()
     for done, this in enumerate(tasks):
         left = f", {(time.perf_counter() - start) / done * (len(tasks) - done):.0f} s left" if done else ""

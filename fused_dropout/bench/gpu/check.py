@@ -63,7 +63,8 @@ def sanitizer_verdict(status: int, output: str) -> tuple[str, str]:
 
 
 def sanitize(quick: bool, deadline: float) -> Iterator[Recorded]:
-    tool, names = shutil.which("compute-sanitizer"), ("memcheck", "initcheck")  # no kernel has shared memory to race in
+    # No racecheck: no kernel uses shared memory.
+    tool, names = shutil.which("compute-sanitizer"), ("memcheck", "initcheck")
     for done, name in enumerate(names):
         start = time.perf_counter()
         seconds = (deadline - start) / (len(names) - done)
