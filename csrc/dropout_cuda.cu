@@ -93,7 +93,7 @@ template <typename Op, typename Block>
 void launch_rows_with(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
   const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
-  unsigned columns = 2;
+  unsigned columns = kWarp;
   while (columns < kThreads && columns < blocks_per_row) columns *= 2;
   const unsigned lines = kThreads / columns;
   int64_t resident = 0;
@@ -117,23 +117,27 @@ void launch_rows(const KernelArgs& args, const Rows& rows, const LaunchParams<Op
   }
 }
 
-// Whether each eight elements that follow each other lie together on this side (x or y), at an address that a vector
-// can have.
+// The bytes of the widest access that each eight elements allow that follow each other, on this side (x or y). 0 if
+// they do not lie together.
 template <typename T>
-bool moves_in_vectors(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
+int access_of_eights(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
   int64_t together = 1;
   size_t d = 0;
   for (; d < args.dims.size() && args.dims[d].*stride == together; ++d) together *= args.dims[d].size;
-  const auto whole = [](int64_t bytes) { return bytes % static_cast<int64_t>(sizeof(Vector<T>)) == 0; };
-  if (d < args.dims.size() && together % kBlock != 0) return false;
-  for (; d < args.dims.size(); ++d) {
-    if (!whole(args.dims[d].*stride * static_cast<int64_t>(sizeof(T)))) return false;
-  }
-  return whole(static_cast<int64_t>(reinterpret_cast<uintptr_t>(side)));
+  if (d < args.dims.size() && together % kBlock != 0) return 0;
+  uintptr_t addresses = reinterpret_cast<uintptr_t>(side) | kBlock * sizeof(T);
+  for (; d < args.dims.size(); ++d) addresses |= args.dims[d].*stride * sizeof(T);
+  return static_cast<int>(addresses & (~addresses + 1));
+}
+
+template <typename T>
+int access_of_eights(const KernelArgs& args) {
+  const int x = access_of_eights<T>(args, args.x, &Dim::x), y = access_of_eights<T>(args, args.y, &Dim::y);
+  return std::min(x, y);
 }
 
 template <typename Op, typename Index>
-void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, bool x_vectors, bool y_vectors) {
+void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
   using T = typename Op::Element;
   constexpr int kBits = sizeof(Index) * 8;
   Window<Index> window;
@@ -153,25 +157,22 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
   const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
   window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
       static_cast<const T*>(args.x), static_cast<T*>(args.y), static_cast<Index>(args.numel), window,
-      static_cast<Index>(args.start), x_vectors, y_vectors, params.source, params.threshold, params.op);
+      static_cast<Index>(args.start), access, params.source, params.threshold, params.op);
   check_cuda(cudaGetLastError(), "window_kernel", args.numel, args.device);
 }
 
 template <typename Op>
-void launch_window(const KernelArgs& args, const LaunchParams<Op>& params) {
-  using T = typename Op::Element;
+void launch_window(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
   uint64_t x = 0, y = 0, index = args.start;  // of the last element
   for (const Dim& dim : args.dims) {
     x += (dim.size - 1) * dim.x;
     y += (dim.size - 1) * dim.y;
     index += (dim.size - 1) * dim.index;
   }
-  const bool x_vectors = moves_in_vectors<T>(args, args.x, &Dim::x);
-  const bool y_vectors = moves_in_vectors<T>(args, args.y, &Dim::y);
   if (args.numel < int64_t{1} << 31 && std::max({x, y, index}) < uint64_t{1} << 32) {
-    launch_window_with<Op, uint32_t>(args, params, x_vectors, y_vectors);
+    launch_window_with<Op, uint32_t>(args, params, access);
   } else {
-    launch_window_with<Op, uint64_t>(args, params, x_vectors, y_vectors);
+    launch_window_with<Op, uint64_t>(args, params, access);
   }
 }
 
@@ -193,59 +194,84 @@ void launch_by_index(const KernelArgs& args, size_t consecutive, const LaunchPar
     if (size > 1) part.dims.insert(part.dims.begin(), {size, along.x, along.y, 1});
     return part;
   };
-  launch_window(with(kBlock, eights), params);
+  launch_window(with(kBlock, eights), params, kEightByEight);
   if (rest == 0) return;
   KernelArgs part = with(rest, 1);
   if (args.x) part.x = static_cast<const T*>(args.x) + done * along.x;
   part.y = static_cast<T*>(args.y) + done * along.y;
   part.start += done;
-  launch_window(part, params);
+  launch_window(part, params, kElementByElement);
 }
 
 template <typename Op>
-void launch(const KernelArgs& args, Op op) {
+void launch(const KernelArgs& args, const KeySource& source, Op op) {
   using T = typename Op::Element;
   const torch::stable::accelerator::DeviceGuard guard(args.device);
-  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
-  const KeySource source =
-      args.key.is_cpu() ? KeySource{{words[0], words[1]}, nullptr} : KeySource{{}, reinterpret_cast<const Key*>(words)};
   const LaunchParams<Op> params{source, threshold(args.p), op};
   if (const auto rows = as_rows(args.dims)) {
-    // dropout_kernel moves rows that begin inside a block element by element. Where memory itself is dense and aligned,
-    // window_kernel still moves vectors.
-    const bool whole_blocks = rows->count == 1 || (rows->length % kBlock == 0 && rows->index % kBlock == 0);
-    const bool vectors = moves_in_vectors<T>(args, args.x, &Dim::x) && moves_in_vectors<T>(args, args.y, &Dim::y);
-    if (whole_blocks || !vectors) return launch_rows(args, *rows, params);
+    // A row shorter than a chunk would leave lanes of dropout_kernel idle. Rows that begin inside a block have no
+    // common alignment with the blocks. Where memory itself has one, window_kernel still moves wide vectors.
+    const bool whole_blocks = rows->length % kBlock == 0 && rows->index % kBlock == 0;
+    const bool by_rows = rows->length >= kChunk && (whole_blocks || access_of_eights<T>(args) < kVectorBytes<T>);
+    if (rows->count == 1 || by_rows) return launch_rows(args, *rows, params);
   }
   if (const auto d = consecutive_dim(args.dims)) return launch_by_index(args, *d, params);
-  launch_window(args, params);
+  launch_window(args, params, access_of_eights<T>(args));
 }
 
 template <typename T, typename Compute = float>
-void drop(const KernelArgs& args) {
-  launch(args, DropOrScale<T, Compute>{static_cast<Compute>(args.scale)});
+void drop(const KernelArgs& args, const KeySource& source) {
+  launch(args, source, DropOrScale<T, Compute>{static_cast<Compute>(args.scale)});
+}
+
+void run_with_key(const KernelArgs& args, const KeySource& source) {
+  switch (args.dtype) {
+    case ScalarType::Float: return drop<float>(args, source);
+    case ScalarType::Double: return drop<double, double>(args, source);
+    case ScalarType::Half: return drop<torch::headeronly::Half>(args, source);
+    case ScalarType::BFloat16: return drop<torch::headeronly::BFloat16>(args, source);
+    default: return launch(args, source, WriteMask{});
+  }
 }
 
 void run_cuda(const KernelArgs& args) {
-  switch (args.dtype) {
-    case ScalarType::Float: return drop<float>(args);
-    case ScalarType::Double: return drop<double, double>(args);
-    case ScalarType::Half: return drop<torch::headeronly::Half>(args);
-    case ScalarType::BFloat16: return drop<torch::headeronly::BFloat16>(args);
-    default: return launch(args, WriteMask{});
+  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
+  KeySource source{};
+  if (args.key.is_cpu()) {
+    source.value = {words[0], words[1]};
+  } else {
+    source.on_device = reinterpret_cast<const Key*>(words);
   }
+  run_with_key(args, source);
 }
 
-__global__ void write_keys_kernel(uint64_t* keys, int64_t n, uint64_t seed, uint64_t offset, bool captured,
-                                  uint64_t intragraph) {
-  if (captured) {
-    seed = *reinterpret_cast<const uint64_t*>(seed);
-    offset = *reinterpret_cast<const uint64_t*>(offset);
-  }
+CapturedGenerator captured_generator(int64_t seed, int64_t offset, int64_t intragraph) {
+  return {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), static_cast<uint64_t>(intragraph)};
+}
+
+// apply, or apply_ if y is x, under graph capture: in each replay the kernel itself takes the next key of the
+// generator, and stores it in `key` for backward. y: like x, in size, dtype and layout.
+void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& key, const Strides& index_strides,
+                    std::optional<double> scale, int64_t seed, int64_t offset, int64_t intragraph) {
+  check_dtype(x.scalar_type());
+  KernelArgs args = checked_args(x, x.scalar_type(), p, key, 0, index_strides, scale);
+  STD_TORCH_CHECK(key.is_cuda() && key.is_contiguous() && y.scalar_type() == x.scalar_type() &&
+                      y.get_device_index() == x.get_device_index() && y.numel() == x.numel() && y.dim() == x.dim() &&
+                      x.numel() > 0,
+                  "draw_and_apply takes a key on the device, an x that is not empty, and a y like x");
+  args.dims = dims_of(x, y, index_strides);
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  KeySource source{};
+  source.drawn = reinterpret_cast<Key*>(key.mutable_data_ptr<uint64_t>());
+  source.generator = captured_generator(seed, offset, intragraph);
+  run_with_key(args, source);
+}
+
+__global__ void write_keys_kernel(Key* keys, int64_t n, Key first, bool captured, CapturedGenerator generator) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= n) return;
-  keys[2 * i] = seed;
-  keys[2 * i + 1] = (offset + intragraph) / 4 + i;
+  keys[i] = captured ? draw_key(generator, i) : Key{first.seed, first.offset + i};
 }
 
 // Writes the keys that n calls draw from a generator: by its seed and its Philox offset or, under graph capture, by the
@@ -258,9 +284,10 @@ void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured,
   if (n == 0) return;
   const int device = keys.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+  const Key first{static_cast<uint64_t>(seed), static_cast<uint64_t>(offset) / 4};
   write_keys_kernel<<<(n + kThreads - 1) / kThreads, kThreads, 0, current_stream(device)>>>(
-      keys.mutable_data_ptr<uint64_t>(), n, static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), captured,
-      static_cast<uint64_t>(intragraph));
+      reinterpret_cast<Key*>(keys.mutable_data_ptr<uint64_t>()), n, first, captured,
+      captured_generator(seed, offset, intragraph));
   check_cuda(cudaGetLastError(), "write_keys_kernel", n, device);
 }
 
@@ -309,10 +336,15 @@ PyObject* load(PyObject*, PyObject* number) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_dropout, m) {
   m.def("write_keys(Tensor(a!) keys, int seed, int offset, bool captured, int intragraph) -> ()");
+  m.def(
+      "draw_and_apply(Tensor x, Tensor(a!) y, float p, Tensor(b!) key, SymInt[]? index_strides, float? scale, int "
+      "seed, "
+      "int offset, int intragraph) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CUDA, m) {
   register_operators<run_cuda>(m);
   m.impl("write_keys", TORCH_BOX(&write_keys));
+  m.impl("draw_and_apply", TORCH_BOX(&draw_and_apply));
 }
 
 }  // namespace fused_dropout

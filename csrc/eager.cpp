@@ -18,6 +18,7 @@
 #include "version.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <utility>
@@ -43,6 +44,9 @@ struct Mask {
   Tensor key;
   std::optional<std::vector<int64_t>> index_strides;
   std::optional<double> scale;
+  // Under CUDA graph capture: the addresses of the generator's seed and offset, and what the capture had drawn before.
+  // The kernel then draws the key and stores it in `key`.
+  std::optional<std::array<int64_t, 3>> captured = std::nullopt;
 };
 
 at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
@@ -122,37 +126,65 @@ Tensor empty_cpu_keys(at::IntArrayRef shape) {
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// Seed and Philox offset / 4 of the generator, which moves on by one counter step for each key. During a graph capture
-// both are known only when the graph is replayed: then, or if the device is to hold the keys, a kernel writes them
-// there.
-Tensor draw_cuda_keys(at::IntArrayRef shape, at::Device device, const std::optional<at::Generator>& generator,
-                      bool on_device) {
-  const int64_t n = c10::multiply_integers(shape) / 2;
+// Moves the generator on by one counter step for each of n keys, and returns what they are made of.
+at::PhiloxCudaState advance(const std::optional<at::Generator>& generator, at::Device device, int64_t n) {
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
-  at::PhiloxCudaState state;
-  {
-    const std::lock_guard<std::mutex> lock(g->mutex_);
-    state = g->philox_cuda_state(4 * n);
-  }
-  if (!state.captured_ && !on_device) {
-    Tensor keys = empty_cpu_keys(shape);
-    uint64_t* words = keys.mutable_data_ptr<uint64_t>();
-    for (int64_t i = 0; i < n; ++i) {
-      words[2 * i] = state.seed_.val;
-      words[2 * i + 1] = state.offset_.val / 4 + i;
-    }
-    return keys;
-  }
-  static const auto write =
-      find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
-  Tensor keys = at::empty(shape, at::TensorOptions().dtype(at::kUInt64).device(device));
+  const std::lock_guard<std::mutex> lock(g->mutex_);
+  return g->philox_cuda_state(4 * n);
+}
+
+// Under graph capture: the addresses of seed and offset, and what the capture had drawn before.
+std::array<int64_t, 3> words_of(const at::PhiloxCudaState& state) {
   const auto word = [&](const auto& one) {
     return state.captured_ ? reinterpret_cast<int64_t>(one.ptr) : static_cast<int64_t>(one.val);
   };
-  write.call(keys, word(state.seed_), word(state.offset_), state.captured_,
-             static_cast<int64_t>(state.offset_intragraph_));
+  return {word(state.seed_), word(state.offset_), static_cast<int64_t>(state.offset_intragraph_)};
+}
+
+Tensor empty_cuda_keys(at::IntArrayRef shape, at::Device device) {
+  return at::empty(shape, at::TensorOptions().dtype(at::kUInt64).device(device));
+}
+
+Tensor known_keys(at::IntArrayRef shape, const at::PhiloxCudaState& state) {
+  Tensor keys = empty_cpu_keys(shape);
+  uint64_t* words = keys.mutable_data_ptr<uint64_t>();
+  for (int64_t i = 0; i < keys.numel() / 2; ++i) {
+    words[2 * i] = state.seed_.val;
+    words[2 * i + 1] = state.offset_.val / 4 + i;
+  }
   return keys;
+}
+
+// Seed and Philox offset / 4 of the generator. During a graph capture both are known only when the graph is replayed:
+// then, or if the device is to hold the keys, a kernel writes them there.
+Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
+  const at::PhiloxCudaState state = advance(generator, device, n);
+  if (!state.captured_ && !on_device) return known_keys({n, 2}, state);
+  static const auto write =
+      find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
+  Tensor keys = empty_cuda_keys({n, 2}, device);
+  const auto [seed, offset, intragraph] = words_of(state);
+  write.call(keys, seed, offset, state.captured_, intragraph);
+  return keys;
+}
+
+void draw_cuda_key(Mask& mask, at::Device device, const std::optional<at::Generator>& generator) {
+  const at::PhiloxCudaState state = advance(generator, device, 1);
+  if (state.captured_) {
+    mask.key = empty_cuda_keys({2}, device);
+    mask.captured = words_of(state);
+  } else {
+    mask.key = known_keys({2}, state);
+  }
+}
+
+void draw_and_apply(const Tensor& x, const Tensor& y, const Mask& mask) {
+  static const auto op =
+      find_operator<void(const Tensor&, const Tensor&, double, const Tensor&, at::OptionalSymIntArrayRef,
+                         std::optional<double>, int64_t, int64_t, int64_t)>("fused_dropout::draw_and_apply");
+  const auto [seed, offset, intragraph] = *mask.captured;
+  op.call(x, y, mask.p, mask.key, strides_of(mask), mask.scale, seed, offset, intragraph);
 }
 #endif
 
@@ -171,21 +203,24 @@ Tensor draw_cpu_keys(at::IntArrayRef shape, const std::optional<at::Generator>& 
   return keys;
 }
 
-Tensor draw(at::IntArrayRef shape, at::Device device, const std::optional<at::Generator>& generator,
-            bool on_device = false) {
+Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
 #ifdef FUSED_DROPOUT_CUDA
-  if (device.is_cuda()) return draw_cuda_keys(shape, device, generator, on_device);
+  if (device.is_cuda()) return draw_cuda_keys(n, device, generator, on_device);
 #endif
-  return draw_cpu_keys(shape, generator);
-}
-
-Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator) {
-  return draw({n, 2}, device, generator);
+  return draw_cpu_keys({n, 2}, generator);
 }
 
 // The operator, for compilers and modes: its keys are on the device.
 Tensor draw_keys_operator(c10::SymInt n, at::Device device) {
-  return draw({n.expect_int(), 2}, device, std::nullopt, true);
+  return draw_keys(n.expect_int(), device, std::nullopt, true);
+}
+
+// The key of one call.
+void draw_key(Mask& mask, at::Device device, const std::optional<at::Generator>& generator) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (device.is_cuda()) return draw_cuda_key(mask, device, generator);
+#endif
+  mask.key = draw_cpu_keys({2}, generator);
 }
 
 std::vector<int64_t> row_major(at::IntArrayRef sizes) {
@@ -213,6 +248,13 @@ Tensor compose(const Tensor& x, const Mask& mask) {
 // Straight to the kernel, past autograd: x takes the fast path.
 Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
   const at::AutoDispatchBelowADInplaceOrView below;
+#ifdef FUSED_DROPOUT_CUDA
+  if (mask.captured) {
+    const Tensor y = inplace ? x : at::empty_like(x);
+    draw_and_apply(x, y, mask);
+    return y;
+  }
+#endif
   if (!inplace) return apply(x, mask);
   apply_(x, mask);
   return x;
@@ -301,8 +343,10 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
     if (may_overlap(x) || (x.is_inference() && !c10::InferenceMode::is_enabled())) return std::nullopt;
   }
   Mask mask{p, Tensor(), std::move(index_strides), scale};
-  if (!key) {
-    mask.key = p == 1 ? at::zeros({2}, at::kUInt64) : draw({2}, x.device(), generator);
+  if (!key && p == 1) {
+    mask.key = at::zeros({2}, at::kUInt64);
+  } else if (!key) {
+    draw_key(mask, x.device(), generator);
   } else {
     // A copy: nothing that happens to the caller's key later changes the gradient.
     mask.key = recorded && is_readable(*key) ? key->clone() : *key;
@@ -328,5 +372,8 @@ PYBIND11_MODULE(_eager, m) {
 #ifdef FUSED_DROPOUT_CUDA
   m.def("serve_cuda", [](int device) { cuda_devices |= device < 64 ? uint64_t{1} << device : 0; });
 #endif
-  m.def("draw_keys", torch::wrap_pybind_function_no_gil(draw_keys));
+  m.def("draw_keys", torch::wrap_pybind_function_no_gil(
+                         [](int64_t n, at::Device device, const std::optional<at::Generator>& generator) {
+                           return draw_keys(n, device, generator, false);
+                         }));
 }

@@ -56,15 +56,27 @@ static inline uint16_t draw_limit(uint64_t threshold) {
   return static_cast<uint16_t>(high < 0xFFFF ? high : 0xFFFF);
 }
 
-// Does the element in this slot (its index modulo 8) of the block survive? If its draw equals the threshold's high
-// part, the tie decides: the XOR of the block's three other words.
+// Does an element survive? If its draw equals the threshold's high part, its tie decides.
+FUSED_DROPOUT_HOST_DEVICE bool keep(uint32_t draw, uint32_t tie, uint64_t threshold) {
+  return (static_cast<uint64_t>(draw) << 32 | tie) < threshold;
+}
+
+// The draw of a slot (an element's index modulo 8), which is half of a word. Odd slots have the upper half.
+FUSED_DROPOUT_HOST_DEVICE uint32_t draw_of(uint32_t word, int slot) {
+  return slot % 2 ? word >> 16 : word & 0xFFFF;
+}
+
+// The XOR of a block's words. The XOR with one of them is the tie of the two slots in that word.
+FUSED_DROPOUT_HOST_DEVICE uint32_t xor_of(const Words& words) {
+  return words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3];
+}
+
+// The same for a slot of a block. Its tie is the XOR of the block's three other words.
 FUSED_DROPOUT_HOST_DEVICE bool keep(const Words& words, int slot, uint64_t threshold) {
   // Not words.w[slot / 2]: a slot unknown at compile time would put the words into memory.
   const uint32_t front = slot < 2 ? words.w[0] : words.w[1], back = slot < 6 ? words.w[2] : words.w[3];
   const uint32_t word = slot < 4 ? front : back;
-  const uint32_t draw = slot % 2 ? word >> 16 : word & 0xFFFF;
-  const uint32_t tie = words.w[0] ^ words.w[1] ^ words.w[2] ^ words.w[3] ^ word;
-  return (static_cast<uint64_t>(draw) << 32 | tie) < threshold;
+  return keep(draw_of(word, slot), xor_of(words) ^ word, threshold);
 }
 
 // Selects rather than multiplies by zero: a dropped NaN or infinity becomes +0 too.

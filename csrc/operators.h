@@ -33,6 +33,12 @@ struct Dim {
   int64_t size, x, y, index;
 };
 
+// A generator under CUDA graph capture: where each replay finds its seed and its Philox offset on the device, and what
+// the capture had drawn before.
+struct CapturedGenerator {
+  uint64_t seed, offset, intragraph;
+};
+
 // What a kernel is given.
 struct KernelArgs {
   const void* x;

@@ -12,7 +12,7 @@ from fused_dropout import native
 
 if ON_FAKE_GPU:
     import fake_gpu
-    from ptx_run import Module
+    from ptx_run import Module, cstruct
 
 KEY, P = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321), 0.3
 HALF, MASK = torch.float16, torch.bool
@@ -41,3 +41,9 @@ def memory(t):
 @functools.cache
 def module():
     return Module.from_library(native.cuda_kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def key_source(key, on_device=0, drawn=0, generator=(0, 0, 0)):
+    """The kernels' struct KeySource. If the key is read from the device, another one is given by value."""
+    by_value = (5, 6) if on_device or drawn else key
+    return cstruct(("u64", by_value), ("u64", on_device), ("u64", drawn), ("u64", generator))

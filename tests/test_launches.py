@@ -5,7 +5,9 @@ size."""
 import functools
 import itertools
 import math
+import operator
 import random
+from collections import Counter
 from typing import NamedTuple
 
 import contract
@@ -14,7 +16,23 @@ import pytest
 import torch
 from conftest import ON_FAKE_GPU
 from helpers import assert_same, expected, for_dtypes, key_tensor, values
-from launches import HALF, KEY, MASK, NARROW, OPS, WIDE, P, for_blocks, for_inplace, for_ops, launched, memory, module
+from launches import (
+    HALF,
+    KEY,
+    MASK,
+    NARROW,
+    OPS,
+    WIDE,
+    P,
+    for_blocks,
+    for_inplace,
+    for_ops,
+    key_source,
+    launched,
+    memory,
+    module,
+)
+from torch.utils._python_dispatch import _disable_current_modes
 
 import fused_dropout as fd
 
@@ -43,21 +61,26 @@ def dense(n):
     return Rows(1, n, n, n, n)
 
 
-def moved_in_vectors(rows, start, size, sides):
-    """How many elements are in whole blocks that are aligned on each side, given as (pointer, stride)."""
-    total = 0
+def bytes_by_width(rows, start, size, sides):
+    """How many bytes are moved in accesses of each width. sides: (pointer, stride). A chunk of 32 blocks takes the
+    widest access that both addresses allow, and where the row begins or ends in it."""
+    moved = Counter()
     for r in range(rows.count):
-        ahead = -(start + r * rows.index) % 8
-        if not any((pointer + (r * stride + ahead) * size) % min(16, 8 * size) for pointer, stride in sides):
-            total += max(0, rows.length - ahead) // 8 * 8
-    return total
+        head = (start + r * rows.index) % 8
+        end = head + rows.length
+        for at in range(0, end, 256):
+            begin, stop = max(head - at, 0), min(end - at, 256)
+            addresses = [pointer + (r * stride - head + at) * size for pointer, stride in sides]
+            together = functools.reduce(operator.or_, addresses, (begin | stop) * size)
+            moved[min(together & -together, 16, 8 * size)] += (stop - begin) * size
+    return dict(moved)
 
 
 def assert_one_pass(rows, start, size, kept, y, x=None):
-    """All of y is stored once, all of x is read at most once and once where kept, as vectors wherever they are allowed;
-    nothing else is touched. y and x: a pointer and the Buffer that it points into."""
+    """All of y is stored once, all of x is read at most once and once where kept, in the widest accesses that are
+    allowed; nothing else is touched. y and x: a pointer and the Buffer that it points into."""
     sides = [("st", *y, rows.y)] + ([("ld", *x, rows.x)] if x else [])
-    in_vectors = moved_in_vectors(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
+    moved = bytes_by_width(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
     for kind, pointer, buffer, stride in sides:
         places = (pointer - buffer.base) // size + np.arange(rows.count)[:, None] * stride + np.arange(rows.length)
         counts = buffer.byte_counts(kind).reshape(-1, size)
@@ -67,8 +90,7 @@ def assert_one_pass(rows, start, size, kept, y, x=None):
         assert (least <= counts).all()
         assert (counts <= most).all()
         widths = {width: times.sum() * width for (k, width), times in buffer.counts.items() if k == kind}
-        assert widths.pop(min(16, 8 * size), 0) == in_vectors * size
-        assert set(widths) <= {size}
+        assert widths == moved
         assert {k for k, _ in buffer.counts} <= {k for k, _, b, _ in sides if b is buffer}
 
 
@@ -138,13 +160,13 @@ def test_views_at_any_offset(dtype, inplace, start):
 
 
 LAYOUTS = {
-    "columns": (lambda x: x(7, 40)[:, 3:16], Rows(7, 13, 40, 13, 13)),
-    "aligned columns": (lambda x: x(7, 40)[:, 8:40], Rows(7, 32, 40, 32, 32)),
-    "odd row stride": (lambda x: x(5, 41)[:, 1:25], Rows(5, 24, 41, 24, 24)),
-    "short rows": (lambda x: x(9, 64)[:, 5:13], Rows(9, 8, 64, 8, 8)),
+    "columns": (lambda x: x(7, 340)[:, 3:316], Rows(7, 313, 340, 313, 313)),
+    "aligned columns": (lambda x: x(7, 340)[:, 8:328], Rows(7, 320, 340, 320, 320)),
+    "odd row stride": (lambda x: x(5, 341)[:, 1:281], Rows(5, 280, 341, 280, 280)),
+    "shortest rows": (lambda x: x(9, 264)[:, 5:261], Rows(9, 256, 264, 256, 256)),
     "long rows": (lambda x: x(3, 2101)[:, 4:2068], Rows(3, 2064, 2101, 2064, 2064)),
-    "more rows than the grid has": (lambda x: x(2100, 24)[:, 3:19], Rows(2100, 16, 24, 16, 16)),
-    "projections": (lambda x: x(4, 5, 3, 16)[:, :, 1], Rows(20, 16, 48, 16, 16)),
+    "more rows than the grid has": (lambda x: x(600, 264)[:, 3:259], Rows(600, 256, 264, 256, 256)),
+    "projections": (lambda x: x(4, 5, 3, 264)[:, :, 1], Rows(20, 264, 792, 264, 264)),
     "transposed": (lambda x: x(37, 23).t(), dense(37 * 23)),
     "channels_last": (lambda x: x(2, 6, 7, 5).permute(0, 3, 1, 2), dense(420)),
 }
@@ -173,11 +195,10 @@ def kernel(dtype, block_type):
     return module().find(f"dropout_kernel<.*{OPS[dtype]}, {block_type}>").name
 
 
-def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, on_device=0, grid=1, block=256, only=None):
-    """The bare kernel. If there is a key on the device, another one is given by value."""
-    source = cstruct(("u64", (5, 6) if on_device else key), ("u64", on_device))
+def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, grid=1, block=256, only=None, **source):
+    """The bare kernel. source: where its key comes from, if not by value."""
     op = bytes(1) if dtype == MASK else cstruct(("f64" if dtype == torch.float64 else "f32", contract.scale(p)))
-    args = [x, y, cstruct(("s64", rows)), start, source, contract.threshold(p), op]
+    args = [x, y, cstruct(("s64", rows)), start, key_source(key, **source), contract.threshold(p), op]
     module().launch(kernel(dtype, block_type), grid, block, args, only=only)
 
 
@@ -200,32 +221,33 @@ def run(dtype, block_type, rows, p=P, start=0, key=KEY, leads=(0, 0), **options)
     return kept
 
 
-GRIDS = [(1, (2, 128)), (1, 256), ((3, 1), (8, 32)), ((1, 5), (64, 4)), ((7, 3), (32, 8)), (5, (1, 7))]
+GRIDS = [(1, (32, 8)), (1, 256), ((3, 1), (64, 2)), ((1, 5), (64, 4)), ((7, 3), (32, 2)), (5, (32, 1))]
 
 
 @for_ops
 @for_blocks
 @pytest.mark.parametrize(("grid", "block"), GRIDS)
 def test_any_grid(dtype, block_type, grid, block):
-    run(dtype, block_type, dense(517), start=5, grid=grid, block=block)
-    run(dtype, block_type, Rows(7, 61, 77, 64, 100), start=3, grid=grid, block=block)
-    run(dtype, block_type, Rows(3, 64, 64, 72, 128), start=8, grid=grid, block=block)
+    run(dtype, block_type, dense(1517), start=5, grid=grid, block=block)
+    run(dtype, block_type, Rows(7, 361, 377, 364, 400), start=3, grid=grid, block=block)
+    run(dtype, block_type, Rows(3, 512, 512, 528, 1024), start=8, grid=grid, block=block)
     run(dtype, block_type, Rows(33, 9, 9, 16, 2**20 + 1), start=6, grid=grid, block=block)
 
 
 @for_blocks
-@pytest.mark.parametrize(("grid", "block"), [(1, 2), (3, 1)])
-def test_any_number_of_blocks(block_type, grid, block):
+@pytest.mark.parametrize("grid", [1, 3])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32, torch.float64], ids=str)
+def test_any_number_of_chunks(dtype, block_type, grid):
     """Pairs of passes, a single one after them, what is left at both ends: for each remainder of the grid's stride."""
-    for blocks, tail, start in itertools.product(range(10), (0, 5), (0, 3)):
-        run(HALF, block_type, dense(8 * blocks + tail or 1), start=start, grid=grid, block=block)
+    for chunks, tail, start in itertools.product(range(8), (0, 5, 40), (0, 3)):
+        run(dtype, block_type, dense(256 * chunks + tail or 1), start=start, grid=grid, block=32)
 
 
 @for_ops
 @pytest.mark.parametrize("start", [0, 3])
 def test_each_side_has_its_own_alignment(dtype, start):
     for leads in itertools.product((0, 1, 3, 4, 7), repeat=2):
-        run(dtype, NARROW, Rows(2, 45, 48, 56, 48), start=start, leads=leads, block=(8, 2))
+        run(dtype, NARROW, Rows(2, 301, 304, 312, 304), start=start, leads=leads, block=(32, 2))
 
 
 @for_ops
@@ -241,7 +263,7 @@ def test_key_from_device_memory(dtype, block_type):
 @pytest.mark.parametrize("exponent", [32, 34, 35, 36, 62])
 def test_start_around_a_power_of_two(dtype, block_type, exponent):
     if block_type == WIDE or exponent < 35:
-        run(dtype, block_type, dense(300), start=2**exponent - 155, grid=2, block=8)
+        run(dtype, block_type, dense(800), start=2**exponent - 400, grid=2, block=32)
 
 
 def check_windows(folder, block_type, rows, windows, **options):
@@ -285,9 +307,99 @@ def test_threshold(dtype, k):
 @pytest.mark.parametrize("dtype", [HALF, MASK], ids=str)
 @pytest.mark.parametrize("draw", [0, 40000, 65535])
 def test_ties(dtype, draw):
-    """An element whose draw is the threshold's: dropped by one, kept by one, at each place of a block."""
-    for half, (tie, lead) in itertools.product(range(8), ((0, 0), (2**32 - 1, 1))):  # in vectors, and one by one
+    """An element whose draw is the threshold's: dropped by one, kept by one, at each place of a block: in whole chunks,
+    in vectors at the end of a row, and one by one."""
+    for half, tie in itertools.product(range(8), (0, 2**32 - 1)):
         seed, offset, i = contract.forge(random.Random(half), half, draw, tie)
-        for k in {draw << 32 | tie, (draw << 32 | tie) + 1} - {0, 2**48}:
-            options = {"p": 1 - k / 2**48, "start": i - 11, "key": (seed, offset), "leads": (lead, lead), "block": 8}
-            assert run(dtype, WIDE, dense(20), **options)[0, 11] == (k > draw << 32 | tie)
+        for n, ahead, lead in ((256, 8 * (half + 1), 0), (256, 8 * (31 - half), 0), (20, 8, 0), (20, 8, 1)):
+            start = i - half - ahead
+            for k in {draw << 32 | tie, (draw << 32 | tie) + 1} - {0, 2**48}:
+                options = {"p": 1 - k / 2**48, "start": start, "key": (seed, offset), "leads": (lead, lead)}
+                kept = run(dtype, WIDE, dense(n), block=32, **options)
+                assert kept[0, i - start] == (k > draw << 32 | tie)
+
+
+# ------------------------------------------------------------------------------------------------------------- sectors
+
+
+def efficiency(kind):
+    """Of the last launch: the bytes moved, over those of the sectors of memory that the warps' requests touched."""
+    stats = fake_gpu.launches[-1][3]
+    sectors = sum(n for (k, space, _), n in stats.sectors.items() if (k, space) == (kind, "global"))
+    return stats.bytes(kind) / (32 * sectors)
+
+
+@pytest.fixture
+def counts_sectors(monkeypatch):
+    monkeypatch.setenv("FAKE_CUDA_SECTORS", "1")
+
+
+@for_dtypes
+def test_whole_sectors(dtype, counts_sectors, key):
+    """The warps' requests touch no more memory than they move."""
+    x = values(2**15, dtype, "cuda")
+    y = launched(torch.ops.fused_dropout.apply, x, P, key)
+    assert (efficiency("ld"), efficiency("st")) == (1, 1)
+    launched(torch.ops.fused_dropout.apply_, y, P, key)
+    assert (efficiency("ld"), efficiency("st")) == (1, 1)
+    launched(torch.ops.fused_dropout.keep_mask, x, P, key)
+    assert efficiency("st") == 1
+    launched(torch.ops.fused_dropout.apply, x.view(32, 32, 32), P, key, 0, [32, 1, 0])
+    assert "::window_kernel<" in fake_gpu.launches[-1][0]
+    assert (efficiency("ld"), efficiency("st")) == (1, 1)
+    launched(torch.ops.fused_dropout.apply, x.view(128, 256), P, key, 0, [1, 128])  # of another layout than forward's
+    assert "::window_kernel<" in fake_gpu.launches[-1][0]
+    assert (efficiency("ld"), efficiency("st")) == (1, 1)
+
+
+@for_dtypes
+@pytest.mark.parametrize(("alignment", "least"), [(8, 0.88), (4, 0.79), (2, 0.66)])
+def test_sectors_of_misaligned_views(dtype, alignment, least, counts_sectors, key):
+    if alignment < dtype.itemsize:
+        pytest.skip("elements are aligned")
+    x = values(2**15 + 8, dtype, "cuda")[alignment // dtype.itemsize :][: 2**15]
+    launched(torch.ops.fused_dropout.apply_, x, P, key)
+    assert min(efficiency("ld"), efficiency("st")) >= least
+    launched(torch.ops.fused_dropout.apply_, x.view(32, 32, 32), P, key, 0, [32, 1, 0])
+    assert "::window_kernel<" in fake_gpu.launches[-1][0]
+    assert min(efficiency("ld"), efficiency("st")) >= least
+
+
+# ----------------------------------------------------------------------------------------- the key of a captured graph
+
+
+@for_ops
+@for_blocks
+def test_the_kernel_draws_and_stores_the_key(dtype, block_type):
+    """From the addresses of seed and offset; once, on whatever grid."""
+    state = Buffer(np.array([KEY[0], 40], np.uint64), readonly=True)
+    for grid, block in (((2, 3), (32, 2)), (1, 256)):
+        drawn = Buffer(np.zeros(2, np.uint64))
+        source = {"drawn": drawn.ptr, "generator": (state.ptr, state.ptr + 8, 12)}
+        run(dtype, block_type, Rows(3, 300, 300, 304, 600), key=(KEY[0], 13), grid=grid, block=block, **source)
+        assert list(drawn.array) == [KEY[0], 13]
+        assert (drawn.byte_counts("st") == 1).all()
+
+
+def test_one_launch_a_call_in_a_captured_graph(info):
+    """The kernel itself draws: no other one writes the key before it."""
+    if not info.eager:
+        pytest.skip("without the eager binding torch draws the keys")
+    x = torch.ones(600, device="cuda", requires_grad=True)
+    ones, graph = torch.ones(20, 30, device="cuda"), torch.cuda.CUDAGraph()
+    launched(fd.dropout, ones, 0.5)  # the device's first call is served in Python
+    with _disable_current_modes(), torch.cuda.graph(graph):
+        y = fd.dropout(x, 0.5)
+        (dx,) = torch.autograd.grad(y, x, ones.view(600))
+        fd.dropout(ones, 0.5, inplace=True)
+        rows = fd.dropout(ones, 0.5, noise_shape=(20, 1))
+    seen = []
+    for _ in range(2):
+        before = len(fake_gpu.launches)
+        graph.replay()
+        assert len(fake_gpu.launches) == before + 4
+        assert torch.equal(dx.cpu(), y.detach().cpu())
+        assert (ones.cpu() == 0).any()
+        seen.append(torch.cat((y.detach().cpu(), rows.cpu().view(600))))
+        ones.fill_(1)
+    assert not torch.equal(*seen)

@@ -1,7 +1,8 @@
 """``make sass``: what the CUDA kernels of the installed library are compiled to, against limits, and a model of it.
 
-The steady state of a kernel is its innermost loop with 16-byte stores (8-byte ones of a mask). Counted there, from the
-machine code: instructions an element by class. The roofline below them is a model, made of these counts and of data
+The steady state of the kernel for rows is the loop that stores most a pass, among those whose accesses all have the
+widest width that the type and the architecture have. Counted there, from the machine code: instructions an element by
+class. The roofline below them is a model, made of these counts and of data
 sheets; nothing in it was measured on a GPU.
 """
 
@@ -15,8 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-LIMITS = {"c10::Half": 14, "c10::BFloat16": 14, "float": 13}  # instructions an element, with 32-bit block numbers
-WINDOW_LIMITS = (64, 1700)  # registers and instructions of the kernel for any window: its one draw is not unrolled
+LIMITS = {"c10::Half": 13.5, "c10::BFloat16": 14.2, "float": 14.2, "double": 19}  # instructions an element of sm_90
+REGISTERS = {"sm_80": 40, "sm_90": 40}  # elsewhere as many as the kernel for any window
+WINDOW_LIMITS = (64, 1900)  # registers and instructions of the kernel for any window: its one draw is not unrolled
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
     "wide multiply": r"U?IMAD\.WIDE",
@@ -61,7 +63,6 @@ class Kernel:
     block_bits: int
     registers: int
     stack: int
-    local: int  # loads and stores of local memory: spills
     divisions: int  # anywhere
     loop: list[str]  # the opcodes of the steady state
 
@@ -71,10 +72,7 @@ class Kernel:
     @property
     def elements(self) -> int:
         """That a pass of the loop stores."""
-        return (
-            sum(int(re.search(r"\.(128|64)$", o)[1]) // 8 for o in self.loop if o.startswith("STG"))
-            // SIZES[self.dtype]
-        )
+        return stored_bits(self.loop) // 8 // SIZES[self.dtype]
 
     @property
     def per_element(self) -> float:
@@ -85,14 +83,14 @@ class Kernel:
         return {name: of[name] / self.elements for name in CLASSES}
 
     def faults(self) -> list[str]:
-        width = r"\.64$" if self.dtype == "mask" else r"\.128$"
-        narrow = [o for o in self.loop if o.startswith(("LDG", "STG")) and not re.search(width, o)]
-        emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
-        limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
+        if not self.loop:
+            return ["no loop whose accesses are all of the widest width"]
+        registers = REGISTERS.get(self.arch, WINDOW_LIMITS[0])
+        limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and self.arch == "sm_90" else 99
         return [
-            *([f"{self.stack} bytes of stack"] if self.stack else []),
-            *([f"{self.local} accesses of local memory"] if self.local else []),
-            *([f"{narrow} in the loop"] if narrow else []),
+            *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),
+            *(["accesses of local memory in the loop"] if self.count("LDL|STL") else []),
+            *([f"{self.stack} bytes of stack"] if self.stack and self.arch in REGISTERS else []),
             *(["a division"] if self.divisions else []),
             *(
                 [f"{self.per_element:.2f} instructions an element, more than {limit}"]
@@ -114,17 +112,34 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def access_bits(opcode: str) -> int:
+    """The width of a load or a store; 32 bits where the opcode names none."""
+    found = re.search(r"\.(256|128|64|[US]?16|[US]?8)$", opcode)
+    return int(found[1].lstrip("US")) if found else 32
+
+
+def stored_bits(opcodes: list[str]) -> int:
+    return sum(access_bits(opcode) for opcode in opcodes if opcode.startswith("STG"))
+
+
+def widest_access(arch: str, dtype: str) -> int:
+    """In bits: a block of eight elements, if an access can be as wide."""
+    return min(64 * SIZES[dtype], 256 if int(re.sub(r"\D", "", arch)) >= 100 else 128)
+
+
 def steady_state(lines: list[tuple[int, str, str]], width: int) -> list[str]:
-    """The opcodes of the innermost loop with stores of so many bits; lines are (address, opcode, operands)."""
+    """The opcodes of the loop that stores most with accesses of so many bits alone; lines are (address, opcode,
+    operands). None of other kernels has such a loop: the one for what is left at both ends has narrow accesses too."""
     position = {address: i for i, (address, *_) in enumerate(lines)}
     loops = []
     for end, (address, opcode, operands) in enumerate(lines):
         target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) < address:
             opcodes = [line[1] for line in lines[position[int(target[1], 16)] : end + 1]]
-            if any(re.match(rf"STG\S*\.{width}$", opcode) for opcode in opcodes):
+            moves = [access_bits(opcode) for opcode in opcodes if opcode.startswith(("LDG", "STG"))]
+            if moves and set(moves) == {width}:
                 loops.append(opcodes)
-    return min(loops, key=len)
+    return max(loops, key=stored_bits, default=[])
 
 
 def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
@@ -196,9 +211,8 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
                     bits,
                     used["REG"],
                     used["STACK"],
-                    local,
                     divisions,
-                    steady_state(lines, 128 if kind[2] else 64),
+                    steady_state(lines, widest_access(arch, dtype)),
                 )
             )
     return kernels, windows
@@ -210,12 +224,10 @@ def table(rows: list[list[str]]) -> str:
 
 
 def report(kernels: list[Kernel], windows: list[WindowKernel]) -> str:
-    rows = [
-        ["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "16-byte loads, stores"]
-    ]
+    rows = [["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "loads, stores"]]
     for k in sorted(kernels, key=lambda k: (k.arch, k.block_bits, SIZES[k.dtype], k.dtype)):
         classes = [f"{n:.2f}" for n in k.by_class().values()]
-        moves = f"{k.count(r'LDG')}, {k.count(r'STG')}" if k.dtype != "mask" else "8 bytes"
+        moves = f"{k.count(r'LDG')}, {k.count(r'STG')} of {widest_access(k.arch, k.dtype) // 8} bytes"
         rows.append(
             [k.arch, k.dtype, f"{k.block_bits} bits", str(k.registers), f"{k.per_element:.2f}", *classes, moves]
         )
@@ -245,14 +257,15 @@ def main() -> None:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else next(installed.glob("_cuda.*"))
     usage = resources(library)
     kernels, windows = parse(library, usage)
-    text = report(kernels, windows)
+    text = report([k for k in kernels if k.loop], windows)
     print(text)
     RESULTS.joinpath("sass.md").write_text(text)
     images = output(find_tool(), "--list-ptx", str(library))
     faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
     faults += [f"{w.name}: {fault}" for w in windows for fault in w.faults()]
     # PTX of sm_120 would not serve sm_110: build_backend/toolchain.py makes the same choice.
-    portable = max((k.arch for k in kernels if k.arch != "sm_120"), key=lambda arch: int(re.sub(r"\D", "", arch)))
+    built = {k.arch for k in kernels}
+    portable = max(built - {"sm_120"} or built, key=lambda arch: int(re.sub(r"\D", "", arch)))
     if portable not in images:
         faults.append(f"no PTX for {portable}, from which a later GPU's driver would compile")
     sys.exit("\n".join(faults) or 0)
