@@ -3,9 +3,8 @@
 // neighbouring lanes make side by side.
 #pragma once
 
+#include "cuda_chunks.cuh"
 #include "operators.h"
-
-#include <type_traits>
 
 namespace fused_dropout {
 namespace {
@@ -59,19 +58,6 @@ struct WriteMask {
   __device__ bool operator()(bool kept, bool) const { return kept; }
 };
 
-// Hides how a value came about: it then stays in a register, where the compiler would compute it anew in each pass.
-__device__ __forceinline__ void keep_in_register(uint32_t& value) {
-  asm volatile("" : "+r"(value));
-}
-__device__ __forceinline__ void keep_in_register(uint64_t& value) {
-  asm volatile("" : "+l"(value));
-}
-template <typename T>
-__device__ __forceinline__ void keep_in_register(T*& pointer) {
-  asm volatile("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));
-}
-
 struct RoundKeys {
   uint32_t k[kPhiloxRounds][2];
 };
@@ -93,191 +79,6 @@ __device__ __forceinline__ uint32_t round_key(const RoundKeys& keys, int round, 
 template <typename Block>
 __device__ __forceinline__ Words words_of(const Key& key, const RoundKeys& keys, Block block) {
   return philox(block_counter(key, block), keys);
-}
-
-constexpr int kWarp = 32;
-constexpr int kChunk = kWarp * kBlock;  // the elements that a warp takes at once
-
-// The widest access: 32 bytes from Blackwell on.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && CUDART_VERSION >= 13000
-constexpr int kWidestAccess = 32;
-#else
-constexpr int kWidestAccess = 16;
-#endif
-
-template <int bytes>
-struct VectorOf;
-template <>
-struct VectorOf<1> {
-  using type = uint8_t;
-};
-template <>
-struct VectorOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct VectorOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct VectorOf<8> {
-  using type = uint2;
-};
-template <>
-struct VectorOf<16> {
-  using type = uint4;
-};
-#if CUDART_VERSION >= 13000
-template <>
-struct VectorOf<32> {
-  using type = ulonglong4_32a;
-};
-#endif
-template <int bytes>
-using Vector = typename VectorOf<bytes>::type;
-
-// In one instruction: nvcc splits some stores of vectors.
-template <typename V>
-__device__ __forceinline__ void store(V* at, V vector) {
-  *at = vector;
-}
-__device__ __forceinline__ void store(uint2* at, uint2 v) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(v.x), "r"(v.y) : "memory");
-}
-__device__ __forceinline__ void store(uint4* at, uint4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-#if CUDART_VERSION >= 13000
-__device__ __forceinline__ void store(ulonglong4_32a* at, ulonglong4_32a v) {
-  asm volatile("st.global.v4.b64 [%0], {%1, %2, %3, %4};" ::"l"(at), "l"(v.x), "l"(v.y), "l"(v.z), "l"(v.w) : "memory");
-}
-#endif
-
-// A block has at least one vector. The widest vectors of a chunk are as many for each lane as a block has, because
-// neighbouring lanes have to move neighbouring vectors: a request of the warp then touches whole sectors of memory
-// only.
-template <typename T>
-constexpr int kVectorBytes = kBlock * sizeof(T) < kWidestAccess ? kBlock * sizeof(T) : kWidestAccess;
-template <typename T>
-constexpr int kVectorsOfBlock = kBlock * sizeof(T) / kVectorBytes<T>;
-
-// The value of the warp's first lane. The compiler then knows that all lanes have the same.
-template <typename T>
-__device__ __forceinline__ T uniform(T value) {
-  return __shfl_sync(~0u, value, 0);
-}
-
-// What decides on the vectors that a lane moves in a chunk. Its vector number j, which is the chunk's vector
-// j * kWarp + lane, has the words from j * 4 / n on; all[j] is the XOR of that block's four words.
-template <int n>
-struct LaneWords {
-  Words words;
-  uint32_t all[n];
-};
-
-// The block of a chunk that a lane draws. n neighbouring lanes move vectors of the same n blocks: each draws one.
-template <int n>
-__device__ __forceinline__ int drawn_block(int lane) {
-  return lane / n + kWarp / n * (lane % n);
-}
-
-// Among n neighbouring lanes, word i of lane j goes to lane i and becomes its word j (n = 4; pairs of words for n = 2).
-template <int n>
-__device__ __forceinline__ LaneWords<n> exchange(Words words, int lane) {
-  LaneWords<n> mine;
-#pragma unroll
-  for (int j = 0; j < n; ++j) mine.all[j] = n == 1 ? xor_of(words) : __shfl_sync(~0u, xor_of(words), j, n);
-#pragma unroll
-  for (int bit = 1; bit < n; bit *= 2) {
-    const int apart = bit * 4 / n;
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & apart) continue;
-      uint32_t &low = words.w[i], &high = words.w[i + apart];
-      const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, bit);
-      low = upper ? other : low;
-      high = upper ? high : other;
-    }
-  }
-  mine.words = words;
-  return mine;
-}
-
-// Whole chunks that are as far apart in memory, at this lane's first vector: all are loaded before the first is stored.
-template <int chunks, typename Op, typename T, int n>
-__device__ __forceinline__ void apply_to_chunks(const T* x, T* y, uint64_t apart, const LaneWords<n> (&words)[chunks],
-                                                uint64_t threshold, const Op& op) {
-  using V = Vector<kVectorBytes<T>>;
-  constexpr int kSlots = kBlock / n;
-  V vectors[chunks][n];
-  if constexpr (Op::kReads) {
-#pragma unroll
-    for (int i = 0; i < chunks * n; ++i) {
-      vectors[i / n][i % n] = reinterpret_cast<const V*>(x + i / n * apart)[i % n * kWarp];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < chunks * n; ++i) {
-    const LaneWords<n>& mine = words[i / n];
-    const int j = i % n;
-    T v[kSlots] = {};
-    if constexpr (Op::kReads) memcpy(v, &vectors[i / n][j], sizeof(v));
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      const uint32_t word = mine.words.w[(j * kSlots + slot) / 2];
-      v[slot] = op(keep(draw_of(word, slot), mine.all[j] ^ word, threshold), v[slot]);
-    }
-    memcpy(&vectors[i / n][j], v, sizeof(v));
-    store(reinterpret_cast<V*>(y + i / n * apart) + j * kWarp, vectors[i / n][j]);
-  }
-}
-
-// Calls f with the widest access from `bytes` down to `least` that the address, or the OR of several, allows.
-template <int bytes, int least, typename F>
-__device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
-  if constexpr (bytes > least) {
-    if (address % bytes != 0) return with_access<bytes / 2, least>(address, f);
-  }
-  f(std::integral_constant<int, bytes>{});
-}
-
-// Where an element of a chunk is in x and in y, if it is to be moved.
-template <typename Index>
-struct Moved {
-  bool inside;
-  Index x, y;
-};
-
-// A chunk in accesses of any width. A lane's accesses begin at the chunk's element `first` and then every `step`; those
-// of neighbouring lanes lie side by side. Bit i of kept decides on element i of the lane's eight. where(element) says
-// where an access begins. x may be y: all is loaded before the first is stored.
-template <int bytes, typename Op, typename T, typename Where>
-__device__ __forceinline__ void move_chunk(const T* x, T* y, uint32_t first, uint32_t step, uint32_t kept, const Op& op,
-                                           const Where& where) {
-  keep_in_register(first);  // else much that follows from it would be kept in registers from one chunk to the next
-  using V = Vector<bytes>;
-  constexpr int kElements = bytes / sizeof(T), kMoves = kBlock / kElements;
-  decltype(where(0)) places[kMoves];
-  V vectors[kMoves] = {};
-#pragma unroll
-  for (int i = 0; i < kMoves; ++i) {
-    places[i] = where(static_cast<int>(first + i * step));
-    if constexpr (Op::kReads) {
-      if (places[i].inside) vectors[i] = *reinterpret_cast<const V*>(x + places[i].x);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kMoves; ++i) {
-    const uint32_t element = first + i * step;
-    const uint32_t bits = __shfl_sync(~0u, kept, element / kBlock) >> element % kBlock;
-    T v[kElements] = {};
-    if constexpr (Op::kReads) memcpy(v, &vectors[i], sizeof(v));
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) v[e] = op(bits >> e & 1, v[e]);
-    memcpy(&vectors[i], v, sizeof(v));
-    if (places[i].inside) store(reinterpret_cast<V*>(y + places[i].y), vectors[i]);
-  }
 }
 
 // Bit i says whether the element in slot i is kept.
