@@ -13,11 +13,16 @@ constexpr int kThreads = 256;
 
 // Thread blocks that a multiprocessor has to be able to hold. This limits the registers of a thread to 40 on Ampere and
 // Hopper. Elsewhere so few would not do.
-#if defined(__CUDA_ARCH__) && 800 <= __CUDA_ARCH__ && __CUDA_ARCH__ < 1000
-constexpr int kResident = 6;
+template <typename T>
+constexpr int resident_blocks_of() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
+  return 4;
+#elif __CUDA_ARCH__ < 1000
+  return 6;
 #else
-constexpr int kResident = 4;
+  return sizeof(T) == 8 ? 3 : 4;
 #endif
+}
 
 // Where the key comes from. No call waits for the GPU.
 struct KeySource {
@@ -92,7 +97,7 @@ __device__ __forceinline__ uint32_t keep_bits(const Words& words, uint64_t thres
 // Warps along x walk over the chunks of a row, warps along y over the rows. Block, the type of a block's number, has 64
 // bits for the largest tensors only.
 template <typename Op, typename Block>
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, resident_blocks_of<typename Op::Element>())
     dropout_kernel(const typename Op::Element* x, typename Op::Element* y, Rows rows, uint64_t start, KeySource source,
                    uint64_t threshold, Op op) {
   using T = typename Op::Element;

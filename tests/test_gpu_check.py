@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_records_of_a_measurement(monkeypatch, tmp_path):
         yield "broken", lambda: 1 / 0
 
     monkeypatch.setattr(gpu_speed, "contenders_for", contenders_for)
-    monkeypatch.setattr(gpu_speed, "buffer_count", lambda nbytes: 3)
+    monkeypatch.setattr(gpu_speed, "buffer_count", lambda case, nbytes: 3)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
     part = gpu_check.Part(lambda quick, deadline: gpu_speed.measure_speed("forward", "float16", 20, 0.0), 1)
     options = gpu_check._parse(["--seconds", "9", "--json", str(tmp_path / "records")])
@@ -214,6 +215,40 @@ def test_records_of_a_measurement(monkeypatch, tmp_path):
     assert [ours[name] for name in ("us", "of_copy", "gb_s")] == pytest.approx([2000, 0.5, 2 * 2**20 / 1e6])
     assert ours["samples"] == MIN_ROUNDS
     assert ours["buffers"] == 3
+
+
+def test_buffers_hold_more_than_the_cache(monkeypatch):
+    """A call in place touches one buffer, and others two."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
+    for case, touched in (("forward", 2), ("in place", 1), ("backward", 2)):
+        for log2 in (20, 24, 30):
+            count = gpu_speed.buffer_count(case, 2**log2)
+            assert count * touched * 2**log2 >= min(3 * 50 << 20, gpu_speed._MAX_BUFFERS * touched * 2**log2)
+
+
+@pytest.mark.parametrize(("capability", "in_eager"), [((7, 5), True), ((8, 0), False)])
+def test_compiled_code_that_runs_in_eager_is_labelled(capability, in_eager, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    label = "F.dropout, compiled (runs in eager here)"
+    assert (label in gpu_speed.implementations("forward", "bfloat16", 24)) == in_eager
+    assert label not in gpu_speed.implementations("forward", "float16", 24)
+    assert ("(runs in eager here)" in gpu_speed.label_of_compiled("bfloat16")) == in_eager
+
+
+def test_the_load_lasts_until_the_clocks_are_read(monkeypatch):
+    copies, stand_in = [], torch.zeros(2, 4)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: stand_in)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: copies.append(1) or time.sleep(0.01))
+
+    def ask():
+        before = len(copies)
+        time.sleep(0.2)
+        return {"copies while asking": len(copies) - before}
+
+    assert gpu_check.under_load(ask)["copies while asking"] > 2
+    left = len(copies)
+    time.sleep(0.05)
+    assert len(copies) == left
 
 
 @pytest.mark.parametrize("case", gpu_speed.CASES)
@@ -312,4 +347,5 @@ def test_sanitizer_in_place_of_the_tool(tmp_path, monkeypatch):
     assert [check.result for check in found] == ["passed"] * 2
     for check, name in zip(found, ("memcheck", "initcheck"), strict=True):
         assert f"--tool {name}" in check.detail
+        assert "--kernel-name kernel_substring=fused_dropout" in check.detail
         assert "gpu-check --part short" in check.detail

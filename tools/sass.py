@@ -17,7 +17,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LIMITS = {"c10::Half": 13.5, "c10::BFloat16": 14.2, "float": 14.2, "double": 19}  # instructions an element of sm_90
-REGISTERS = {"sm_80": 40, "sm_90": 40}  # elsewhere as many as the kernel for any window
+REGISTERS = {"sm_80": 40, "sm_90": 40}  # elsewhere 80
 WINDOW_LIMITS = (64, 1900)  # registers and instructions of the kernel for any window: its one draw is not unrolled
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
@@ -85,7 +85,7 @@ class Kernel:
     def faults(self) -> list[str]:
         if not self.loop:
             return ["no loop whose accesses are all of the widest width"]
-        registers = REGISTERS.get(self.arch, WINDOW_LIMITS[0])
+        registers = REGISTERS.get(self.arch, 80)
         limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and self.arch == "sm_90" else 99
         return [
             *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),

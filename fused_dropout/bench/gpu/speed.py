@@ -75,7 +75,13 @@ class TritonDropout(torch.autograd.Function):
         return TritonDropout.run(gradient.contiguous(), ctx.seed)
 
 
-def implementations(case: str, log2: int) -> dict[str, Callable[[], Dropping]]:
+def label_of_compiled(dtype: str) -> str:
+    """Inductor has no bfloat16 on GPUs before Ampere: it then warns, and runs the graph in eager."""
+    in_eager = dtype == "bfloat16" and torch.cuda.get_device_capability() < (8, 0)
+    return "compiled (runs in eager here)" if in_eager else "compiled"
+
+
+def implementations(case: str, dtype: str, log2: int) -> dict[str, Callable[[], Dropping]]:
     """By name, what makes the dropout to be measured: its failure is that contender's alone."""
     inplace = case == "in place"
     found: dict[str, Callable[[], Dropping]] = {
@@ -85,7 +91,7 @@ def implementations(case: str, log2: int) -> dict[str, Callable[[], Dropping]]:
     if inplace:
         return found
     if log2 in _COMPILED_LOG2_SIZES.get(case, ()):
-        found["F.dropout, compiled"] = _compiled
+        found[f"F.dropout, {label_of_compiled(dtype)}"] = _compiled
     if triton is not None:
         found["Triton"] = lambda: TritonDropout.apply
     try:
@@ -130,9 +136,11 @@ def replayed(
     return Contender(replay, time_busy_cuda, units=len(calls), **options)
 
 
-def buffer_count(nbytes: int) -> int:
-    """How many buffers of that size it takes to go round more than the L2 holds, input and output together."""
-    return min(_MAX_BUFFERS, 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // (2 * nbytes))
+def buffer_count(case: str, nbytes: int) -> int:
+    """How many buffers of that size it takes to go round more than the L2 holds: input and output together, or the one
+    that a call in place touches."""
+    touched = nbytes if case == "in place" else 2 * nbytes
+    return min(_MAX_BUFFERS, 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // touched)
 
 
 def calls_of(
@@ -175,7 +183,7 @@ def contenders_for(case: str, dtype: str, log2: int, buffers: int) -> Iterator[t
     outputs: list[Tensor | None] = [None] * buffers
     options = {"prepare": partial(values.copy_, others)} if case == "in place" else {}
     makers = {COPY: partial(copies_of, case, *((others, values) if options else (values, others)))}
-    for name, make in implementations(case, log2).items():
+    for name, make in implementations(case, dtype, log2).items():
         makers[name] = partial(calls_of, make, case, values, others, outputs)
     for name, make_calls in makers.items():
         most = {"most": _IN_PLACE_CALLS * buffers} if options else {}
@@ -188,7 +196,7 @@ def contenders_for(case: str, dtype: str, log2: int, buffers: int) -> Iterator[t
 
 def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[Bandwidth | Note]:
     nbytes = 2**log2 * getattr(torch, dtype).itemsize
-    buffers = buffer_count(nbytes)
+    buffers = buffer_count(case, nbytes)
     if 10 * buffers * nbytes > torch.cuda.mem_get_info()[0]:
         yield Note(f"{case}, {dtype}, 2^{log2}: not enough memory")
         return
@@ -288,7 +296,7 @@ def blocks(quick: bool, deadline: float) -> Iterator[Step | Note]:
     for name, fused, compiled in (
         ("fused attention", True, False),
         ("attention weights dropped", False, False),
-        ("fused attention, compiled", True, True),
+        (f"fused attention, {label_of_compiled('bfloat16')}", True, True),
     ):
         try:
             yield from measure_block(f"{size}, {name}", fused, compiled, x, deadline)
