@@ -60,8 +60,10 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// How many thread blocks of a kernel the device runs at once. A larger grid would not be faster. The first call loads
-// the kernel and keeps the number. A failed call keeps nothing, so that the next call asks again.
+// How many thread blocks of a kernel the device runs at once. The grid is no larger, so that a warp computes the round
+// keys once and then takes chunk after chunk. In a model, a grid with a warp for each chunk is 0.6 % faster at most,
+// and misses what the round keys cost there. The first call loads the kernel and keeps the number. A failed call keeps
+// nothing, so that the next call asks again.
 template <auto kernel>
 cudaError_t resident_blocks(int device, int64_t* blocks) {
   static std::array<std::atomic<int>, 128> known{};
