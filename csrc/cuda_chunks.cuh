@@ -83,9 +83,8 @@ __device__ __forceinline__ void store(ulonglong4_32a* at, ulonglong4_32a v) {
 }
 #endif
 
-// A block has at least one vector. The widest vectors of a chunk are as many for each lane as a block has, because
-// neighbouring lanes have to move neighbouring vectors: a request of the warp then touches whole sectors of memory
-// only.
+// The widest vectors of a block, one or more. In a chunk a lane moves as many. Neighbouring lanes move neighbouring
+// vectors, so that a request of the warp touches whole sectors of memory only.
 template <typename T>
 constexpr int kVectorBytes = kBlock * sizeof(T) < kWidestAccess ? kBlock * sizeof(T) : kWidestAccess;
 template <typename T>
