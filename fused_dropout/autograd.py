@@ -87,14 +87,21 @@ def must_compose(x: Tensor) -> bool:
     return functorch_randomness() is not None or is_watched() or type(x) not in _PLAIN
 
 
-def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
+def compose(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    index_strides: Sequence[int] | None,
+    scale: float | None,
+    inplace: bool = False,
+) -> Tensor:
     """``apply`` in torch's own operations, for which every transform, mode and subclass has its rules."""
     # The mask is made for a plain tensor: then a batched, wrapped or differentiated x needs no rule for the operator.
     # It has no more elements than there are draws, and its dimensions in x's order, since torch.where gives its result
     # the layout of the mask first.
     if x.dim() == 0:
         # A number times a tensor without dimensions has a tangent of float64 in torch.
-        return compose(x.reshape(1), p, key, index_strides and [0], scale).reshape(())
+        return compose(x.reshape(1), p, key, index_strides and [0], scale, inplace).reshape(())
     shape, order = list(x.shape), reference.order_by_stride(x)
     in_order = order == sorted(order)
     if index_strides is not None:
@@ -107,6 +114,8 @@ def compose(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | Non
         like = like.permute([order.index(d) for d in range(x.dim())])
     kept = operators.keep_mask_as_served(like, p, key, 0, index_strides)
     factor = reference.scale(p) if scale is None else scale
+    if inplace:
+        return x.mul_(factor).masked_fill_(~kept, 0.0)
     return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
 
 

@@ -70,13 +70,14 @@ def drop(
         output = autograd.apply_plain(x, p, key, index_strides, scale)
     else:
         try:
-            output = autograd.compose(x, p, key, index_strides, scale)
+            # AOTAutograd makes an aten.copy of copy_, which has no forward-mode derivative.
+            output = autograd.compose(x, p, key, index_strides, scale, inplace and compiling)
         except NotImplementedError:
             if not wraps_tensors(x):
                 raise
             _refuse_for_torch(x, False, generator, given)
             return None  # a subclass without a rule for the composition
-    return x.copy_(output) if inplace else output
+    return x.copy_(output) if inplace and output is not x else output
 
 
 def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None) -> bool:
