@@ -21,7 +21,7 @@ from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, t
 SOURCES = {
     "_C": ["csrc/library.cpp", "csrc/dropout_cpu.cpp", *map(str, sorted(Path("csrc/simd").glob("*.cpp")))],
     "_cuda": ["csrc/dropout_cuda.cu"],
-    "_eager": ["csrc/eager.cpp"],
+    "_eager": ["csrc/eager.cpp", "csrc/dropout_linear.cpp"],
 }
 ABI3_WHEEL = "--py-limited-api" in " ".join(sys.argv)
 left_out = dict.fromkeys(SOURCES, why_nothing()) if why_nothing() else {}

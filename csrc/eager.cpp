@@ -1,6 +1,6 @@
 // The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a
-// small call costs less than torch's own dropout. The only file that knows ATen, and so tied to one minor version of
-// torch; without it, fused_dropout/autograd.py and keys.py do the same in Python, bit for bit.
+// small call costs less than torch's own dropout. Without it, fused_dropout/autograd.py and keys.py do the same in
+// Python, bit for bit.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,10 +15,10 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "eager.h"
 #include "version.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstring>
 #include <utility>
@@ -28,26 +28,13 @@
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #endif
 
+namespace fused_dropout::eager {
 namespace {
-
-using at::Tensor;
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
-
-// Which elements an operator drops, and what it multiplies the others by: its arguments besides x. The indices start at
-// 0; without index strides they follow the memory order of a dense x, and are row-major otherwise.
-struct Mask {
-  double p;
-  Tensor key;
-  std::optional<std::vector<int64_t>> index_strides;
-  std::optional<double> scale;
-  // Under CUDA graph capture: the addresses of the generator's seed and offset, and what the capture had drawn before.
-  // The kernel then draws the key and stores it in `key`.
-  std::optional<std::array<int64_t, 3>> captured = std::nullopt;
-};
 
 at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
   if (!mask.index_strides) return std::nullopt;
@@ -92,8 +79,8 @@ bool serves(c10::Device device) {
   return device.is_cpu();
 }
 
-// Whether the kernels can take this tensor as it is, outside every transform, mode and tracer. Python decides on the
-// rest.
+}  // namespace
+
 bool takes_fast_path(const Tensor& x) {
   using c10::DispatchKey;
   static const auto kPlainTensor =
@@ -112,6 +99,8 @@ bool takes_fast_path(const Tensor& x) {
          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
          !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
 }
+
+namespace {
 
 // A key whose words can be read here and now.
 bool is_readable(const Tensor& key) {
@@ -223,12 +212,6 @@ void draw_key(Mask& mask, at::Device device, const std::optional<at::Generator>&
   mask.key = draw_cpu_keys({2}, generator);
 }
 
-std::vector<int64_t> row_major(at::IntArrayRef sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return strides;
-}
-
 // The operator in torch's own operations, for which every transform has its rules: autograd.compose in Python.
 Tensor compose(const Tensor& x, const Mask& mask) {
   static const auto op =
@@ -245,7 +228,14 @@ Tensor compose(const Tensor& x, const Mask& mask) {
   return at::where(kept, x.mul(scale), zero);
 }
 
-// Straight to the kernel, past autograd: x takes the fast path.
+}  // namespace
+
+std::vector<int64_t> row_major(at::IntArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
+  return strides;
+}
+
 Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
   const at::AutoDispatchBelowADInplaceOrView below;
 #ifdef FUSED_DROPOUT_CUDA
@@ -260,6 +250,8 @@ Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
   return x;
 }
 
+namespace {
+
 // A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
 // recomputed activations have another mask than forward's, which torch itself does not notice.
 void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
@@ -269,6 +261,26 @@ void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
       "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let the "
       "checkpoint preserve the state of the generator, or give dropout a key.");
 }
+
+}  // namespace
+
+Tensor key_for_backward(const Tensor& of_forward, const Tensor& saved) {
+  if (!is_readable(of_forward)) return saved;
+  warn_if_drawn_anew(saved, of_forward);
+  return of_forward;
+}
+
+void set_key(Mask& mask, const Tensor& x, const std::optional<at::Generator>& generator,
+             const std::optional<Tensor>& key, bool recorded) {
+  if (!key) {
+    draw_key(mask, x.device(), generator);
+  } else {
+    // A copy: nothing that happens to the caller's key later changes the gradient.
+    mask.key = recorded && is_readable(*key) ? key->clone() : *key;
+  }
+}
+
+namespace {
 
 // Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
@@ -291,14 +303,8 @@ struct Dropout : torch::autograd::Function<Dropout> {
                                                  const torch::autograd::variable_list& gradients) {
     const auto& saved = ctx->saved_data;
     const Tensor& gradient = gradients[0];
-    Mask mask{saved.at("p").toDouble(), saved.at("key").toTensor(), std::nullopt, std::nullopt};
-    const Tensor key = ctx->get_saved_variables()[0];
-    // Forward's key counts, except on a device: there its value is read when the graph is replayed.
-    if (is_readable(mask.key)) {
-      warn_if_drawn_anew(key, mask.key);
-    } else {
-      mask.key = key;
-    }
+    Mask mask{saved.at("p").toDouble(), Tensor(), std::nullopt, std::nullopt};
+    mask.key = key_for_backward(saved.at("key").toTensor(), ctx->get_saved_variables()[0]);
     if (const auto found = saved.find("scale"); found != saved.end()) mask.scale = found->second.toDouble();
     // Elements are numbered as in forward, whatever layout the gradient arrives in.
     if (const auto found = saved.find("index_strides"); found != saved.end()) {
@@ -306,15 +312,19 @@ struct Dropout : torch::autograd::Function<Dropout> {
     } else if (!gradient.is_contiguous() || !takes_fast_path(gradient)) {
       mask.index_strides = row_major(gradient.sizes());
     }
-    return {backward(gradient, mask), Tensor(), Tensor()};
-  }
-
-  static Tensor backward(const Tensor& gradient, const Mask& mask) {
-    if (!takes_fast_path(gradient)) return compose(gradient, mask);
-    if (at::GradMode::is_enabled() && gradient.requires_grad()) return Dropout::apply(gradient, mask, false);
-    return run_kernel(gradient, mask, false);
+    return {apply_to_gradient(gradient, mask), Tensor(), Tensor()};
   }
 };
+
+}  // namespace
+
+Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask) {
+  if (!takes_fast_path(gradient)) return compose(gradient, mask);
+  if (at::GradMode::is_enabled() && gradient.requires_grad()) return Dropout::apply(gradient, mask, false);
+  return run_kernel(gradient, mask, false);
+}
+
+namespace {
 
 // Whether elements may share memory: each dimension has to step over all that the smaller ones reach.
 bool may_overlap(const Tensor& x) {
@@ -345,11 +355,8 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
   Mask mask{p, Tensor(), std::move(index_strides), scale};
   if (!key && p == 1) {
     mask.key = at::zeros({2}, at::kUInt64);
-  } else if (!key) {
-    draw_key(mask, x.device(), generator);
   } else {
-    // A copy: nothing that happens to the caller's key later changes the gradient.
-    mask.key = recorded && is_readable(*key) ? key->clone() : *key;
+    set_key(mask, x, generator, key, recorded);
   }
   const Tensor y = recorded ? Dropout::apply(x, mask, inplace) : run_kernel(x, mask, inplace);
   if (!inplace) return y;
@@ -360,6 +367,9 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
 }
 
 }  // namespace
+}  // namespace fused_dropout::eager
+
+using namespace fused_dropout::eager;
 
 TORCH_LIBRARY_IMPL(fused_dropout, CompositeExplicitAutograd, m) {
   m.impl("draw_keys", draw_keys_operator);
@@ -368,6 +378,7 @@ TORCH_LIBRARY_IMPL(fused_dropout, CompositeExplicitAutograd, m) {
 PYBIND11_MODULE(_eager, m) {
   m.doc() = FUSED_DROPOUT_BUILT("_eager") " for torch " FUSED_DROPOUT_EXPANDED(FUSED_DROPOUT_TORCH) ";";
   m.def("drop", torch::wrap_pybind_function_no_gil(drop));
+  m.def("dropout_linear", torch::wrap_pybind_function_no_gil(dropout_linear));
   m.def("serves", serves);
 #ifdef FUSED_DROPOUT_CUDA
   m.def("serve_cuda", [](int device) { cuda_devices |= device < 64 ? uint64_t{1} << device : 0; });

@@ -16,6 +16,7 @@ from .functional import (
     keep_mask,
 )
 from .keys import fold_in, key, split
+from .linear import DropoutLinear, dropout_linear
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from .patching import patch, patched, unpatch
 from .uncertainty import mc_dropout, mc_predict
@@ -30,6 +31,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutLinear",
     "FeatureAlphaDropout",
     "alpha_dropout",
     "audit",
@@ -41,6 +43,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_linear",
     "feature_alpha_dropout",
     "fold_in",
     "keep_mask",

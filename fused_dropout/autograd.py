@@ -45,17 +45,13 @@ class DropoutEager(Dropout):
     def forward(
         ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
     ) -> Tensor:
-        ctx.words = key.view(torch.int64).tolist() if key.is_cpu else None
+        ctx.words = words_of(key)
         return Dropout.forward(ctx, x, p, key, index_strides, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors  # once: a checkpoint hands it out no second time
-        if ctx.words is None:
-            return _backward(ctx, gradient, saved)
-        _warn_if_drawn_anew(saved, ctx.words)
-        # A view of signed numbers: Inductor, under compiled autograd, has no constants of uint64.
-        return _backward(ctx, gradient, torch.tensor(ctx.words, device="cpu").view(torch.uint64))
+        return _backward(ctx, gradient, key_for_backward(ctx.words, saved))
 
 
 _apply_eager = apply_without_functorch(DropoutEager)
@@ -67,6 +63,20 @@ def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, .
     if index_strides is None and not gradient.is_contiguous():
         index_strides = reference.row_major(gradient.shape)
     return apply(gradient, ctx.p, key, index_strides, ctx.scale), None, None, None, None
+
+
+def words_of(key: Tensor) -> list[int] | None:
+    """A key's value, kept for backward; None on a device, where a replayed graph reads it, and while compiling."""
+    return key.view(torch.int64).tolist() if key.is_cpu and not is_compiling() else None
+
+
+def key_for_backward(words: list[int] | None, saved: Tensor) -> Tensor:
+    """Forward's key, whatever became of its memory. Warns if a checkpoint saved another one."""
+    if words is None:
+        return saved
+    _warn_if_drawn_anew(saved, words)
+    # A view of signed numbers: Inductor, under compiled autograd, has no constants of uint64.
+    return torch.tensor(words, device="cpu").view(torch.uint64)
 
 
 def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:

@@ -80,9 +80,9 @@ def dropout(
         more = {"generator": generator, "key": key, "noise_shape": noise_shape}
         return _hand_over(dropout, _torch_dropout, input, p, training, inplace, more)
     if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
+        raise out_of_range(p)
     if key is not None:
-        _check_key(key, input, generator)
+        check_key(key, input, generator)
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
     strides = None if noise_shape is None else _noise_strides(noise_shape, input)
@@ -220,9 +220,9 @@ def _channelwise(
     if has_torch_function_unary(input) and _is_overridden(input):
         return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
     if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
+        raise out_of_range(p)
     if key is not None:
-        _check_key(key, input, generator)
+        check_key(key, input, generator)
     dims = input.dim()
     lead = 2 if batched is None or dims == batched else 1
     if not training or p == 0 or dims < lead:
@@ -309,9 +309,9 @@ def _alpha(
     if has_torch_function_unary(input) and _is_overridden(input):
         return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
     if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
+        raise out_of_range(p)
     if key is not None:
-        _check_key(key, input, generator)
+        check_key(key, input, generator)
     dropping = training and p != 0 and is_covered(input, generator, key)
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
@@ -377,9 +377,9 @@ def drop_path(
         more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
         return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
     if not 0.0 <= drop_prob <= 1.0:
-        raise _out_of_range(drop_prob)
+        raise out_of_range(drop_prob)
     if key is not None:
-        _check_key(key, x, generator)
+        check_key(key, x, generator)
     if not training or drop_prob == 0:
         return x
     strides = [1] + [0] * (x.dim() - 1)
@@ -387,11 +387,11 @@ def drop_path(
     return _noisy(x, drop_prob, False, strides, scale_by_keep) if output is None else output
 
 
-def _out_of_range(p: float) -> ValueError:
+def out_of_range(p: float) -> ValueError:
     return ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
 
 
-def _check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:
+def check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:
     if generator is not None:
         raise ValueError("key and generator were both given: a call draws its mask from one of them")
     if not isinstance(key, Tensor):
@@ -456,7 +456,7 @@ def keep_mask(
         tensor([ True, False,  True, False])
     """
     if not 0.0 <= p <= 1.0:
-        raise _out_of_range(p)
+        raise out_of_range(p)
     if index(start) < 0:
         raise ValueError(f"start has to be 0 or more, but got {start}")
     shape, like = x_or_shape, None
@@ -467,5 +467,5 @@ def keep_mask(
     if like is None:
         # One element stands for all: only shape, layout and device are looked at.
         like = torch.empty((), dtype=torch.bool, device=device or "cpu").expand(tuple(shape))
-    _check_key(key, like)
+    check_key(key, like)
     return operators.keep_mask_as_served(like, float(p), key, index(start))

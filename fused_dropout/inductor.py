@@ -1,12 +1,13 @@
 """What Inductor makes of the operators: ``apply`` as pointwise arithmetic, and the draws of a graph as one call.
 
-torch.compile traces the operators as they are. Two of them have an overload for Inductor, which this module lowers:
+torch.compile traces the operators as they are. Some have an overload for Inductor, which this module lowers:
 
 | overload | what Inductor writes |
 |---|---|
 | ``apply.<FORM>`` | the mask's arithmetic for each element, fused with its neighbours |
 | ``apply.any_<FORM>`` | the same for any p, start and index strides: for GPUs without kernels, from ``compiled.py`` |
 | ``draw_keys.<FORM>`` | one ``draw_keys(n)`` for the draws of the graph, whose rows are the keys |
+| ``after.<FORM>`` | nothing: it is x |
 
 Inductor's caches know a graph by the names of its operators and not by their lowerings. So the overloads' names hold a
 hash of this file: a graph that another version compiled, or that was compiled for the kernel, is never served here.
@@ -255,6 +256,7 @@ def _register() -> None:
     expand(getattr(operators.apply, FORM), apply)
     expand(getattr(operators.apply, f"any_{FORM}"), apply_any)
     expand(getattr(operators.draw_keys, FORM), draw_keys)
+    expand(getattr(operators.after, FORM), lambda x, gradient: x)
 
 
 def _draws_together(first: torch.fx.Node) -> list[torch.fx.Node]:

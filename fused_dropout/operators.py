@@ -35,6 +35,8 @@ _SCHEMAS = {
     f"apply.any_{FORM}(Tensor x, Tensor threshold, Tensor? scale, Tensor key, Tensor[] window, bool fits) -> Tensor": (
         torch.Tag.flexible_layout,
     ),
+    # x, once the gradient is known. Without it a compiled forward would make of x, and save, what only backward needs.
+    f"after.{FORM}(Tensor x, Tensor gradient) -> Tensor": (torch.Tag.flexible_layout,),
     # Partitioner and checkpointing replay random state only around operators with this tag, and look for the device
     # among the keyword arguments.
     "draw_keys(SymInt n, *, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
@@ -53,6 +55,7 @@ keep_mask = torch.ops.fused_dropout.keep_mask.default
 draw_keys = torch.ops.fused_dropout.draw_keys.default
 draw_keys_together = getattr(torch.ops.fused_dropout.draw_keys, FORM)
 apply_any = getattr(torch.ops.fused_dropout.apply, f"any_{FORM}")
+after = getattr(torch.ops.fused_dropout.after, FORM)
 
 
 def _implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -86,6 +89,15 @@ def _fake_apply_any(x: Tensor, threshold: Tensor, scale: Tensor | None, *_: Any)
     return torch.empty_like(x, dtype=torch.bool if scale is None else x.dtype)
 
 
+def _after(x: Tensor, gradient: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _fake_after(x: Tensor, gradient: Tensor) -> Tensor:
+    inductor.register_if_imported()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 def _not_compiled(*_: Any) -> Tensor:
     raise RuntimeError(inductor.problem or "torch.compile is switched off")
 
@@ -93,6 +105,7 @@ def _not_compiled(*_: Any) -> Tensor:
 _implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
 _implement(f"apply.{FORM}", apply, _fake_apply_expanded)
 _implement(f"apply.any_{FORM}", _not_compiled, _fake_apply_any)
+_implement(f"after.{FORM}", _after, _fake_after)
 _implement("apply_", _uncounted(reference.apply_), lambda x, *_: None)
 _implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
 torch.library.register_fake("fused_dropout::draw_keys", _fake_draw_keys, lib=_library)

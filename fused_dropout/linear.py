@@ -1,0 +1,204 @@
+"""A linear layer after dropout, which saves its input in place of the dropped copy: ``dropout_linear``.
+
+The gradient of the weight needs the dropped input. Autograd would keep that copy; here backward makes it again from the
+input and the 16-byte key.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.nn.parameter import Parameter
+
+from . import autograd, dispatch, keys, native, operators, reference
+from .functional import check_key, dropout, out_of_range
+from .torch_internals import apply_without_functorch, is_compiling, is_recorded, known_zero
+
+_PLAIN = (Tensor, Parameter)
+_eager_dropout_linear = native.eager.dropout_linear if native.eager else None
+
+
+class _DropoutLinear(torch.autograd.Function):
+    """Saves the input, the weight if the input needs a gradient, and the key; ``csrc/dropout_linear.cpp`` in Python."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, p: float, key: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, key)
+        ctx.p, ctx.dtype, ctx.column_major = p, dtype, _is_column_major(weight.t())
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        ctx.words = autograd.words_of(key)
+        dropped = operators.apply_as_served(x.to(dtype), p, key, reference.index_strides_of(x), None)
+        return F.linear(dropped, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved_key = ctx.saved_tensors
+        key, strides = autograd.key_for_backward(ctx.words, saved_key), reference.index_strides_of(x)
+        if is_compiling():
+            x = operators.after(x, gradient)
+        drop = partial(autograd.apply, p=ctx.p, key=key, index_strides=strides)
+        rows, dropped = _as_matrix(gradient), _as_matrix(drop(x.to(ctx.dtype)))
+        dx = dbias = None
+        if weight is not None:
+            dx = _gradient_of_first(rows, weight.to(ctx.dtype).t(), _is_column_major(dropped)).view(x.shape)
+            dx = drop(dx).to(x.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            terms = rows if gradient.dim() == 3 else gradient
+            dbias = terms.sum_to_size(terms.shape[-1]).to(ctx.bias_dtype)
+        dweight = _gradient_of_second(rows, dropped, ctx.column_major).t().to(ctx.weight_dtype)
+        return dx, dweight, dbias, None, None, None
+
+
+_apply_eager = apply_without_functorch(_DropoutLinear)
+
+
+# The gradients of a matrix product as torch's autograd has them, which follow the layout of what they belong to. The
+# same calls give the same bits.
+
+
+def _is_column_major(matrix: Tensor) -> bool:
+    return matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
+
+
+def _gradient_of_first(gradient: Tensor, second: Tensor, first_is_column_major: bool) -> Tensor:
+    return second.mm(gradient.t()).t() if first_is_column_major else gradient.mm(second.t())
+
+
+def _gradient_of_second(gradient: Tensor, first: Tensor, second_is_column_major: bool) -> Tensor:
+    return gradient.t().mm(first).t() if second_is_column_major else first.t().mm(gradient)
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> torch.dtype | None:
+    """The dtype of a product whose backward may make the dropped copy again; None where the two calls have to serve."""
+    compiling = is_compiling()
+    if not torch.is_grad_enabled() or p == 1 or not all(type(t) in _PLAIN for t in (x, weight)):
+        return None
+    if not weight.requires_grad or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return None
+    if x.device != weight.device or not (x.is_contiguous() or x.dim() == 2) or is_recorded():
+        return None
+    if not dispatch.is_covered(x) or not dispatch.is_covered(weight) or autograd.must_compose(x):
+        return None
+    if known_zero(x.numel()) if compiling else x.numel() == 0:
+        return None
+    if bias is not None and (type(bias) not in _PLAIN or bias.dim() != 1 or bias.dtype != weight.dtype):
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        return weight.dtype
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return dtype if x.dtype == dtype and weight.dtype != torch.float64 else None
+
+
+def dropout_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""``F.linear(fd.dropout(input, p, training), weight, bias)``, which saves ``input`` itself for backward.
+
+    Value, mask, use of the generator and gradients are those of the two calls, bit for bit. Where ``input`` is alive
+    anyway, as in LoRA, whose base layer keeps it too, this takes the memory of ``p = 0``. Backward drops the input once
+    more. An in-place change to ``input`` after the call makes backward raise torch's error.
+
+    The two calls serve under ``torch.func`` and dispatch modes, and for tensor subclasses and inputs of three or more
+    dimensions that are not contiguous.
+
+    Args:
+        input: shape (..., in_features). If its dtype differs from the weight's, it is cast to that before dropout, and
+            saved as it is: PEFT keeps float32 adapters over a bfloat16 model.
+        weight: shape (out_features, in_features).
+        bias: shape (out_features,), or ``None``. Default: ``None``
+        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
+        training: drop nothing if ``False``. Default: ``True``
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+
+    Returns:
+        A tensor of shape (..., out_features).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dropout` and :func:`torch.nn.functional.linear`.
+
+    Example::
+
+        >>> x, weight = torch.ones(2, 3), torch.eye(3)
+        >>> fd.dropout_linear(x, weight, p=0.5, key=fd.key(1))
+        tensor([[2., 0., 2.],
+                [0., 0., 2.]])
+    """
+    if not 0.0 <= p <= 1.0:
+        raise out_of_range(p)
+    if key is not None:
+        check_key(key, input, generator)
+    if training and p > 0:
+        if _eager_dropout_linear is not None and not is_compiling():
+            output = _eager_dropout_linear(input, weight, bias, p, generator, key)
+            if output is not None:
+                return output
+        if dtype := _product_dtype(input, weight, bias, p):
+            compiling = is_compiling()
+            if input.is_cuda:
+                operators.settle_cuda(input.device)
+            if key is None:
+                key = keys.draw_key(input.device, generator, None, compiling)
+            elif not compiling:
+                key = key.clone()  # nothing that happens to the caller's key later changes the gradient
+            apply = _DropoutLinear.apply if compiling else _apply_eager
+            return apply(input, weight, bias, float(p), key, dtype)
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        input = input.to(weight.dtype)
+    return F.linear(dropout(input, p, training, generator=generator, key=key), weight, bias)
+
+
+class DropoutLinear(nn.Linear):
+    """A linear layer whose input is dropped in training: ``nn.Linear`` after ``fd.Dropout``, in the memory of one.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`, whose state dict it has.
+        p: probability of an element of the input to be zeroed. Default: 0.5
+
+    Shape:
+        (..., in_features) to (..., out_features).
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+
+    Example::
+
+        >>> layer = fd.DropoutLinear(20, 30, p=0.1)
+        >>> layer(torch.ones(4, 20)).shape
+        torch.Size([4, 30])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = 0.5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if not 0.0 <= p <= 1.0:
+            raise out_of_range(p)
+        self.p = p
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout_linear(input, self.weight, self.bias, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"
