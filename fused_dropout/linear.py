@@ -137,7 +137,7 @@ def dropout_linear(
         >>> x, weight = torch.ones(2, 3), torch.eye(3)
         >>> fd.dropout_linear(x, weight, p=0.5, key=fd.key(1))
         tensor([[2., 0., 2.],
-                [0., 0., 2.]])
+                [0., 2., 0.]])
     """
     if not 0.0 <= p <= 1.0:
         raise out_of_range(p)

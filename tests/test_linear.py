@@ -1,5 +1,6 @@
 """``fd.dropout_linear`` against ``F.linear(fd.dropout(...))``: bit for bit, and what is saved for backward."""
 
+import doctest
 import itertools
 from functools import partial
 
@@ -250,6 +251,11 @@ def test_module():
     layer.eval()
     assert torch.equal(layer(x), pair(x))
     assert repr(layer) == f"DropoutLinear(in_features={IN}, out_features={OUT}, bias=True, p={P})"
+
+
+def test_examples():
+    outcome = doctest.testmod(linear, extraglobs={"fd": fd, "torch": torch})
+    assert (outcome.attempted, outcome.failed) == (4, 0)
 
 
 @pytest.mark.skipif(ON_FAKE_GPU, reason="torch.compile does not work there")
