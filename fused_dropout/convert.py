@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import modules
+from .pairing import PairedDropout, PairedLinear, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -23,7 +24,7 @@ def _to_fused() -> dict[type, type]:
 
 
 def _to_originals() -> dict[type, type]:
-    return {fused: original for original, fused in _to_fused().items()}
+    return {fused: original for original, fused in _to_fused().items()} | {PairedDropout: nn.Dropout}
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,22 @@ class ConvertReport:
     """What ``convert`` finds in a model, by module name; a shared module is there under each of its names.
 
     fused: modules on the fused path, and their class. torch: modules of torch's classes, which ``convert`` swaps. left:
-    modules that look like dropout and are left alone, and why. ``str()`` of it is a table.
+    modules that look like dropout and are left alone, and why. paired: dropouts that run as one with the linear layer
+    after them. unpaired: other dropouts of LoRA layers, and why. ``str()`` of it is a table.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
     torch: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    paired: dict[str, str] = field(default_factory=dict)
+    unpaired: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused, {len(self.torch)} of torch's to swap, {len(self.left)} left alone"]
         found = {**self.fused, **self.torch, **self.left}
         width = max(map(len, found), default=0)
-        for what, names in (("fused", self.fused), ("swap", self.torch), ("left", self.left)):
+        parts = {"fused": self.fused, "swap": self.torch, "left": self.left}
+        for what, names in (parts | {"pair": self.paired, "alone": self.unpaired}).items():
             lines += [f"{what:5}  {name or '(model)':{width}}  {text}" for name, text in names.items()]
         return "\n".join(lines)
 
@@ -58,7 +63,7 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
-    if type(module) in table or type(module) in table.values():
+    if type(module) in table or type(module) in _to_originals():
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(table)):
         return f"{type(module).__module__}.{kind}, a subclass"
@@ -110,10 +115,23 @@ def convert_report(model: nn.Module) -> ConvertReport:
         fused={name: repr(module) for name, module in _swappable(model, _to_originals())},
         torch={name: repr(module) for name, module in _swappable(model, table)},
         left={name: reason for name, reason in reasons.items() if reason is not None},
+        paired={name: why_not for name, why_not, paired in _pairs(model) if paired},
+        unpaired={name: why_not for name, why_not, paired in _pairs(model) if why_not and not paired},
     )
 
 
-def convert(model: _Model, dry_run: bool = False) -> _Model:
+def _pairs(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """Each dropout that stands before a linear layer: its name, a remark, and whether they are paired."""
+    for owner_name, owner in model.named_modules():
+        for each in pairs_of(owner):
+            name = f"{owner_name}.{each.name}".lstrip(".")
+            if type(each.dropout) is PairedDropout and type(each.linear) is PairedLinear and not each.why_not:
+                yield name, f"before {each.linear}", True
+            elif is_lora_layer(owner):
+                yield name, each.why_not or "fd.convert(model, lora=True) pairs it with lora_A", False
+
+
+def convert(model: _Model, dry_run: bool = False, *, lora: bool = False, pair_linears: bool = False) -> _Model:
     """Swaps each of torch's dropout modules, and timm's ``DropPath``, for the fused one of the same name, in place.
 
     Only the class of a module changes: instances stay the same objects, shared ones too, with their hooks, training
@@ -126,6 +144,10 @@ def convert(model: _Model, dry_run: bool = False) -> _Model:
     Args:
         model: any module, also a single ``nn.Dropout``.
         dry_run: change nothing and print ``convert_report(model)``. Default: ``False``
+        lora: let the dropout of PEFT's LoRA layers and the ``lora_A`` after it run as one ``dropout_linear``, which
+            saves the layer's input in place of the dropped copy. Masks, results and gradients stay the same. Variants
+            such as DoRA are left alone, and ``convert_report(model).unpaired`` names them. Default: ``False``
+        pair_linears: the same for an ``nn.Linear`` right after a dropout in an ``nn.Sequential``. Default: ``False``
 
     Returns:
         ``model`` itself.
@@ -142,6 +164,9 @@ def convert(model: _Model, dry_run: bool = False) -> _Model:
         print(convert_report(model))
         return model
     _swap(model, _to_fused())
+    for owner in model.modules():
+        if lora if is_lora_layer(owner) else pair_linears:
+            pair(owner)
     return model
 
 
@@ -164,5 +189,7 @@ def revert(model: _Model) -> _Model:
         >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
         True
     """
+    for owner in model.modules():
+        unpair(owner)
     _swap(model, _to_originals())
     return model

@@ -1,5 +1,8 @@
 """A Llama with PEFT's LoRA: its dropout is in modules of the adapters, which come and go."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from swapping import (
@@ -91,3 +94,188 @@ def test_saved_and_loaded(tmp_path):
     assert not report.fused
     with torch.no_grad():
         assert torch.equal(twin.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
+# ------------------------------------------------------------------------------------------ dropouts paired with lora_A
+
+
+def paired(model):
+    return fd.convert(model, lora=True)
+
+
+def steps(model, inputs=CASE.inputs, count=2):
+    """Losses and gradients of some steps."""
+    torch.manual_seed(5)
+    found = []
+    for _ in range(count):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        found += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return found
+
+
+def assert_same(got, want):
+    assert len(got) == len(want) > 2
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def variant(**options):
+    config = lora(0.5, "q_proj", "v_proj")
+    for name, value in options.items():
+        setattr(config, name, value)
+    return peft.get_peft_model(CASE.model().unload(), config).train()
+
+
+def test_paired_steps_are_those_of_fused_dropout():
+    model = paired(CASE.model())
+    report = fd.convert_report(model)
+    assert len(report.paired) == 4
+    assert not report.unpaired
+    assert_same(steps(model), steps(fd.convert(CASE.model())))
+    assert_same(steps(fd.revert(model)), steps(CASE.model()))
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Dropout)} == {nn.Dropout}
+
+
+def saved_bytes(model):
+    storages = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**CASE.inputs).loss
+    assert loss.requires_grad
+    return sum(storages.values())
+
+
+def test_paired_takes_the_memory_of_no_dropout():
+    """16 bytes a site more."""
+    assert saved_bytes(paired(CASE.model())) == saved_bytes(fd.convert(variant(lora_dropout=0.0))) + 4 * 16
+    assert saved_bytes(fd.convert(CASE.model())) > saved_bytes(paired(CASE.model()))
+
+
+def test_paired_over_a_bfloat16_base():
+    """PEFT keeps the adapters in float32. The layer's input is saved in bfloat16, and its cast not at all."""
+
+    def model():
+        made = CASE.model()
+        for name, parameter in made.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+        return made
+
+    assert_same(steps(paired(model())), steps(fd.convert(model())))
+    assert saved_bytes(paired(model())) < saved_bytes(fd.convert(model()))
+    layer = paired(model()).base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.cast_input_dtype_enabled
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_variants(options):
+    model = paired(variant(**options))
+    report = fd.convert_report(model)
+    if "use_dora" in options:
+        assert len(report.unpaired) == 4
+        assert all("Dora" in why for why in report.unpaired.values())
+    else:
+        assert len(report.paired) == 4
+    assert_same(steps(model), steps(fd.convert(variant(**options))))
+
+
+def test_a_variant_that_is_added_later():
+    """Is noticed at the call."""
+
+    class Variant:
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kwargs):
+            assert (module.lora_dropout[active_adapter](torch.ones(100)) == 0).any()
+            return result + module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)).sum()
+
+    losses = []
+    for model in (paired(CASE.model()), fd.convert(CASE.model())):
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        layer.lora_variant["default"] = Variant
+        losses.append(steps(model))
+    assert_same(*losses)
+
+
+def test_a_kernel_that_reads_the_dropout_itself():
+    """A forward that calls the dropout and then multiplies by lora_A's weight."""
+
+    def forward(self, x, *args, **kwargs):
+        dropped = self.lora_dropout["default"](x)
+        assert (dropped == 0).any()
+        return self.base_layer(x) + dropped @ self.lora_A["default"].weight.t() @ self.lora_B["default"].weight.t()
+
+    model = paired(CASE.model())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.forward = forward.__get__(layer)
+    steps(model)
+    model = paired(CASE.model())
+    kind = type(model.base_model.model.model.layers[0].self_attn.q_proj)
+    original = kind.forward
+    kind.forward = forward
+    try:
+        steps(model)
+    finally:
+        kind.forward = original
+
+
+def test_paired_adapters_come_and_go(tmp_path):
+    def life(convert):
+        model = convert(CASE.model())
+        model.add_adapter("second", lora(0.25, "q_proj"))
+        found = steps(convert(model))
+        model.base_model.set_adapter(["default", "second"])
+        found += steps(model)
+        with model.disable_adapter():
+            found.append(model.eval()(**CASE.inputs).loss)
+        found.append(model(**CASE.inputs, adapter_names=["default"] * 3 + ["second"] * 3).loss)
+        model.train().merge_adapter()
+        found.append(model(**CASE.inputs).loss)
+        model.unmerge_adapter()
+        model.delete_adapter("second")
+        return model, [t.detach() for t in found + steps(model)]
+
+    (model, got), (twin, want) = life(paired), life(fd.convert)
+    assert_same(got, want)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = paired(peft.PeftModel.from_pretrained(CASE.model().unload(), tmp_path, is_trainable=True).train())
+    for ours, theirs in zip(steps(loaded), steps(model), strict=True):
+        torch.testing.assert_close(ours, theirs)  # merging and back has rounded the weights
+    assert len([m for m in model.merge_and_unload().modules() if isinstance(m, nn.Dropout)]) == 0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_of_paired(copied):
+    model = paired(CASE.model())
+    twin = copied(model)
+    assert len(fd.convert_report(twin).paired) == 4
+    assert_same(steps(twin), steps(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_paired_in_a_checkpoint(reentrant):
+    found = []
+    for convert in (paired, fd.convert):
+        model = convert(CASE.model())
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(steps(model))
+    assert_same(*found)
+
+
+def test_paired_and_compiled():
+    model, twin = paired(CASE.model()), fd.convert(CASE.model())
+    torch.compiler.reset()
+    for ours, theirs in zip(steps(torch.compile(model, backend="aot_eager")), steps(twin), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,158 @@
+"""Pairs a dropout with the linear layer right after it, so that they run as one ``dropout_linear``: for ``convert``.
+
+Both modules belong to an owner, a LoRA layer of PEFT or an ``nn.Sequential``. While the owner's forward runs, the
+dropout hands its input on undropped, and the linear layer drops it. Outside of that, and for whoever calls the dropout
+alone, it drops as before. An input that was handed on and that the linear layer did not take raises an error.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .linear import dropout_linear
+from .modules import Dropout
+
+_HANDLES = "_fused_dropout_pairing"
+
+
+class PairedDropout(Dropout):
+    """``fd.Dropout`` that hands its input on to a ``PairedLinear`` while their owner's forward runs."""
+
+    _handover: list[Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._handover is None or not self.training or not isinstance(input, Tensor):
+            return super().forward(input)
+        self._handover.append(input)
+        return input
+
+
+class PairedLinear(nn.Linear):
+    """``nn.Linear`` that drops what a ``PairedDropout`` handed on."""
+
+    _handover: list[Tensor] | None = None
+    _dropped_by: tuple[PairedDropout, ...] = ()  # in a tuple, since nn.Module would register a module
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._handover is None:
+            return super().forward(input)
+        if not self._handover:
+            return super().forward(input.to(self.weight.dtype))  # PEFT's own cast may be switched off
+        if self._handover.pop() is not input:
+            raise RuntimeError("fused_dropout: the input of a paired linear layer is not what its dropout handed on")
+        (dropout,) = self._dropped_by
+        source = {"generator": dropout.generator, "key": dropout.key}
+        return dropout_linear(input, self.weight, self.bias, dropout.p, **source)  # type: ignore[arg-type]
+
+
+class Pair(NamedTuple):
+    """A dropout, by its name in the owner, and the linear layer after it; why_not: why they cannot be paired."""
+
+    name: str
+    dropout: Any
+    linear: Any
+    why_not: str
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    layer = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
+    return layer is not None and isinstance(module, layer)
+
+
+def pairs_of(owner: Any) -> Iterator[Pair]:
+    """The dropouts of a LoRA layer or an ``nn.Sequential``, with the linear layers right after them."""
+    if is_lora_layer(owner):
+        for adapter, dropout in owner.lora_dropout.items():
+            if isinstance(dropout, nn.Identity):
+                continue
+            linear = owner.lora_A[adapter] if adapter in owner.lora_A else None  # noqa: SIM401 (it has no get)
+            why_not = _why_not(dropout, linear)
+            if adapter in owner.lora_variant:
+                why_not = f"{type(owner.lora_variant[adapter]).__name__} uses the dropped input in another way"
+            elif not type(owner).forward.__module__.startswith("peft.") or "forward" in vars(owner):
+                why_not = "the layer's forward was replaced"
+            yield Pair(f"lora_dropout.{adapter}", dropout, linear, why_not)
+    elif type(owner) is nn.Sequential:
+        names, modules = list(owner._modules), list(owner)
+        for name, dropout, linear in zip(names, modules, modules[1:], strict=False):
+            if isinstance(dropout, nn.Dropout) and isinstance(linear, nn.Linear):
+                shared = sum(module is dropout or module is linear for module in modules) > 2
+                why_not = "a module stands there more than once" if shared else _why_not(dropout, linear)
+                yield Pair(name, dropout, linear, why_not)
+
+
+def _why_not(dropout: Any, linear: Any) -> str:
+    if type(dropout) not in (Dropout, PairedDropout) or "forward" in vars(dropout):
+        return f"{type(dropout).__name__} is not fd.Dropout with its own forward"
+    if dropout.inplace or dropout.noise_shape is not None:
+        return "the dropout works in place or has a noise_shape"
+    if type(linear) not in (nn.Linear, PairedLinear) or "forward" in vars(linear):
+        return f"{type(linear).__name__} is not nn.Linear with its own forward"
+    if _has_hooks(dropout) or _has_hooks(linear):
+        return "hooks look at what is between the two"
+    return ""
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def pair(owner: nn.Module) -> None:
+    """Pairs what can be paired of an owner's modules, in place: by class and by two hooks on the owner."""
+    pairs = [each for each in pairs_of(owner) if not each.why_not]
+    for each in pairs:
+        each.dropout.__class__, each.linear.__class__ = PairedDropout, PairedLinear
+    if pairs and _HANDLES not in vars(owner):
+        begun = owner.register_forward_pre_hook(_begin)
+        vars(owner)[_HANDLES] = (begun, owner.register_forward_hook(_end, always_call=True))
+
+
+def unpair(owner: nn.Module) -> None:
+    """Undoes ``pair``."""
+    for handle in vars(owner).pop(_HANDLES, ()):
+        handle.remove()
+    for each in pairs_of(owner):
+        if type(each.dropout) is PairedDropout:
+            each.dropout.__class__ = Dropout  # type: ignore[assignment]
+        if type(each.linear) is PairedLinear:
+            each.linear.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _paired(owner: nn.Module) -> list[Pair]:
+    """Those of an owner's pairs that still are: an adapter may have become a variant since."""
+    classes = (PairedDropout, PairedLinear)
+    return [p for p in pairs_of(owner) if not p.why_not and (type(p.dropout), type(p.linear)) == classes]
+
+
+def _begin(owner: Any, _inputs: Any) -> None:
+    if not owner.training:
+        return
+    pairs = _paired(owner)
+    for each in pairs:
+        # At each call, since replicas of the owner have modules of their own.
+        each.dropout._handover = each.linear._handover = []
+        each.linear._dropped_by = (each.dropout,)
+    if getattr(owner, "cast_input_dtype_enabled", False) and len(pairs) == len(owner.lora_A):
+        owner.cast_input_dtype_enabled = False  # dropout_linear casts, and saves the input as it is
+        owner._fused_dropout_casts = True
+
+
+def _end(owner: Any, _inputs: Any, output: Any) -> None:
+    if getattr(owner, "_fused_dropout_casts", False):
+        owner.cast_input_dtype_enabled = True
+        owner._fused_dropout_casts = False
+    lost = False
+    for each in pairs_of(owner):
+        lost = lost or bool(getattr(each.dropout, "_handover", None))
+        for module in (each.dropout, each.linear):
+            if getattr(module, "_handover", None) is not None:
+                module._handover = None
+    if lost and output is not None:
+        raise RuntimeError(
+            f"fused_dropout: {type(owner).__name__} took the output of a dropout past the linear layer that it is "
+            "paired with, so that nothing was dropped. Convert the model without pairing."
+        )
