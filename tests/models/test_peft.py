@@ -176,6 +176,32 @@ def test_paired_over_a_bfloat16_base():
     assert layer.cast_input_dtype_enabled
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_formula_of_the_documentation(dtype):
+    """docs/lora.md: 2h + i elements a token and layer are kept, where each dropout alone keeps 6h + i; over a bfloat16
+    base, in bfloat16 where each cast keeps float32."""
+    hidden, intermediate, layers, tokens = 32, 48, 2, 6 * 8
+    shared, each = 2 * hidden + intermediate, 6 * hidden + intermediate
+
+    def model(p):
+        config = hf.LlamaConfig(
+            vocab_size=50,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=intermediate,
+        )
+        torch.manual_seed(0)
+        names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        return peft.get_peft_model(hf.LlamaForCausalLM(config).to(dtype), lora(p, *names)).train()
+
+    alone, both = saved_bytes(fd.convert(model(0.5))), saved_bytes(paired(model(0.5)))
+    # The first layer's input needs no gradient: its q, k and v drop without saving a key.
+    assert alone - both == (4 * each - dtype.itemsize * shared) * tokens * layers - 3 * 16
+    none = saved_bytes(model(0.0))
+    assert both - 16 * 7 * layers == none if dtype == torch.float32 else both < none
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
 def test_variants(options):
     model = paired(variant(**options))
