@@ -5,6 +5,7 @@ dropout hands its input on undropped, and the linear layer drops it. Outside of 
 alone, it drops as before. An input that was handed on and that the linear layer did not take raises an error.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .linear import dropout_linear
 from .modules import Dropout
 
 _HANDLES = "_fused_dropout_pairing"
+_STATE = ("_handover", "_dropped_by", "_fused_dropout_casts")
 
 
 class PairedDropout(Dropout):
@@ -69,8 +71,11 @@ def pairs_of(owner: Any) -> Iterator[Pair]:
                 continue
             linear = owner.lora_A[adapter] if adapter in owner.lora_A else None  # noqa: SIM401 (it has no get)
             why_not = _why_not(dropout, linear)
-            if adapter in owner.lora_variant:
-                why_not = f"{type(owner.lora_variant[adapter]).__name__} uses the dropped input in another way"
+            variants = getattr(owner, "lora_variant", None)
+            if variants is None:
+                why_not = "this version of PEFT does not tell variants such as DoRA from plain adapters"
+            elif adapter in variants:
+                why_not = f"{_name_of(variants[adapter])} uses the dropped input in another way"
             elif not type(owner).forward.__module__.startswith("peft.") or "forward" in vars(owner):
                 why_not = "the layer's forward was replaced"
             yield Pair(f"lora_dropout.{adapter}", dropout, linear, why_not)
@@ -81,6 +86,10 @@ def pairs_of(owner: Any) -> Iterator[Pair]:
                 shared = sum(module is dropout or module is linear for module in modules) > 2
                 why_not = "a module stands there more than once" if shared else _why_not(dropout, linear)
                 yield Pair(name, dropout, linear, why_not)
+
+
+def _name_of(variant: Any) -> str:
+    return (variant if isinstance(variant, type) else type(variant)).__name__
 
 
 def _why_not(dropout: Any, linear: Any) -> str:
@@ -116,10 +125,14 @@ def unpair(owner: nn.Module) -> None:
     for handle in vars(owner).pop(_HANDLES, ()):
         handle.remove()
     for each in pairs_of(owner):
+        if each.linear is None:
+            continue
         if type(each.dropout) is PairedDropout:
             each.dropout.__class__ = Dropout  # type: ignore[assignment]
         if type(each.linear) is PairedLinear:
             each.linear.__class__ = nn.Linear  # type: ignore[assignment]
+        for module, name in itertools.product((owner, each.dropout, each.linear), _STATE):
+            vars(module).pop(name, None)
 
 
 def _paired(owner: nn.Module) -> list[Pair]:
