@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .linear import dropout_linear
 from .modules import Dropout
+from .torch_internals import has_hooks
 
 _HANDLES = "_fused_dropout_pairing"
 _STATE = ("_handover", "_dropped_by", "_fused_dropout_casts")
@@ -80,7 +81,8 @@ def pairs_of(owner: Any) -> Iterator[Pair]:
                 why_not = "the layer's forward was replaced"
             yield Pair(f"lora_dropout.{adapter}", dropout, linear, why_not)
     elif type(owner) is nn.Sequential:
-        names, modules = list(owner._modules), list(owner)
+        names = [name for name, _ in owner.named_modules(remove_duplicate=False) if name and "." not in name]
+        modules = list(owner)
         for name, dropout, linear in zip(names, modules, modules[1:], strict=False):
             if isinstance(dropout, nn.Dropout) and isinstance(linear, nn.Linear):
                 shared = sum(module is dropout or module is linear for module in modules) > 2
@@ -99,15 +101,9 @@ def _why_not(dropout: Any, linear: Any) -> str:
         return "the dropout works in place or has a noise_shape"
     if type(linear) not in (nn.Linear, PairedLinear) or "forward" in vars(linear):
         return f"{type(linear).__name__} is not nn.Linear with its own forward"
-    if _has_hooks(dropout) or _has_hooks(linear):
+    if has_hooks(dropout) or has_hooks(linear):
         return "hooks look at what is between the two"
     return ""
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def pair(owner: nn.Module) -> None:

@@ -114,3 +114,11 @@ def apply_without_functorch(function: type[torch.autograd.Function]) -> Any:
     call. Without the base class's ``apply`` the import of ``autograd`` fails."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether the module has hooks of its own, which see its input or output. Without a name the first call of a paired
+    layer raises AttributeError."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

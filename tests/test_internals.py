@@ -133,3 +133,14 @@ def test_apply_without_functorch():
     y = apply(x, 0.5, torch.zeros(2, dtype=torch.uint64), None, None)
     y.sum().backward()
     assert torch.equal(x.grad, y)
+
+
+def test_has_hooks():
+    registers = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+    for register in registers:
+        module = torch.nn.Linear(2, 2)
+        assert not internals.has_hooks(module)
+        handle = getattr(module, f"register_{register}")(lambda *_: None)
+        assert internals.has_hooks(module)
+        handle.remove()
+        assert not internals.has_hooks(module)
