@@ -174,6 +174,13 @@ def test_memory(workload):
     assert records["fd.Dropout", True].saved <= ours.saved
 
 
+def test_memory_of_lora():
+    """Paired with its linear layer, a dropout keeps its key and nothing else."""
+    saved = {r.module: r.saved for r in measure_memory("cpu", "Llama layer, LoRA") if not r.checkpointed}
+    assert saved["fd, paired"] == saved["p = 0"] + 7 * 16
+    assert saved["p = 0"] < saved["fd.Dropout"] < saved["nn.Dropout"]
+
+
 def test_models():
     records = speed.measure_model("cpu", "MLP 784-512-256-128-10", 0.1, compiled=False)
     assert [r.module for r in records] == ["nn.Dropout", "fd.Dropout", "p = 0"]

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .environment import search
-from .workloads import MEMORY_WORKLOADS, MODULES, P, swap
+from .workloads import MEMORY_WORKLOADS, MODULES, P, swap, swap_paired, without_dropout
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,17 @@ def _resident(name: str) -> int:
 
 def measure_memory(device: str, workload: str) -> list[Memory]:
     records = []
-    for (name, dropout), checkpointed in product(MODULES.items(), (False, True)):
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {"nn.Dropout": lambda model: model, "fd.Dropout": swap}
+    if "LoRA" in workload:
+        ways |= {"fd, paired": swap_paired, "p = 0": without_dropout}
+    for (name, way), checkpointed in product(ways.items(), (False, True)):
         model, x = MEMORY_WORKLOADS[workload]()
-        model, x = (model if dropout is nn.Dropout else swap(model)).to(device), x.to(device).requires_grad_()
+        model, x = way(model).to(device), x.to(device).requires_grad_()
         run = partial(checkpoint, model, x, use_reentrant=False) if checkpointed else partial(model, x)
         inputs = [x, *model.parameters()]
 
         def forward_backward(run: Callable[[], Tensor] = run, inputs: list[Tensor] = inputs) -> None:
-            torch.autograd.grad(run().sum(), inputs)
+            torch.autograd.grad(run().sum(), [t for t in inputs if t.requires_grad])
 
         forward_backward()  # allocates what stays
         saved = saved_bytes(run, inputs)

@@ -19,8 +19,8 @@ from ..modules import Dropout
 from ..testing.statistics import correlations
 from .tables import Record, describe, mebibytes
 
-TORCH, OURS, FLOOR = "#D55E00", "#0072B2", "#999999"
-COLOURS = {"nn.Dropout": TORCH, "fd.Dropout": OURS, "p = 0": FLOOR}
+TORCH, OURS, PAIRED, FLOOR = "#D55E00", "#0072B2", "#009E73", "#999999"
+COLOURS = {"nn.Dropout": TORCH, "fd.Dropout": OURS, "fd, paired": PAIRED, "p = 0": FLOOR}
 THEMES = {"light": ("#ffffff", "#222222"), "dark": ("#16181d", "#dddddd")}
 SIDE, LAGS = 96, 2**20
 
@@ -107,13 +107,15 @@ def plot_memory(result: Result, device: str) -> Figure | None:
     if not records:
         return None
     workloads = list(dict.fromkeys(r["workload"] for r in records))
-    figure, axes = _figure(2, 10, 1.0 + 0.8 * len(workloads))
+    names = [name for name in COLOURS if any(r["module"] == name for r in records)]
+    figure, axes = _figure(2, 10, 1.0 + 0.4 * len(names) * len(workloads))
     for axis, field, title in zip(axes, ("saved", "peak"), ("kept for backward", "peak of a step"), strict=True):
-        for i, name in enumerate(("nn.Dropout", "fd.Dropout")):
+        for i, name in enumerate(names):
             of = {r["workload"]: r[field] for r in records if r["module"] == name}
-            places = [j + (i - 0.5) * 0.38 for j in range(len(workloads))]
-            bars = axis.barh(places, [of[w] / 2**20 for w in workloads], 0.36, color=COLOURS[name], label=name)
-            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads], padding=3, fontsize=8)
+            places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, w in enumerate(workloads) if w in of]
+            heights = [of[w] / 2**20 for w in workloads if w in of]
+            bars = axis.barh(places, heights, 0.75 / len(names), color=COLOURS[name], label=name)
+            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads if w in of], padding=3, fontsize=8)
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.margins(x=0.25)

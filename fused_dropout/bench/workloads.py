@@ -7,8 +7,10 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..convert import convert
 from ..modules import Dropout
 
 P = 0.1
@@ -85,6 +87,40 @@ def encoder_layer(p: float = P) -> tuple[nn.Module, Tensor]:
     return nn.TransformerEncoderLayer(512, 8, dropout=p, batch_first=True), torch.randn(4, 256, 512)
 
 
+class Adapted(nn.Module):
+    """A frozen linear layer and a LoRA adapter of rank 8 beside it."""
+
+    def __init__(self, inputs: int, outputs: int, p: float) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs, bias=False).requires_grad_(False)
+        self.down, self.up = nn.Sequential(nn.Dropout(p), nn.Linear(inputs, 8, bias=False)), nn.Linear(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class AdaptedLayer(nn.Module):
+    """The seven adapted linear layers of a Llama layer, with torch's fused attention."""
+
+    def __init__(self, width: int, heads: int, intermediate: int, p: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (Adapted(width, width, p) for _ in range(4))
+        self.gate, self.up, self.down = (
+            Adapted(*sizes, p) for sizes in ((width, intermediate), (width, intermediate), (intermediate, width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def lora_layer(p: float = P) -> tuple[nn.Module, Tensor]:
+    """A Llama layer with LoRA on its seven linear layers: width 512, intermediate 1,376, one sequence of 2,048."""
+    return AdaptedLayer(512, 8, 1376, p), torch.randn(1, 2048, 512)
+
+
 def lstm(p: float = P) -> tuple[nn.Module, Tensor]:
     """Two LSTM layers of width 256; 32 sequences of 64."""
     return Recurrent(256, p), torch.randn(32, 64, 256)
@@ -107,6 +143,7 @@ MEMORY_WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
     ),
     "TransformerEncoderLayer": encoder_layer,
     "GPT-2 small block": gpt2_block,
+    "Llama layer, LoRA": lora_layer,
 }
 
 
@@ -116,6 +153,11 @@ def swap(model: nn.Module) -> nn.Module:
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
     return model
+
+
+def swap_paired(model: nn.Module) -> nn.Module:
+    """The same, and each dropout is one with the linear layer right after it."""
+    return convert(model, pair_linears=True)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
