@@ -80,7 +80,7 @@ def pairs_of(owner: Any) -> Iterator[Pair]:
             elif not type(owner).forward.__module__.startswith("peft.") or "forward" in vars(owner):
                 why_not = "the layer's forward was replaced"
             yield Pair(f"lora_dropout.{adapter}", dropout, linear, why_not)
-    elif type(owner) is nn.Sequential:
+    elif isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
         names = [name for name, _ in owner.named_modules(remove_duplicate=False) if name and "." not in name]
         modules = list(owner)
         for name, dropout, linear in zip(names, modules, modules[1:], strict=False):

@@ -108,6 +108,41 @@ def test_gradient_is_the_mean_over_ranks(workers, wrap, how, checkpointed):
         torch.testing.assert_close(got, want)
 
 
+class Paired(nn.Module):
+    """Each block drops before a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (
+            nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 16)) for _ in range(2)
+        )
+        self.last = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x)))
+
+
+def paired_gradient(rank, wrap, pair_linears):
+    torch.manual_seed(0)
+    model = fd.convert(Paired(), pair_linears=pair_linears)
+    if wrap:
+        model = WRAPS[wrap](model)
+    paired = len(fd.convert_report(model).paired)
+    torch.manual_seed(rank)
+    backward(model, rank)
+    return gradients(model), paired
+
+
+@for_wraps
+def test_paired_gradient_is_the_mean_over_ranks(workers, wrap):
+    """A dropout and the linear layer after it as one, whose weight is there in forward and in backward only."""
+    alone = [paired_gradient(rank, None, False)[0] for rank in range(WORLD)]
+    want = [sum(grads) / WORLD for grads in zip(*alone, strict=True)]
+    for got, paired in workers(paired_gradient, wrap, True):
+        assert paired == 2
+        torch.testing.assert_close(got, want)
+
+
 def train(rank, wrap, how):
     model = made()
     with fd.patched() if how == "patch" else contextlib.nullcontext():

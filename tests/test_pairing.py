@@ -119,9 +119,6 @@ def test_nothing_is_lost_silently():
 
 
 def test_an_output_that_goes_elsewhere():
-    class Owner(nn.Sequential):
-        pass
-
     net = paired()
     fused = net[2]
 
