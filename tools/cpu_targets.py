@@ -98,6 +98,19 @@ def threads(log2: int, *counts: int) -> list[Contender]:
     return [Contender(call, prepare=partial(prepare, count)) for count in counts]
 
 
+def before_linear(batch: int, inputs: int, outputs: int, dtype: str = "float32") -> list[Contender]:
+    """Forward and backward of a dropout and a linear layer, as one and as torch's two."""
+    of_type = {"dtype": getattr(torch, dtype)}
+    x = torch.randn(batch, inputs, **of_type).requires_grad_()
+    pair = nn.Sequential(nn.Dropout(P), nn.Linear(inputs, outputs, **of_type))
+
+    def step(model: nn.Module) -> None:
+        y = model(x)
+        torch.autograd.grad(y, (x, *model.parameters()), torch.ones_like(y))
+
+    return [Contender(partial(step, model)) for model in (fd.DropoutLinear(inputs, outputs, p=P, **of_type), pair)]
+
+
 def training_step(*sizes: int) -> list[Contender]:
     images, labels = torch.randn(128, sizes[0]), torch.randint(sizes[-1], (128,))
 
@@ -138,6 +151,11 @@ SLICES = [partial(rows_or_dense, length) for length in (512, 64, 32)]
 CHANNELS = [partial(channels, 32, 64, n, n, **more) for n in (7, 56) for more in ({}, {"dtype": "bfloat16"})]
 CHANNELS += [partial(channels, 32, 64, 56, 56, **more) for more in ({"inplace": True}, {"last": True})]
 SIZES = [partial(in_place_sizes, 12, 26)]
+LINEARS = [
+    partial(before_linear, 1024, 1024, 16),
+    partial(before_linear, 1024, 1024, 16, dtype="bfloat16"),
+    partial(before_linear, 4, 16, 16),
+]
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
 AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
 PYTHON, NO_EAGER = {"FUSED_DROPOUT_BACKEND": "python"}, {HIDE_EAGER: "1"}
@@ -165,6 +183,14 @@ ROWS = (
         CHANNELS,
     ),
     Row("rows", "2^20 floats, rows of 512, 64, 32 of a wider tensor", "as many, dense", "<=", (1.25, 1.5, 2), SLICES),
+    Row(
+        "linear",
+        "dropout and a linear layer, 1,024 x 1,024 to 16 as float32, bfloat16; 4 x 16 to 16: forward + backward",
+        "nn.Dropout, nn.Linear",
+        "<=",
+        (0.5, 0.5, 1.0),
+        LINEARS,
+    ),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )
 
