@@ -1,5 +1,5 @@
-// A chunk of 256 elements, which a warp moves: in vectors of which each lane decides on its own, or in accesses of any
-// width. Neighbouring lanes always move what lies side by side, so that a request of the warp touches whole sectors.
+// How a warp moves a chunk of 256 elements: whole chunks in the widest vectors, others in accesses of any width.
+// Neighbouring lanes move neighbouring vectors, so that a request of the warp touches whole sectors of memory only.
 #pragma once
 
 #include "mask.h"
@@ -83,8 +83,7 @@ __device__ __forceinline__ void store(ulonglong4_32a* at, ulonglong4_32a v) {
 }
 #endif
 
-// The widest vectors of a block, one or more. In a chunk a lane moves as many. Neighbouring lanes move neighbouring
-// vectors, so that a request of the warp touches whole sectors of memory only.
+// A block consists of one or more of the widest vectors. Each lane moves that number of vectors in a chunk.
 template <typename T>
 constexpr int kVectorBytes = kBlock * sizeof(T) < kWidestAccess ? kBlock * sizeof(T) : kWidestAccess;
 template <typename T>
@@ -96,8 +95,8 @@ __device__ __forceinline__ T uniform(T value) {
   return __shfl_sync(~0u, value, 0);
 }
 
-// What decides on the vectors that a lane moves in a chunk. Its vector number j, which is the chunk's vector
-// j * kWarp + lane, has the words from j * 4 / n on; all[j] is the XOR of that block's four words.
+// The random words for the n vectors that a lane moves in a chunk. Its vector j is the chunk's vector j * kWarp + lane.
+// Vector j uses the words from j * 4 / n on; all[j] is the XOR of the four words of its block.
 template <int n>
 struct LaneWords {
   Words words;
@@ -133,7 +132,8 @@ __device__ __forceinline__ LaneWords<n> exchange(Words words, int lane) {
   return mine;
 }
 
-// Whole chunks that are as far apart in memory, at this lane's first vector: all are loaded before the first is stored.
+// Drops in whole chunks, `apart` elements from each other. x and y: the lane's first vector. Loads all before it
+// stores.
 template <int chunks, typename Op, typename T, int n>
 __device__ __forceinline__ void apply_to_chunks(const T* x, T* y, uint64_t apart, const LaneWords<n> (&words)[chunks],
                                                 uint64_t threshold, const Op& op) {
@@ -162,7 +162,8 @@ __device__ __forceinline__ void apply_to_chunks(const T* x, T* y, uint64_t apart
   }
 }
 
-// Calls f with the widest access from `bytes` down to `least` that the address, or the OR of several, allows.
+// Calls f with the width of the widest access that the address allows, from `bytes` down to `least`. For several
+// addresses, give their OR.
 template <int bytes, int least, typename F>
 __device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
   if constexpr (bytes > least) {
@@ -171,16 +172,16 @@ __device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
   f(std::integral_constant<int, bytes>{});
 }
 
-// Where an element of a chunk is in x and in y, if it is to be moved.
+// Where an element of a chunk is in x and in y. It is moved only if it is inside.
 template <typename Index>
 struct Moved {
   bool inside;
   Index x, y;
 };
 
-// A chunk in accesses of any width. A lane's accesses begin at the chunk's element `first` and then every `step`; those
-// of neighbouring lanes lie side by side. Bit i of kept decides on element i of the lane's eight. where(element) says
-// where an access begins. x may be y: all is loaded before the first is stored.
+// Drops in a chunk, in accesses of a given width. A lane's first access begins at the chunk's element `first`, and each
+// further one `step` elements later. Bit i of a lane's kept decides on element 8 * lane + i. where(element) gives the
+// memory of an access. x may be y: loads all before it stores.
 template <int bytes, typename Op, typename T, typename Where>
 __device__ __forceinline__ void move_chunk(const T* x, T* y, uint32_t first, uint32_t step, uint32_t kept, const Op& op,
                                            const Where& where) {

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Thread blocks that a multiprocessor has to be able to hold. This limits the registers of a thread to 40 on Ampere and
-// Hopper. Elsewhere so few would not do.
+// How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40
+// registers. Elsewhere the compiler would spill with so few.
 template <typename T>
 constexpr int resident_blocks_of() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
@@ -42,7 +42,7 @@ __device__ __forceinline__ Key key_of(const KeySource& source) {
   return source.drawn ? draw_key(source.generator, 0) : source.value;
 }
 
-// At the end of a kernel, where no shuffle waits for the one thread that does it.
+// Called at the end of a kernel: a single thread stores, and no shuffle comes after it.
 __device__ __forceinline__ void store_drawn_key(const KeySource& source) {
   if (source.drawn && blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y == 0) {
     *source.drawn = draw_key(source.generator, 0);
@@ -234,12 +234,12 @@ __device__ __forceinline__ uint32_t kept_bits(const Window<Index>& window, Index
   }
 }
 
-// Accesses of the kernel below where eight elements that follow each other in the order of the dimensions do not lie
-// together: neighbouring lanes take neighbouring elements, or each lane takes its own eight.
+// How window_kernel moves elements if groups of eight do not lie together: neighbouring lanes move neighbouring
+// elements, or each lane moves its own eight.
 constexpr int kElementByElement = 0, kEightByEight = -1;
 
-// Any window. A lane draws for eight elements that follow each other in the order of the dimensions: mostly one block.
-// access: the bytes of the widest access if such eights lie together in x and in y, or one of the constants above.
+// Serves any window. Each lane draws for eight consecutive elements in the order of the dimensions: mostly one block.
+// access: the bytes of the widest access if such eights lie together in x and in y, else one of the constants above.
 template <typename Op, typename Index>
 __global__ void __launch_bounds__(kThreads)
     window_kernel(const typename Op::Element* x, typename Op::Element* y, Index numel, Window<Index> window,

@@ -119,8 +119,8 @@ void launch_rows(const KernelArgs& args, const Rows& rows, const LaunchParams<Op
   }
 }
 
-// The bytes of the widest access that each eight elements allow that follow each other, on this side (x or y). 0 if
-// they do not lie together.
+// Takes the elements of one side (x or y) in groups of eight, in the order of the dimensions. Returns the bytes of the
+// widest access that all groups allow, or 0 if the elements of a group do not lie together.
 template <typename T>
 int access_of_eights(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
   int64_t together = 1;
@@ -211,8 +211,8 @@ void launch(const KernelArgs& args, const KeySource& source, Op op) {
   const torch::stable::accelerator::DeviceGuard guard(args.device);
   const LaunchParams<Op> params{source, threshold(args.p), op};
   if (const auto rows = as_rows(args.dims)) {
-    // A row shorter than a chunk would leave lanes of dropout_kernel idle. Rows that begin inside a block have no
-    // common alignment with the blocks. Where memory itself has one, window_kernel still moves wide vectors.
+    // window_kernel serves rows shorter than a chunk, which would leave lanes of dropout_kernel idle. It also serves
+    // rows that begin inside a block if their memory is aligned: dropout_kernel would move them in narrow accesses.
     const bool whole_blocks = rows->length % kBlock == 0 && rows->index % kBlock == 0;
     const bool by_rows = rows->length >= kChunk && (whole_blocks || access_of_eights<T>(args) < kVectorBytes<T>);
     if (rows->count == 1 || by_rows) return launch_rows(args, *rows, params);
@@ -251,8 +251,8 @@ CapturedGenerator captured_generator(int64_t seed, int64_t offset, int64_t intra
   return {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), static_cast<uint64_t>(intragraph)};
 }
 
-// apply, or apply_ if y is x, under graph capture: in each replay the kernel itself takes the next key of the
-// generator, and stores it in `key` for backward. y: like x, in size, dtype and layout.
+// apply under graph capture, or apply_ if y is x. At each replay the kernel draws the next key of the generator and
+// stores it in `key` for backward. y has the size and dtype of x.
 void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& key, const Strides& index_strides,
                     std::optional<double> scale, int64_t seed, int64_t offset, int64_t intragraph) {
   check_dtype(x.scalar_type());

@@ -61,7 +61,8 @@ FUSED_DROPOUT_HOST_DEVICE bool keep(uint32_t draw, uint32_t tie, uint64_t thresh
   return (static_cast<uint64_t>(draw) << 32 | tie) < threshold;
 }
 
-// The draw of a slot (an element's index modulo 8), which is half of a word. Odd slots have the upper half.
+// The 16-bit draw of a slot (an element's index modulo 8). Even slots take the lower half of a word, odd slots the
+// upper.
 FUSED_DROPOUT_HOST_DEVICE uint32_t draw_of(uint32_t word, int slot) {
   return slot % 2 ? word >> 16 : word & 0xFFFF;
 }

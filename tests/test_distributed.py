@@ -135,7 +135,7 @@ def paired_gradient(rank, wrap, pair_linears):
 
 @for_wraps
 def test_paired_gradient_is_the_mean_over_ranks(workers, wrap):
-    """A dropout and the linear layer after it as one, whose weight is there in forward and in backward only."""
+    """A paired dropout and linear layer. FSDP2 frees the layer's weight between forward and backward."""
     alone = [paired_gradient(rank, None, False)[0] for rank in range(WORLD)]
     want = [sum(grads) / WORLD for grads in zip(*alone, strict=True)]
     for got, paired in workers(paired_gradient, wrap, True):

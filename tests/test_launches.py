@@ -77,8 +77,8 @@ def bytes_by_width(rows, start, size, sides):
 
 
 def assert_one_pass(rows, start, size, kept, y, x=None):
-    """All of y is stored once, all of x is read at most once and once where kept, in the widest accesses that are
-    allowed; nothing else is touched. y and x: a pointer and the Buffer that it points into."""
+    """Each element of y is stored once. Each element of x is read once at most, and once where it is kept. Accesses are
+    as wide as the addresses allow. Nothing else is touched. y and x: a pointer and the Buffer that it points into."""
     sides = [("st", *y, rows.y)] + ([("ld", *x, rows.x)] if x else [])
     moved = bytes_by_width(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
     for kind, pointer, buffer, stride in sides:

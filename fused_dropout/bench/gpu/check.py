@@ -88,7 +88,7 @@ def sanitize(quick: bool, deadline: float) -> Iterator[Recorded]:
         if tool is None or seconds < _LEAST:
             yield Check(f"compute-sanitizer {name}", "skipped", "not on PATH" if tool is None else "no time left")
             continue
-        # Kernels of torch are not checked: that would take most of the time. The filter is for the mangled name.
+        # Only our kernels are checked, since torch's would take most of the time. The filter looks at mangled names.
         options = ["--tool", name, "--error-exitcode", "99", "--show-backtrace", "no"]
         options += ["--kernel-name", "kernel_substring=fused_dropout"]
         try:
