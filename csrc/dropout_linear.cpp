@@ -58,8 +58,7 @@ struct DropoutLinear : torch::autograd::Function<DropoutLinear> {
     Tensor dx, dbias;
     if (weight.defined()) {
       dx = gradient_of_first(rows, weight.to(dtype).t(), is_column_major(dropped)).view(x.sizes());
-      const bool plain = takes_fast_path(dx) && !(at::GradMode::is_enabled() && dx.requires_grad());
-      dx = (plain ? run_kernel(dx, mask, true) : apply_to_gradient(dx, mask)).to(x.scalar_type());
+      dx = apply_to_gradient(dx, mask, true).to(x.scalar_type());
     }
     if (const auto found = data.find("bias_dtype"); found != data.end() && ctx->needs_input_grad(2)) {
       const Tensor& terms = gradient.dim() == 3 ? rows : gradient;
@@ -74,8 +73,7 @@ struct DropoutLinear : torch::autograd::Function<DropoutLinear> {
 
 std::optional<Tensor> dropout_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double p,
                                      const std::optional<at::Generator>& generator, const std::optional<Tensor>& key) {
-  // Only the gradient of the weight needs the dropped copy. Layouts that torch does not take as a matrix are left to
-  // it.
+  // Only the gradient of the weight needs the dropped copy. The two calls serve layouts that are no matrix for torch.
   if (!at::GradMode::is_enabled() || !takes_fast_path(x) || !takes_fast_path(weight) || !weight.requires_grad() ||
       x.dim() < 2 || weight.dim() != 2 || x.numel() == 0 || x.size(-1) != weight.size(1) || p == 1 ||
       x.device() != weight.device() || !(x.is_contiguous() || x.dim() == 2)) {

@@ -318,10 +318,10 @@ struct Dropout : torch::autograd::Function<Dropout> {
 
 }  // namespace
 
-Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask) {
+Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask, bool inplace) {
   if (!takes_fast_path(gradient)) return compose(gradient, mask);
   if (at::GradMode::is_enabled() && gradient.requires_grad()) return Dropout::apply(gradient, mask, false);
-  return run_kernel(gradient, mask, false);
+  return run_kernel(gradient, mask, inplace);
 }
 
 namespace {

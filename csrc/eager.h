@@ -36,9 +36,9 @@ void set_key(Mask& mask, const Tensor& x, const std::optional<at::Generator>& ge
 // Straight to the kernel, past autograd: x takes the fast path. Returns x if it works in place.
 Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace);
 
-// The mask on a gradient, with derivatives of its own. The mask's index strides are set if the gradient does not take
-// the fast path.
-Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask);
+// Applies the mask to a gradient, with derivatives of its own. The mask's index strides have to be set if the gradient
+// does not take the fast path. inplace: the gradient may be overwritten.
+Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask, bool inplace = false);
 
 // The key for backward: forward's, except on a device, where its value is read when a graph is replayed. Warns if a
 // checkpoint saved another one.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import modules
-from .pairing import PairedDropout, PairedLinear, is_lora_layer, pair, pairs_of, unpair
+from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -115,20 +115,21 @@ def convert_report(model: nn.Module) -> ConvertReport:
         fused={name: repr(module) for name, module in _swappable(model, _to_originals())},
         torch={name: repr(module) for name, module in _swappable(model, table)},
         left={name: reason for name, reason in reasons.items() if reason is not None},
-        paired={name: why_not for name, why_not, paired in _pairs(model) if paired},
-        unpaired={name: why_not for name, why_not, paired in _pairs(model) if why_not and not paired},
+        **_report_pairs(model),
     )
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
-    """Each dropout that stands before a linear layer: its name, a remark, and whether they are paired."""
+def _report_pairs(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The fields ``paired`` and ``unpaired`` of a report."""
+    paired, unpaired = {}, {}
     for owner_name, owner in model.named_modules():
         for each in pairs_of(owner):
             name = f"{owner_name}.{each.name}".lstrip(".")
-            if type(each.dropout) is PairedDropout and type(each.linear) is PairedLinear and not each.why_not:
-                yield name, f"before {each.linear}", True
+            if each.is_paired:
+                paired[name] = f"before {each.linear}"
             elif is_lora_layer(owner):
-                yield name, each.why_not or "fd.convert(model, lora=True) pairs it with lora_A", False
+                unpaired[name] = each.why_not or "fd.convert(model, lora=True) pairs it with lora_A"
+    return {"paired": paired, "unpaired": unpaired}
 
 
 def convert(model: _Model, dry_run: bool = False, *, lora: bool = False, pair_linears: bool = False) -> _Model:

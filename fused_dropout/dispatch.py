@@ -51,15 +51,15 @@ def drop(
     if x.is_cuda:
         operators.settle_cuda(x.device)
     compiling = is_compiling()
-    if known_zero(x.numel()) if compiling else x.numel() == 0:
+    if is_empty(x):
         return x
     p, given = float(p), key
     randomness = functorch_randomness()
     watched = randomness is not None or is_watched() or (compiling and is_recorded())
-    if key is None:
-        key = keys.no_key() if p == 1 else keys.draw_key(x.device, generator, randomness, compiling or watched)
-    elif x.requires_grad and not (compiling or watched):
-        key = key.clone()  # nothing that happens to the caller's key later changes the gradient
+    if key is None and p == 1:
+        key = keys.no_key()
+    else:
+        key = key_of_call(x.device, generator, key, randomness, compiling or watched, x.requires_grad)
     if inplace:
         _check_no_overlap(x)
     if not watched and (type(x) is Tensor or type(x) is Parameter):
@@ -70,7 +70,8 @@ def drop(
         output = autograd.apply_plain(x, p, key, index_strides, scale)
     else:
         try:
-            # AOTAutograd makes an aten.copy of copy_, which has no forward-mode derivative.
+            # Compiled code must not call copy_: AOTAutograd turns it into aten.copy, which has no forward-mode
+            # derivative.
             output = autograd.compose(x, p, key, index_strides, scale, inplace and compiling)
         except NotImplementedError:
             if not wraps_tensors(x):
@@ -78,6 +79,29 @@ def drop(
             _refuse_for_torch(x, False, generator, given)
             return None  # a subclass without a rule for the composition
     return x.copy_(output) if inplace and output is not x else output
+
+
+def is_empty(x: Tensor) -> bool:
+    """Whether x has no elements, as far as a compiler knows."""
+    return known_zero(x.numel()) if is_compiling() else x.numel() == 0
+
+
+def key_of_call(
+    device: torch.device,
+    generator: Generator | None,
+    key: Tensor | None,
+    randomness: str | None,
+    watched: bool,
+    recorded: bool,
+) -> Tensor:
+    """The key that a call uses: a fresh one (``keys.draw_key``), or the given one.
+
+    recorded: whether autograd keeps the key. It then keeps a copy, so that later changes to the caller's key do not
+    change the gradient.
+    """
+    if key is None:
+        return keys.draw_key(device, generator, randomness, watched)
+    return key.clone() if recorded and not watched else key
 
 
 def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None) -> bool:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.nn.parameter import Parameter
 
-from . import autograd, dispatch, keys, native, operators, reference
+from . import autograd, dispatch, native, operators, reference
 from .functional import check_key, dropout, out_of_range
-from .torch_internals import apply_without_functorch, is_compiling, is_recorded, known_zero
+from .torch_internals import apply_without_functorch, is_compiling, is_recorded
 
-_PLAIN = (Tensor, Parameter)
 _eager_dropout_linear = native.eager.dropout_linear if native.eager else None
 
 
@@ -78,18 +76,16 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> torch.dtype | None:
     """The dtype of a product whose backward may make the dropped copy again; None where the two calls have to serve."""
-    compiling = is_compiling()
-    if not torch.is_grad_enabled() or p == 1 or not all(type(t) in _PLAIN for t in (x, weight)):
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if not torch.is_grad_enabled() or p == 1 or any(map(autograd.must_compose, tensors)):
         return None
     if not weight.requires_grad or x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return None
     if x.device != weight.device or not (x.is_contiguous() or x.dim() == 2) or is_recorded():
         return None
-    if not dispatch.is_covered(x) or not dispatch.is_covered(weight) or autograd.must_compose(x):
+    if not dispatch.is_covered(x) or not dispatch.is_covered(weight) or dispatch.is_empty(x):
         return None
-    if known_zero(x.numel()) if compiling else x.numel() == 0:
-        return None
-    if bias is not None and (type(bias) not in _PLAIN or bias.dim() != 1 or bias.dtype != weight.dtype):
+    if bias is not None and (bias.dim() != 1 or bias.dtype != weight.dtype):
         return None
     if not torch.is_autocast_enabled(x.device.type):
         return weight.dtype
@@ -149,15 +145,11 @@ def dropout_linear(
             if output is not None:
                 return output
         if dtype := _product_dtype(input, weight, bias, p):
-            compiling = is_compiling()
             if input.is_cuda:
                 operators.settle_cuda(input.device)
-            if key is None:
-                key = keys.draw_key(input.device, generator, None, compiling)
-            elif not compiling:
-                key = key.clone()  # nothing that happens to the caller's key later changes the gradient
-            apply = _DropoutLinear.apply if compiling else _apply_eager
-            return apply(input, weight, bias, float(p), key, dtype)
+            own = dispatch.key_of_call(input.device, generator, key, None, is_compiling(), recorded=True)
+            apply = _DropoutLinear.apply if is_compiling() else _apply_eager
+            return apply(input, weight, bias, float(p), own, dtype)
     if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
         input = input.to(weight.dtype)
     return F.linear(dropout(input, p, training, generator=generator, key=key), weight, bias)

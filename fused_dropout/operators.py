@@ -35,7 +35,8 @@ _SCHEMAS = {
     f"apply.any_{FORM}(Tensor x, Tensor threshold, Tensor? scale, Tensor key, Tensor[] window, bool fits) -> Tensor": (
         torch.Tag.flexible_layout,
     ),
-    # x, once the gradient is known. Without it a compiled forward would make of x, and save, what only backward needs.
+    # Returns x, and depends on the gradient: a compiler then computes in backward what backward makes of x. Without it
+    # forward would compute and save that.
     f"after.{FORM}(Tensor x, Tensor gradient) -> Tensor": (torch.Tag.flexible_layout,),
     # Partitioner and checkpointing replay random state only around operators with this tag, and look for the device
     # among the keyword arguments.
@@ -90,7 +91,7 @@ def _fake_apply_any(x: Tensor, threshold: Tensor, scale: Tensor | None, *_: Any)
 
 
 def _after(x: Tensor, gradient: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return _fake_after(x, gradient).copy_(x)
 
 
 def _fake_after(x: Tensor, gradient: Tensor) -> Tensor:

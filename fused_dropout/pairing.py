@@ -58,6 +58,11 @@ class Pair(NamedTuple):
     linear: Any
     why_not: str
 
+    @property
+    def is_paired(self) -> bool:
+        """False again if something since ``pair`` speaks against it, such as a variant of the adapter."""
+        return not self.why_not and (type(self.dropout), type(self.linear)) == (PairedDropout, PairedLinear)
+
 
 def is_lora_layer(module: nn.Module) -> bool:
     layer = getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
@@ -131,16 +136,10 @@ def unpair(owner: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-def _paired(owner: nn.Module) -> list[Pair]:
-    """Those of an owner's pairs that still are: an adapter may have become a variant since."""
-    classes = (PairedDropout, PairedLinear)
-    return [p for p in pairs_of(owner) if not p.why_not and (type(p.dropout), type(p.linear)) == classes]
-
-
 def _begin(owner: Any, _inputs: Any) -> None:
     if not owner.training:
         return
-    pairs = _paired(owner)
+    pairs = [each for each in pairs_of(owner) if each.is_paired]
     for each in pairs:
         # At each call, since replicas of the owner have modules of their own.
         each.dropout._handover = each.linear._handover = []

@@ -67,12 +67,16 @@ def assert_same_bits(got, want):
     assert torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
-def assert_same_runs(x, weight, bias, call=None, **options):
-    got = run(call or (lambda *t, **source: fd.dropout_linear(*t, P, **source)), x, weight, bias, **options)
-    want = run(two_calls, x, weight, bias, **options)
-    for ours, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert_same_bits(ours, theirs)
-    return got
+def ours(*tensors, **source):
+    return fd.dropout_linear(*tensors, P, **source)
+
+
+def assert_same_runs(tensors, ours=ours, theirs=two_calls, **options):
+    """Returns the result and the gradients."""
+    got, want = (run(call, *tensors, **options) for call in (ours, theirs))
+    for x, y in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+        assert_same_bits(x, y)
+    return got[0], *got[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,22 +90,22 @@ def test_same_bits(path, inputs, weights, dtype):
         (None, torch.randn(OUT, dtype=dtype)), itertools.product((False, True), repeat=3)
     ):
         for expanded in (False, True):
-            assert_same_runs(x, weight, bias, of=of, expanded=expanded)
+            assert_same_runs((x, weight, bias), of=of, expanded=expanded)
 
 
 @pytest.mark.parametrize("source", ["default", "generator", "key"])
 def test_same_draws(path, source):
     """The same mask, and the generator is left where the two calls leave it."""
     states = []
-    for call in (lambda *t, **source: fd.dropout_linear(*t, P, **source), two_calls):
+    for call in (ours, two_calls):
         torch.manual_seed(5)
         generator = torch.Generator().manual_seed(8)
         given = {"default": {}, "generator": {"generator": generator}, "key": {"key": key_tensor(*KEY)}}[source]
         layer = nn.Linear(IN, OUT)
         y = call(torch.ones(4, IN), layer.weight, layer.bias, **given)
         states.append((y.detach(), torch.get_rng_state(), generator.get_state()))
-    for ours, theirs in zip(*states, strict=True):
-        assert torch.equal(ours, theirs)
+    for x, y in zip(*states, strict=True):
+        assert torch.equal(x, y)
 
 
 def tensors(x_dtype=torch.float32, dtype=torch.float32):
@@ -112,26 +116,13 @@ def tensors(x_dtype=torch.float32, dtype=torch.float32):
 
 @pytest.mark.parametrize(("x_dtype", "dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
 def test_input_of_another_dtype_is_cast(path, x_dtype, dtype):
-    torch.manual_seed(1)
-    x, weight, bias = (
-        torch.randn(3, 5, IN, dtype=x_dtype),
-        torch.randn(OUT, IN, dtype=dtype),
-        torch.randn(OUT, dtype=dtype),
-    )
-    _, (dx, *_), _ = assert_same_runs(x, weight, bias)
+    _, dx, *_ = assert_same_runs(tensors(x_dtype, dtype))
     assert dx.dtype == x_dtype
 
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast(path, x_dtype, dtype):
-    torch.manual_seed(1)
-    x, weight, bias = (
-        torch.randn(3, 5, IN, dtype=x_dtype),
-        torch.randn(OUT, IN, dtype=dtype),
-        torch.randn(OUT, dtype=dtype),
-    )
-
     def under(call):
         def called(*t, **source):
             with torch.autocast("cpu", torch.bfloat16):
@@ -139,20 +130,13 @@ def test_autocast(path, x_dtype, dtype):
 
         return called
 
-    got = run(under(lambda *t: fd.dropout_linear(*t, P)), x, weight, bias)
-    want = run(under(lambda x, *t: F.linear(fd.dropout(x, P), *t)), x, weight, bias)
-    for ours, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert_same_bits(ours, theirs)
+    assert_same_runs(tensors(x_dtype, dtype), under(ours), under(lambda x, *t: F.linear(fd.dropout(x, P), *t)))
 
 
 @pytest.mark.parametrize("options", [{"training": False}, {"p": 0.0}, {"p": 1.0}, {"p": 1e-300}])
 def test_the_ends_of_p(path, options):
-    x, weight, bias = tensors()
     options = {"p": P} | options
-    got = run(lambda *t: fd.dropout_linear(*t, **options), x, weight, bias)
-    want = run(lambda *t: two_calls(*t, **options), x, weight, bias)
-    for ours, theirs in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert_same_bits(ours, theirs)
+    assert_same_runs(tensors(), partial(fd.dropout_linear, **options), partial(two_calls, **options))
 
 
 def saved(call, *tensors):
