@@ -18,6 +18,7 @@ from .functional import (
 from .keys import fold_in, key, split
 from .linear import DropoutLinear, dropout_linear
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
+from .neighbours import DropoutAdd, ReLUDropout, dropout_add, relu_dropout
 from .patching import patch, patched, unpatch
 from .uncertainty import mc_dropout, mc_predict
 
@@ -31,8 +32,10 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "DropoutLinear",
     "FeatureAlphaDropout",
+    "ReLUDropout",
     "alpha_dropout",
     "audit",
     "backend_info",
@@ -43,6 +46,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "dropout_linear",
     "feature_alpha_dropout",
     "fold_in",
@@ -52,6 +56,7 @@ __all__ = [
     "mc_predict",
     "patch",
     "patched",
+    "relu_dropout",
     "revert",
     "split",
     "unpatch",

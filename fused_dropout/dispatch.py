@@ -61,9 +61,9 @@ def drop(
     else:
         key = key_of_call(x.device, generator, key, randomness, compiling or watched, x.requires_grad)
     if inplace:
-        _check_no_overlap(x)
+        check_no_overlap(x)
     if not watched and (type(x) is Tensor or type(x) is Parameter):
-        if inplace and not compiling and not _needs_copy(x):
+        if inplace and not compiling and not needs_copy(x):
             operators.apply_(x, p, key, 0, index_strides, scale)
             torch.autograd.graph.increment_version(x)
             return x
@@ -134,13 +134,13 @@ def _is_distributed(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def _needs_copy(x: Tensor) -> bool:
+def needs_copy(x: Tensor) -> bool:
     """Whether copy_ has to write to x: it keeps autograd's rules for in-place changes, raises torch's own errors, and
     knows negated views (``z.conj().imag``)."""
     return x.is_inference() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled())
 
 
-def _check_no_overlap(x: Tensor) -> None:
+def check_no_overlap(x: Tensor) -> None:
     """Refuses to write to memory that several elements share, as torch does where it can tell cheaply."""
     span = 1
     for d in reference.order_by_stride(x)[::-1]:

@@ -85,14 +85,14 @@ def dropout(
         check_key(key, input, generator)
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
-    strides = None if noise_shape is None else _noise_strides(noise_shape, input)
+    strides = None if noise_shape is None else noise_strides(noise_shape, input)
     output = drop(input, p, inplace, generator, key, strides)
     if output is not None:
         return output
     return _torch_dropout(input, p, training, inplace) if strides is None else _noisy(input, p, inplace, strides)
 
 
-def _noise_strides(noise_shape: Sequence[int | None], x: Tensor) -> list[int]:
+def noise_strides(noise_shape: Sequence[int | None], x: Tensor) -> list[int]:
     """The index strides of a mask of this shape, numbered row-major, and 0 where it is broadcast.
 
     Raises:

@@ -23,7 +23,7 @@ from torch.fx import Proxy, Tracer
 from . import functional
 
 
-class _Keyed(nn.Module):
+class Keyed(nn.Module):
     """generator and key; class attributes, so that a module of torch's can become one of these by an assignment to its
     ``__class__``."""
 
@@ -64,7 +64,7 @@ def _repr(value: object) -> str:
     return f"Generator({value.device})" if isinstance(value, Generator) else repr(value)
 
 
-class _Fused(_Keyed, nn.modules.dropout._DropoutNd):
+class _Fused(Keyed, nn.modules.dropout._DropoutNd):
     """The arguments of torch's dropout modules, and a generator and a key."""
 
     def __init__(
@@ -258,7 +258,7 @@ class FeatureAlphaDropout(_Fused, nn.FeatureAlphaDropout):
         return functional.feature_alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
-class DropPath(_Keyed):
+class DropPath(Keyed):
     r"""Stochastic depth: sets whole samples to zero with probability ``drop_prob`` in training.
 
     timm's module of this name, with its arguments and attributes; calls :func:`fused_dropout.drop_path`.

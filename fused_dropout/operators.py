@@ -25,6 +25,15 @@ _SCHEMAS = {
     f"apply(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
     f"apply_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
     f"keep_mask(Tensor x, {_WINDOW}) -> Tensor": (torch.Tag.needs_exact_strides,),
+    f"dropout_add(Tensor x, Tensor residual, Tensor? bias, {_WINDOW}, float? scale=None) -> Tensor": (
+        torch.Tag.needs_exact_strides,
+    ),
+    f"dropout_add_(Tensor(a!) x, Tensor residual, Tensor? bias, {_WINDOW}, float? scale=None) -> ()": (
+        torch.Tag.needs_exact_strides,
+    ),
+    f"relu_dropout(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
+    f"relu_dropout_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
+    "relu_dropout_backward(Tensor gradient, Tensor output, float scale) -> Tensor": (),
     # For Inductor, which expands it. With index strides given, the mask is the same whatever the layout of x becomes.
     f"apply.{FORM}(Tensor x, float p, Tensor key, SymInt start, SymInt[] index_strides, float? scale=None) -> Tensor": (
         torch.Tag.flexible_layout,
@@ -53,6 +62,11 @@ apply = torch.ops.fused_dropout.apply.default
 apply_expanded = getattr(torch.ops.fused_dropout.apply, FORM)
 apply_ = torch.ops.fused_dropout.apply_.default
 keep_mask = torch.ops.fused_dropout.keep_mask.default
+dropout_add = torch.ops.fused_dropout.dropout_add.default
+dropout_add_ = torch.ops.fused_dropout.dropout_add_.default
+relu_dropout = torch.ops.fused_dropout.relu_dropout.default
+relu_dropout_ = torch.ops.fused_dropout.relu_dropout_.default
+relu_dropout_backward = torch.ops.fused_dropout.relu_dropout_backward.default
 draw_keys = torch.ops.fused_dropout.draw_keys.default
 draw_keys_together = getattr(torch.ops.fused_dropout.draw_keys, FORM)
 apply_any = getattr(torch.ops.fused_dropout.apply, f"any_{FORM}")
@@ -103,6 +117,56 @@ def _not_compiled(*_: Any) -> Tensor:
     raise RuntimeError(inductor.problem or "torch.compile is switched off")
 
 
+def _dropout_add(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``residual + apply(x + bias)``. The mask is numbered by x, whatever layout the sum has."""
+    strides = reference.checked_strides(x, start, index_strides)
+    return residual + apply(x if bias is None else x + bias, p, key, start, strides, scale)
+
+
+def _relu_dropout(
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``apply(relu(x))``, with the mask numbered by x."""
+    return apply(torch.relu(x), p, key, start, reference.checked_strides(x, start, index_strides), scale)
+
+
+def _relu_dropout_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
+    """``gradient * scale``, and 0 where the output is 0 or less: a NaN there lets the gradient pass, as in torch."""
+    zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
+    return torch.where(output <= 0, zero, gradient * scale)
+
+
+def _written_to_x(function: Callable[..., Tensor]) -> Callable[..., None]:
+    def in_place(x: Tensor, *arguments: Any) -> None:
+        x.copy_(function(x, *arguments))
+
+    return _uncounted(in_place)
+
+
+# The operators that are made of the one above where no kernel serves.
+_COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "dropout_add": (_dropout_add, lambda x, residual, bias, *_: residual + (x if bias is None else x + bias)),
+    "dropout_add_": (_written_to_x(_dropout_add), lambda x, *_: None),
+    "relu_dropout": (_relu_dropout, lambda x, *_: torch.empty_like(x)),
+    "relu_dropout_": (_written_to_x(_relu_dropout), lambda x, *_: None),
+    "relu_dropout_backward": (_relu_dropout_backward, lambda gradient, output, scale: gradient + output),
+}
+for _name, (_kernel, _fake) in _COMPOSED.items():
+    _implement(_name, _kernel, _fake)
 _implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
 _implement(f"apply.{FORM}", apply, _fake_apply_expanded)
 _implement(f"apply.any_{FORM}", _not_compiled, _fake_apply_any)
@@ -145,7 +209,8 @@ def _serve_cuda_by_reference() -> None:
     by = compiled if native.compiles_reference() else reference
     # Older versions of torch load no kernels to replace, and may not have this option.
     override: Any = {"allow_override": True} if native.release(torch.__version__) >= native.OLDEST_TORCH else {}
-    for name, kernel in (("apply", by.apply), ("apply_", _uncounted(by.apply_)), ("keep_mask", by.keep_mask)):
+    kernels = {"apply": by.apply, "apply_": _uncounted(by.apply_), "keep_mask": by.keep_mask}
+    for name, kernel in (kernels | {name: kernel for name, (kernel, _) in _COMPOSED.items()}).items():
         _library.impl(name, kernel, "CUDA", **override)
     if native.eager is not None:  # its draw_keys needs a CUDA kernel to write keys on the device
         _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", **override)

@@ -1,0 +1,377 @@
+"""Dropout together with the element-wise operations around it: ``dropout_add`` and ``relu_dropout``.
+
+One pass over memory takes the place of two or three. Values, masks and gradients are those of the separate calls, bit
+for bit. A compiler fuses the separate calls itself, so it is given those.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from . import autograd, dispatch, native, operators, reference
+from .functional import check_key, dropout, noise_strides, out_of_range
+from .modules import Keyed
+from .torch_internals import apply_without_functorch, is_compiling, is_recorded
+
+_eager_dropout_add = getattr(native.eager, "dropout_add", None)
+_eager_relu_dropout = getattr(native.eager, "relu_dropout", None)
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """Saves the key. ``csrc/neighbours.cpp`` in Python."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, bias: Tensor | None, p: float, key: Tensor, strides: Sequence[int]
+    ) -> Tensor:
+        ctx.save_for_backward(key)
+        ctx.words = autograd.words_of(key)
+        ctx.p, ctx.strides = p, strides
+        return operators.dropout_add(x, residual, bias, p, key, 0, strides)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            key = autograd.key_for_backward(ctx.words, saved)
+            of_input = autograd.apply(gradient, ctx.p, key, ctx.strides)
+        if of_input is not None and ctx.needs_input_grad[2]:
+            of_bias = of_input.sum_to_size(of_input.shape[-1])
+        return of_input, gradient, of_bias, None, None, None
+
+
+class _ReluDropout(torch.autograd.Function):
+    """Saves the output, which is positive where the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, key: Tensor, strides: Sequence[int]) -> Tensor:
+        output = operators.relu_dropout(x, p, key, 0, strides)
+        ctx.save_for_backward(output)
+        ctx.scale = reference.scale(p)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return _relu_backward(gradient, output, ctx.scale), None, None, None
+
+
+class _ReluDropoutBackward(torch.autograd.Function):
+    """Linear in the gradient; its derivative with respect to the output is 0 wherever there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, output: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(output)
+        ctx.scale = scale
+        return operators.relu_dropout_backward(gradient, output, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (output,) = ctx.saved_tensors
+        return _relu_backward(gradient, output, ctx.scale), None, None
+
+
+_apply_dropout_add, _apply_relu_dropout, _apply_relu_backward = map(
+    apply_without_functorch, (_DropoutAdd, _ReluDropout, _ReluDropoutBackward)
+)
+
+
+def _relu_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
+    if autograd.must_compose(gradient) or autograd.must_compose(output) or is_compiling():
+        zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
+        return torch.where(output <= 0, zero, gradient * scale)
+    return _apply_relu_backward(gradient, output, scale)
+
+
+def _takes_fused_path(x: Any, *others: Any) -> bool:
+    """Whether the operators take these tensors: plain ones of one dtype and device, with elements."""
+    return (
+        not is_compiling()
+        and not is_recorded()
+        and all(isinstance(t, Tensor) and not autograd.must_compose(t) for t in (x, *others))
+        and all(t.dtype == x.dtype and t.device == x.device and not t.is_neg() for t in (x, *others))
+        and dispatch.is_covered(x)
+        and x.numel() != 0
+    )
+
+
+def _key_of(x: Tensor, p: float, generator: Generator | None, key: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        operators.settle_cuda(x.device)
+    return dispatch.key_of_call(x.device, generator, key, None, False, recorded=torch.is_grad_enabled())
+
+
+def _into(input: Any, output: Any, inplace: bool) -> Any:
+    """The output, in the memory of the input if that is wanted and the output fits there."""
+    if not inplace or output is input or output.shape != input.shape or output.dtype != input.dtype:
+        return output
+    return input.copy_(output)
+
+
+def _drop_as_numbered(
+    x: Any,
+    input: Any,
+    p: float,
+    training: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    noise_shape: Sequence[int | None] | None = None,
+) -> Any:
+    """Dropout of x, whose elements are numbered as those of ``input``: an intermediate result may have another layout."""
+    if training and p > 0 and noise_shape is None and isinstance(x, Tensor) and x is not input:
+        if not input.is_contiguous() and x.shape == input.shape:
+            output = dispatch.drop(x, p, False, generator, key, reference.index_strides_of(input))
+            if output is not None:
+                return output
+    return dropout(x, p, training, generator=generator, key=key, noise_shape=noise_shape)
+
+
+def dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+    noise_shape: Sequence[int | None] | None = None,
+) -> Tensor:
+    r"""``residual + fd.dropout(input + bias, p, training)`` in one pass.
+
+    Saves the 16-byte key for backward. The gradient of ``residual`` is the incoming one, that of ``input`` has the mask
+    applied, and that of ``bias`` is its sum. Tensors of different dtypes or shapes, subclasses, transforms and compilers
+    are given the separate calls.
+
+    Args:
+        input: a tensor of any shape; float32, float64, float16 or bfloat16 on CPU or CUDA for the fused path.
+        residual: what is added after dropout; the input's shape and dtype for the fused path.
+        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
+        training: drop nothing if ``False``; the sum is taken all the same. Default: ``True``
+        inplace: overwrite ``input``, never ``residual``, and return it if the result has its shape and dtype.
+            Default: ``False``
+        bias: what is added before dropout, such as a linear layer's; shape (input.shape[-1],) for the fused path.
+        generator, key, noise_shape: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
+            ``noise_shape=(N, 1, ..., 1)`` is stochastic depth: ``residual + fd.drop_path(input, p, training)``.
+
+    Returns:
+        A tensor with the shape, dtype and strides of the sum.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dropout` and :func:`torch.add`.
+
+    Example::
+
+        >>> x, residual = torch.ones(4), torch.full((4,), 10.0)
+        >>> fd.dropout_add(x, residual, 0.5, key=fd.key(1))
+        tensor([12., 10., 12., 10.])
+    """
+    if not 0.0 <= p <= 1.0:
+        raise out_of_range(p)
+    if key is not None:
+        check_key(key, input, generator)
+    if training and 0 < p < 1:
+        strides = None if noise_shape is None else noise_strides(noise_shape, input)
+        output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, strides)
+        if output is not None:
+            return output
+    shifted = input if bias is None else input + bias
+    dropped = _drop_as_numbered(shifted, input, p, training, generator, key, noise_shape)
+    if inplace and dropped is input:
+        if torch.result_type(input, residual) == input.dtype and residual.shape == input.shape:
+            return input.add_(residual)
+    return _into(input, residual + dropped, inplace)
+
+
+def _fused_dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    strides: Sequence[int] | None,
+) -> Tensor | None:
+    """The result, or None where the separate calls have to serve."""
+    if _eager_dropout_add is not None and not is_compiling() and isinstance(input, Tensor):
+        output = _eager_dropout_add(input, residual, bias, p, inplace, generator, key, strides)
+        if output is not None:
+            return output
+    tensors = (input, residual) if bias is None else (input, residual, bias)
+    if not _takes_fused_path(*tensors) or residual.shape != input.shape:
+        return None
+    if bias is not None and bias.shape != input.shape[-1:]:
+        return None
+    own = _key_of(input, p, generator, key)
+    strides = reference.index_strides_of(input) if strides is None else strides
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _into(input, _apply_dropout_add(input, residual, bias, p, own, strides), inplace)
+    if not inplace or dispatch.needs_copy(input):
+        return _into(input, operators.dropout_add(input, residual, bias, p, own, 0, strides), inplace)
+    dispatch.check_no_overlap(input)
+    operators.dropout_add_(input, residual, bias, p, own, 0, strides)
+    torch.autograd.graph.increment_version(input)
+    return input
+
+
+def relu_dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: Generator | None = None,
+    key: Tensor | None = None,
+) -> Tensor:
+    r"""``fd.dropout(F.relu(input), p, training)`` in one pass.
+
+    Saves its output for backward, which a linear layer after it keeps too, and nothing else: backward draws no mask,
+    since the gradient passes where the output is positive. Subclasses, transforms and compilers are given the separate
+    calls.
+
+    Args:
+        input: a tensor of any shape; dtypes and devices as in :func:`dropout`.
+        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
+        training: return ``F.relu(input)`` if ``False``. Default: ``True``
+        inplace: overwrite ``input`` and return it. Default: ``False``
+        generator, key: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
+
+    Returns:
+        A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+
+    Example::
+
+        >>> fd.relu_dropout(torch.tensor([1.0, 1.0, -1.0, 3.0]), 0.5, key=fd.key(1))
+        tensor([2., 0., 0., 0.])
+    """
+    if not 0.0 <= p <= 1.0:
+        raise out_of_range(p)
+    if key is not None:
+        check_key(key, input, generator)
+    if training and 0 < p < 1:
+        output = _fused_relu_dropout(input, float(p), inplace, generator, key)
+        if output is not None:
+            return output
+    if not training or p == 0:
+        return F.relu(input, inplace)
+    return _into(input, _drop_as_numbered(F.relu(input), input, p, training, generator, key), inplace)
+
+
+def _fused_relu_dropout(
+    input: Tensor, p: float, inplace: bool, generator: Generator | None, key: Tensor | None
+) -> Tensor | None:
+    if _eager_relu_dropout is not None and not is_compiling() and isinstance(input, Tensor):
+        output = _eager_relu_dropout(input, p, inplace, generator, key)
+        if output is not None:
+            return output
+    if not _takes_fused_path(input):
+        return None
+    own, strides = _key_of(input, p, generator, key), reference.index_strides_of(input)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _into(input, _apply_relu_dropout(input, p, own, strides), inplace)
+    if not inplace or dispatch.needs_copy(input):
+        return _into(input, operators.relu_dropout(input, p, own, 0, strides), inplace)
+    dispatch.check_no_overlap(input)
+    operators.relu_dropout_(input, p, own, 0, strides)
+    torch.autograd.graph.increment_version(input)
+    return input
+
+
+class DropoutAdd(Keyed):
+    r"""``residual + dropout(input + bias)`` in one pass; drops in training only, and adds always.
+
+    Args:
+        p: probability of an element to be zeroed, between 0 and 1; read at each call. Default: 0.5
+        inplace: overwrite the input, never the residual. Default: ``False``
+        generator, key: see :mod:`fused_dropout.modules`.
+        noise_shape: as in :class:`fused_dropout.Dropout`. Default: the input's shape
+
+    Shape: input, residual and output have the same, any shape; bias, if given, has its last dimension.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+
+    Example::
+
+        >>> m = fd.DropoutAdd(p=0.1)
+        >>> x, residual = torch.randn(2, 20, 16), torch.randn(2, 20, 16)
+        >>> m(x, residual).shape
+        torch.Size([2, 20, 16])
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        inplace: bool = False,
+        *,
+        generator: Generator | None = None,
+        key: Tensor | None = None,
+        noise_shape: Sequence[int | None] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise out_of_range(p)
+        self.p, self.inplace = p, inplace
+        self.noise_shape = None if noise_shape is None else tuple(noise_shape)
+        self._set(generator, key)
+
+    def forward(self, input: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+        return dropout_add(
+            input,
+            residual,
+            self.p,
+            self.training,
+            self.inplace,
+            bias=bias,
+            generator=self.generator,
+            key=self.key,
+            noise_shape=self.noise_shape,
+        )
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, inplace={self.inplace}" + super().extra_repr()
+
+
+class ReLUDropout(Keyed):
+    r"""``dropout(relu(input))`` in one pass, which saves its output alone; ``nn.ReLU`` and ``fd.Dropout`` in one.
+
+    Args:
+        p: probability of an element to be zeroed, between 0 and 1; read at each call. Default: 0.5
+        inplace: overwrite the input. Default: ``False``
+        generator, key: see :mod:`fused_dropout.modules`.
+
+    Shape: input and output have the same, any shape.
+
+    Raises:
+        ValueError: ``p`` is not between 0 and 1.
+
+    Example::
+
+        >>> feed_forward = nn.Sequential(nn.Linear(8, 32), fd.ReLUDropout(0.1), nn.Linear(32, 8))
+        >>> feed_forward(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, generator: Generator | None = None, key: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise out_of_range(p)
+        self.p, self.inplace = p, inplace
+        self._set(generator, key)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu_dropout(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, inplace={self.inplace}" + super().extra_repr()
