@@ -188,7 +188,7 @@ build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sani
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread
 
 build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) tests/golden.h $(wildcard csrc/*.h csrc/simd/*.h)
-	$(CXX) -std=c++17 $(SANITIZE) -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
+	$(CXX) -std=c++17 $(SANITIZE) -ffp-contract=off -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
 		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
 
 build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml

@@ -21,7 +21,7 @@ from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, t
 SOURCES = {
     "_C": ["csrc/library.cpp", "csrc/dropout_cpu.cpp", *map(str, sorted(Path("csrc/simd").glob("*.cpp")))],
     "_cuda": ["csrc/dropout_cuda.cu"],
-    "_eager": ["csrc/eager.cpp", "csrc/dropout_linear.cpp"],
+    "_eager": ["csrc/eager.cpp", "csrc/dropout_linear.cpp", "csrc/neighbours.cpp"],
 }
 ABI3_WHEEL = "--py-limited-api" in " ".join(sys.argv)
 left_out = dict.fromkeys(SOURCES, why_nothing()) if why_nothing() else {}
@@ -39,7 +39,7 @@ def extension(name, version):
     flags = ["-O3", f"-DFUSED_DROPOUT_VERSION={version}", f"-DFUSED_DROPOUT_TORCH={torch['__version__']}"]
     flags += ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * ("_cuda" not in left_out)
     flags += [f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"] * (name != "_eager")
-    options = {"cxx": [*flags, "-g0", "-fvisibility=hidden"], "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden"]}
+    options = {"cxx": [*flags, "-g0", "-fvisibility=hidden", "-ffp-contract=off"], "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden"]}
     make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
     made = make(f"fused_dropout.{name}", SOURCES[name], extra_compile_args=options, py_limited_api=name != "_eager")
     if "cudart" in made.libraries and CUDART == "static":

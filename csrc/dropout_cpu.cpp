@@ -61,7 +61,8 @@ void ask_for_huge_pages(void* y, int64_t bytes) {
 }
 
 template <typename T>
-void run(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>& kernels) {
+void run(const KernelArgs& args, const MaskParams& params, const KernelTable<T>& table) {
+  const TypedKernels<T>& kernels = table[static_cast<int>(args.operation)];
   if (args.x != args.y) ask_for_huge_pages(args.y, args.numel * static_cast<int64_t>(sizeof(T)));
   if (const auto consecutive = consecutive_dim(args.dims)) {
     const Tiles<T> tiles(args, params, kernels, *consecutive);
@@ -69,12 +70,12 @@ void run(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>
       for (; begin < end; ++begin) tiles.visit(begin);
     });
   }
-  const Dim& inner = args.dims[0];
-  const bool one_row = args.dims.size() == 1 && inner.x == 1 && inner.y == 1 && inner.index == 1;
+  const bool one_row = args.dims.size() == 1 && is_apart(args.dims[0], 1) && args.dims[0].index == 1;
   in_parallel(args.numel, args.numel, [&](int64_t begin, int64_t end) {
-    if (one_row) {
-      const T* x = static_cast<const T*>(args.x ? args.x : args.y) + begin;
-      kernels.drop(x, static_cast<T*>(args.y) + begin, args.start + begin, end - begin, params);
+    if (args.operation == Operation::kGate) {
+      kernels.select(streams_of<T>(args) + begin, nullptr, end - begin, args.scale);
+    } else if (one_row) {
+      kernels.drop(streams_of<T>(args) + begin, args.start + begin, end - begin, params);
     } else {
       Walk<T>(args, params, kernels, begin).visit(end - begin);
     }
@@ -82,8 +83,11 @@ void run(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>
 }
 
 void run_cpu(const KernelArgs& args) {
-  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
-  const MaskParams params{{words[0], words[1]}, threshold(args.p), args.scale};
+  MaskParams params{{}, threshold(args.p), args.scale};
+  if (args.operation != Operation::kGate) {
+    const uint64_t* words = args.key.const_data_ptr<uint64_t>();
+    params.key = {words[0], words[1]};
+  }
   const CpuKernels& kernels = cpu_kernels();
   switch (args.dtype) {
     case ScalarType::Float: return run(args, params, kernels.float32);

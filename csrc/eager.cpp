@@ -31,28 +31,6 @@
 namespace fused_dropout::eager {
 namespace {
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-at::OptionalSymIntArrayRef strides_of(const Mask& mask) {
-  if (!mask.index_strides) return std::nullopt;
-  return c10::fromIntArrayRefSlow(*mask.index_strides);
-}
-
-// Returns call(), whose result has the size of `like`. An error loses its class in the stable ABI. If the call failed
-// for lack of memory, at::empty_like fails too, and raises torch's own error.
-template <typename Call>
-Tensor with_torchs_error(const Tensor& like, Call call) {
-  try {
-    return call();
-  } catch (const std::exception&) {
-    at::empty_like(like);
-    throw;
-  }
-}
-
 Tensor apply(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
@@ -145,16 +123,20 @@ Tensor known_keys(at::IntArrayRef shape, const at::PhiloxCudaState& state) {
   return keys;
 }
 
+void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured, int64_t intragraph) {
+  static const auto op =
+      find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
+  op.call(keys, seed, offset, captured, intragraph);
+}
+
 // Seed and Philox offset / 4 of the generator. During a graph capture both are known only when the graph is replayed:
 // then, or if the device is to hold the keys, a kernel writes them there.
 Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
   const at::PhiloxCudaState state = advance(generator, device, n);
   if (!state.captured_ && !on_device) return known_keys({n, 2}, state);
-  static const auto write =
-      find_operator<void(const Tensor&, int64_t, int64_t, bool, int64_t)>("fused_dropout::write_keys");
   Tensor keys = empty_cuda_keys({n, 2}, device);
   const auto [seed, offset, intragraph] = words_of(state);
-  write.call(keys, seed, offset, state.captured_, intragraph);
+  write_keys(keys, seed, offset, state.captured_, intragraph);
   return keys;
 }
 
@@ -270,6 +252,39 @@ Tensor key_for_backward(const Tensor& of_forward, const Tensor& saved) {
   return of_forward;
 }
 
+void save_mask(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask) {
+  ctx->saved_data["p"] = mask.p;
+  ctx->saved_data["key"] = mask.key;
+  if (mask.scale) ctx->saved_data["scale"] = *mask.scale;
+  if (mask.index_strides) {
+    ctx->saved_data["index_strides"] = *mask.index_strides;
+  } else if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) {
+    ctx->saved_data["index_strides"] = x.strides().vec();
+  }
+}
+
+Mask saved_mask(torch::autograd::AutogradContext* ctx, const Tensor& gradient) {
+  const auto& saved = ctx->saved_data;
+  Mask mask{saved.at("p").toDouble(), Tensor(), std::nullopt, std::nullopt};
+  mask.key = key_for_backward(saved.at("key").toTensor(), ctx->get_saved_variables()[0]);
+  if (const auto found = saved.find("scale"); found != saved.end()) mask.scale = found->second.toDouble();
+  if (const auto found = saved.find("index_strides"); found != saved.end()) {
+    mask.index_strides = found->second.toIntVector();
+  } else if (!gradient.is_contiguous() || !takes_fast_path(gradient)) {
+    mask.index_strides = row_major(gradient.sizes());
+  }
+  return mask;
+}
+
+void write_captured_key([[maybe_unused]] Mask& mask) {
+#ifdef FUSED_DROPOUT_CUDA
+  if (!mask.captured) return;
+  const auto [seed, offset, intragraph] = *mask.captured;
+  write_keys(mask.key.view({1, 2}), seed, offset, true, intragraph);
+  mask.captured.reset();
+#endif
+}
+
 void set_key(Mask& mask, const Tensor& x, const std::optional<at::Generator>& generator,
              const std::optional<Tensor>& key, bool recorded) {
   if (!key) {
@@ -286,33 +301,14 @@ namespace {
 struct Dropout : torch::autograd::Function<Dropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask, bool inplace) {
     ctx->save_for_backward({mask.key});
-    ctx->saved_data["p"] = mask.p;
-    ctx->saved_data["key"] = mask.key;
-    if (mask.scale) ctx->saved_data["scale"] = *mask.scale;
-    if (mask.index_strides) {
-      ctx->saved_data["index_strides"] = *mask.index_strides;
-    } else if (!x.is_contiguous() && x.is_non_overlapping_and_dense()) {
-      ctx->saved_data["index_strides"] = x.strides().vec();
-    }
+    save_mask(ctx, x, mask);
     const Tensor y = run_kernel(x, mask, inplace);
-    // In place: x's memory as a tensor of its own, whose history drop() then gives to x.
-    return inplace ? y.variable_data() : y;
+    return inplace ? result_in_place(x) : y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
-    const auto& saved = ctx->saved_data;
-    const Tensor& gradient = gradients[0];
-    Mask mask{saved.at("p").toDouble(), Tensor(), std::nullopt, std::nullopt};
-    mask.key = key_for_backward(saved.at("key").toTensor(), ctx->get_saved_variables()[0]);
-    if (const auto found = saved.find("scale"); found != saved.end()) mask.scale = found->second.toDouble();
-    // Elements are numbered as in forward, whatever layout the gradient arrives in.
-    if (const auto found = saved.find("index_strides"); found != saved.end()) {
-      mask.index_strides = found->second.toIntVector();
-    } else if (!gradient.is_contiguous() || !takes_fast_path(gradient)) {
-      mask.index_strides = row_major(gradient.sizes());
-    }
-    return {apply_to_gradient(gradient, mask), Tensor(), Tensor()};
+    return {apply_to_gradient(gradients[0], saved_mask(ctx, gradients[0])), Tensor(), Tensor()};
   }
 };
 
@@ -341,6 +337,31 @@ bool may_overlap(const Tensor& x) {
   return false;
 }
 
+void count_change(const Tensor& x) {
+  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+bool is_writable(const Tensor& x, bool recorded) {
+  torch::autograd::check_inplace(x, recorded);
+  return !may_overlap(x) && (!x.is_inference() || c10::InferenceMode::is_enabled());
+}
+
+Tensor result_in_place(const Tensor& x) {
+  count_change(x);
+  return x.variable_data();  // its memory as a tensor of its own
+}
+
+Tensor finish_in_place(const Tensor& x, const Tensor& result, bool recorded) {
+  if (!recorded) count_change(x);
+  // As torch's own in-place operations do it. mark_dirty() would do the same, but compiled autograd refuses it.
+  if (recorded) torch::autograd::impl::rebase_history(x, torch::autograd::impl::gradient_edge(result));
+  return x;
+}
+
+namespace {
+
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
 std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
                            const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
@@ -348,10 +369,7 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
   if (!takes_fast_path(x)) return std::nullopt;
   if (x.numel() == 0) return x;
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
-  if (inplace) {
-    torch::autograd::check_inplace(x, recorded);
-    if (may_overlap(x) || (x.is_inference() && !c10::InferenceMode::is_enabled())) return std::nullopt;
-  }
+  if (inplace && !is_writable(x, recorded)) return std::nullopt;
   Mask mask{p, Tensor(), std::move(index_strides), scale};
   if (!key && p == 1) {
     mask.key = at::zeros({2}, at::kUInt64);
@@ -359,11 +377,7 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
     set_key(mask, x, generator, key, recorded);
   }
   const Tensor y = recorded ? Dropout::apply(x, mask, inplace) : run_kernel(x, mask, inplace);
-  if (!inplace) return y;
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-  // As torch's own in-place operations do it. mark_dirty() would do the same, but compiled autograd refuses it.
-  if (recorded) torch::autograd::impl::rebase_history(x, torch::autograd::impl::gradient_edge(y));
-  return x;
+  return inplace ? finish_in_place(x, y, recorded) : y;
 }
 
 }  // namespace
@@ -379,6 +393,8 @@ PYBIND11_MODULE(_eager, m) {
   m.doc() = FUSED_DROPOUT_BUILT("_eager") " for torch " FUSED_DROPOUT_EXPANDED(FUSED_DROPOUT_TORCH) ";";
   m.def("drop", torch::wrap_pybind_function_no_gil(drop));
   m.def("dropout_linear", torch::wrap_pybind_function_no_gil(dropout_linear));
+  m.def("dropout_add", torch::wrap_pybind_function_no_gil(dropout_add));
+  m.def("relu_dropout", torch::wrap_pybind_function_no_gil(relu_dropout));
   m.def("serves", serves);
 #ifdef FUSED_DROPOUT_CUDA
   m.def("serve_cuda", [](int device) { cuda_devices |= device < 64 ? uint64_t{1} << device : 0; });

@@ -3,7 +3,7 @@
 // on.
 #pragma once
 
-#include "mask.h"
+#include "simd/kernels.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,10 +27,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Strides = std::optional<std::vector<int64_t>>;
 
-// A dimension of the elements that a kernel visits: its size, and how far apart neighbours are in x, in y and in the
-// element index, counted in elements. All elements have one index where index is 0.
+// A dimension of the elements that a kernel visits: its size, and how far apart neighbours are in x, in y, in the
+// element index, and in what an operation reads besides, counted in elements. All elements have one index where index
+// is 0. What an operation does not read stands at x.
 struct Dim {
-  int64_t size, x, y, index;
+  int64_t size, x, y, index, residual = x, bias = x;
 };
 
 // A generator under CUDA graph capture: where each replay finds its seed and its Philox offset on the device, and what
@@ -44,13 +45,15 @@ struct KernelArgs {
   const void* x;
   void* y;           // may be x
   ScalarType dtype;  // Bool: the mask is written, one byte an element, and x is not read
-  // From the innermost in y outwards, at least one. Neighbours are merged where x, y and the index all continue.
+  // From the innermost in y outwards, at least one. Neighbours are merged where all that a dimension counts continues.
   std::vector<Dim> dims;
   int64_t numel;
   Tensor key;       // uint64, shape (2,), contiguous: on the CPU, or on y's device
   double p, scale;  // scale: of kept elements
   uint64_t start;   // the index of the first element
   int device;
+  Operation operation = Operation::kDrop;
+  const void *residual = nullptr, *bias = nullptr;
 };
 
 using Kernel = void (*)(const KernelArgs&);
@@ -125,15 +128,21 @@ inline void check_window(const Tensor& x, int64_t start, const Strides& index_st
   }
 }
 
-// The dimensions of x and y (of one shape, not empty) in the order of y's memory, merged.
-inline std::vector<Dim> dims_of(const Tensor& x, const Tensor& y, const Strides& index_strides) {
-  if (!index_strides && x.is_contiguous() && y.is_contiguous()) return {{x.numel(), 1, 1, 1}};
+// The dimensions of x, y and the residual (of one shape, not empty) in the order of y's memory, merged. The bias has
+// x's last dimension.
+inline std::vector<Dim> dims_of(const Tensor& x, const Tensor& y, const Strides& index_strides,
+                                const Tensor* residual = nullptr, const Tensor* bias = nullptr) {
+  const bool contiguous = x.is_contiguous() && y.is_contiguous() && (!residual || residual->is_contiguous());
+  if (!index_strides && contiguous && !bias) return {{x.numel(), 1, 1, 1}};
   const bool by_memory = !index_strides && is_dense(x);
   const std::vector<int64_t> by_shape = index_strides || by_memory ? std::vector<int64_t>{} : row_major(x);
   std::vector<Dim> dims;
   for (int64_t d = x.dim() - 1; d >= 0; --d) {
     const int64_t index = index_strides ? (*index_strides)[d] : by_memory ? x.stride(d) : by_shape[d];
-    if (x.size(d) != 1) dims.push_back({x.size(d), x.stride(d), y.stride(d), index});
+    if (x.size(d) == 1) continue;
+    dims.push_back({x.size(d), x.stride(d), y.stride(d), index});
+    if (residual) dims.back().residual = residual->stride(d);
+    if (bias) dims.back().bias = d == x.dim() - 1 ? bias->stride(0) : 0;
   }
   std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) { return a.y < b.y; });
   size_t last = 0;
@@ -141,7 +150,8 @@ inline std::vector<Dim> dims_of(const Tensor& x, const Tensor& y, const Strides&
     Dim& inner = dims[last];
     const Dim& outer = dims[d];
     const auto continues = [&](int64_t Dim::* stride) { return outer.*stride == inner.*stride * inner.size; };
-    if (continues(&Dim::x) && continues(&Dim::y) && continues(&Dim::index)) {
+    const auto strides = {&Dim::x, &Dim::y, &Dim::index, &Dim::residual, &Dim::bias};
+    if (std::all_of(strides.begin(), strides.end(), continues)) {
       inner.size *= outer.size;
     } else {
       dims[++last] = outer;
@@ -191,17 +201,20 @@ inline void check_torch(AOTITorchError code) {
   throw std::runtime_error(what ? what() : "fused_dropout: a call into torch failed, most likely for lack of memory");
 }
 
+// A new tensor of x's shape and device.
+inline Tensor empty_strided(const Tensor& x, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle y = nullptr;
+  int32_t device_type = 0;
+  check_torch(aoti_torch_get_device_type(x.get(), &device_type));
+  check_torch(aoti_torch_empty_strided(x.dim(), x.sizes().data(), strides, dtype_code(dtype), device_type,
+                                       x.get_device_index(), &y));
+  return Tensor(y);
+}
+
 // What torch.empty_like gives; for a dense tensor, the usual case, without a look-up of that operator by its name.
 inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   using torch::stable::detail::from;
-  if (is_dense(x)) {
-    AtenTensorHandle y = nullptr;
-    int32_t device_type = 0;
-    check_torch(aoti_torch_get_device_type(x.get(), &device_type));
-    check_torch(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype_code(dtype), device_type,
-                                         x.get_device_index(), &y));
-    return Tensor(y);
-  }
+  if (is_dense(x)) return empty_strided(x, x.strides().data(), dtype);
   std::array<StableIValue, 6> stack{
       from(x),           from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
       from(std::nullopt)};
@@ -209,31 +222,155 @@ inline Tensor empty_like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// A new tensor like the sum of two of one shape and dtype. As torch's TensorIterator decides it: the dimensions are
+// sorted by the strides of the first, then of the second; of two that tie, the smaller is inside.
+inline Tensor empty_like_sum(const Tensor& a, const Tensor& b) {
+  const bool same = std::equal(a.strides().begin(), a.strides().end(), b.strides().begin());
+  if (a.is_contiguous() && b.is_contiguous()) return empty_strided(a, row_major(a).data(), a.scalar_type());
+  if (same && is_dense(a)) return empty_strided(a, a.strides().data(), a.scalar_type());
+  // Whether dimension p is inside of q, 1, or outside, -1; 0 if nothing says so.
+  const auto inside = [&](int64_t p, int64_t q) {
+    for (const Tensor* t : {&a, &b}) {
+      if (t->stride(p) == 0 || t->stride(q) == 0) continue;
+      if (t->stride(p) != t->stride(q)) return t->stride(p) < t->stride(q) ? 1 : -1;
+      if (t->size(p) > t->size(q)) return -1;
+    }
+    return 0;
+  };
+  std::vector<int64_t> order;  // from the innermost outwards
+  for (int64_t d = a.dim() - 1; d >= 0; --d) {
+    order.push_back(d);
+    for (size_t moving = order.size() - 1, other = moving; other-- > 0;) {
+      const int where = inside(order[other], order[moving]);
+      if (where > 0) break;
+      if (where < 0) {
+        std::swap(order[other], order[moving]);
+        moving = other;
+      }
+    }
+  }
+  std::vector<int64_t> strides(a.dim());
+  int64_t stride = 1;
+  for (const int64_t d : order) {
+    strides[d] = stride;
+    stride *= a.size(d);
+  }
+  return empty_strided(a, strides.data(), a.scalar_type());
+}
+
+// The tensors of an operation besides the first one, which they fit.
+struct Others {
+  Operation operation = Operation::kDrop;
+  const Tensor *residual = nullptr, *bias = nullptr;
+};
+
+inline void check_others(const Tensor& x, const Others& others) {
+  for (const Tensor* other : {others.residual, others.bias}) {
+    STD_TORCH_CHECK(!other || (other->scalar_type() == x.scalar_type() && other->is_cuda() == x.is_cuda() &&
+                               other->get_device_index() == x.get_device_index()),
+                    "all tensors need one dtype and one device");
+  }
+  STD_TORCH_CHECK(!others.residual || (others.residual->dim() == x.dim() &&
+                                       std::equal(x.sizes().begin(), x.sizes().end(), others.residual->sizes().begin())),
+                  "the residual needs the shape of x");
+  STD_TORCH_CHECK(!others.bias || (x.dim() > 0 && others.bias->dim() == 1 && others.bias->size(0) == x.size(-1)),
+                  "the bias needs the last dimension of x");
+}
+
+// Runs an operation from x to y, whose arguments are checked. x is not empty.
+template <Kernel run>
+void run_operation(KernelArgs& args, const Tensor& x, const Tensor& y, const Strides& index_strides,
+                   const Others& others) {
+  args.dims = dims_of(x, y, index_strides, others.residual, others.bias);
+  args.operation = others.operation;
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  if (others.residual) args.residual = others.residual->const_data_ptr();
+  if (others.bias) args.bias = others.bias->const_data_ptr();
+  run(args);
+}
+
+template <Kernel run>
+void run_in_place(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+                  std::optional<double> scale, const Others& others) {
+  check_dtype(x.scalar_type());
+  check_others(x, others);
+  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
+  if (x.numel() == 0) return;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(x.stride(d) != 0 || x.size(d) == 1,
+                    "unsupported operation: more than one element of the written-to tensor refers to ",
+                    "a single memory location. Please clone() the tensor before performing the operation.");
+  }
+  run_operation<run>(args, x, x, index_strides, others);
+}
+
+template <Kernel run>
+Tensor run_out_of_place(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+                        std::optional<double> scale, const Others& others) {
+  check_dtype(x.scalar_type());
+  check_others(x, others);
+  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
+  Tensor y = others.residual ? empty_like_sum(*others.residual, x) : empty_like(x, x.scalar_type());
+  if (x.numel() != 0) run_operation<run>(args, x, y, index_strides, others);
+  return y;
+}
+
 template <Kernel run>
 void apply_(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
             std::optional<double> scale) {
-  check_dtype(x.scalar_type());
-  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
-  if (x.numel() == 0) return;
-  args.dims = dims_of(x, x, index_strides);
-  for (const Dim& dim : args.dims) {
-    STD_TORCH_CHECK(dim.y != 0, "unsupported operation: more than one element of the written-to tensor refers to ",
-                    "a single memory location. Please clone() the tensor before performing the operation.");
-  }
-  args.x = args.y = x.mutable_data_ptr();
-  run(args);
+  run_in_place<run>(x, p, key, start, index_strides, scale, {});
 }
 
 template <Kernel run>
 Tensor apply(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
              std::optional<double> scale) {
-  check_dtype(x.scalar_type());
-  KernelArgs args = checked_args(x, x.scalar_type(), p, key, start, index_strides, scale);
-  Tensor y = empty_like(x, x.scalar_type());
-  if (x.numel() == 0) return y;
-  args.dims = dims_of(x, y, index_strides);
-  args.x = x.const_data_ptr();
-  args.y = y.mutable_data_ptr();
+  return run_out_of_place<run>(x, p, key, start, index_strides, scale, {});
+}
+
+inline Others residual_and_bias(const Tensor& residual, const std::optional<Tensor>& bias) {
+  return {bias ? Operation::kBiasDropAdd : Operation::kDropAdd, &residual, bias ? &*bias : nullptr};
+}
+
+template <Kernel run>
+void dropout_add_(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, double p,
+                  const Tensor& key, int64_t start, const Strides& index_strides, std::optional<double> scale) {
+  run_in_place<run>(x, p, key, start, index_strides, scale, residual_and_bias(residual, bias));
+}
+
+template <Kernel run>
+Tensor dropout_add(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, double p,
+                   const Tensor& key, int64_t start, const Strides& index_strides, std::optional<double> scale) {
+  return run_out_of_place<run>(x, p, key, start, index_strides, scale, residual_and_bias(residual, bias));
+}
+
+template <Kernel run>
+void relu_dropout_(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+                   std::optional<double> scale) {
+  run_in_place<run>(x, p, key, start, index_strides, scale, {Operation::kReluDrop});
+}
+
+template <Kernel run>
+Tensor relu_dropout(const Tensor& x, double p, const Tensor& key, int64_t start, const Strides& index_strides,
+                    std::optional<double> scale) {
+  return run_out_of_place<run>(x, p, key, start, index_strides, scale, {Operation::kReluDrop});
+}
+
+// Without key and window: the output tells which elements pass. Works on one row.
+template <Kernel run>
+Tensor relu_dropout_backward(const Tensor& gradient, const Tensor& output, double scale) {
+  check_dtype(gradient.scalar_type());
+  check_others(gradient, {Operation::kGate, &output});
+  const auto own = gradient.strides(), others = output.strides();
+  if (!is_dense(gradient) || !std::equal(own.begin(), own.end(), others.begin())) {
+    if (!gradient.is_contiguous() || !output.is_contiguous()) {
+      return relu_dropout_backward<run>(torch::stable::contiguous(gradient), torch::stable::contiguous(output), scale);
+    }
+  }
+  const Tensor y = empty_like(gradient, gradient.scalar_type());
+  if (y.numel() == 0) return y;
+  KernelArgs args{gradient.const_data_ptr(), y.mutable_data_ptr(), y.scalar_type(), {{y.numel(), 1, 1, 1}}, y.numel(),
+                  Tensor(), 0.0, scale, 0, y.get_device_index(), Operation::kGate, output.const_data_ptr()};
   run(args);
   return y;
 }
@@ -256,6 +393,11 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("apply", TORCH_BOX(&apply<run>));
   library.impl("apply_", TORCH_BOX(&apply_<run>));
   library.impl("keep_mask", TORCH_BOX(&keep_mask<run>));
+  library.impl("dropout_add", TORCH_BOX(&dropout_add<run>));
+  library.impl("dropout_add_", TORCH_BOX(&dropout_add_<run>));
+  library.impl("relu_dropout", TORCH_BOX(&relu_dropout<run>));
+  library.impl("relu_dropout_", TORCH_BOX(&relu_dropout_<run>));
+  library.impl("relu_dropout_backward", TORCH_BOX(&relu_dropout_backward<run>));
 }
 
 }  // namespace fused_dropout

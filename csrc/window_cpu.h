@@ -16,14 +16,51 @@ constexpr int64_t kFlags = 1024;   // as many flags of elements stay in the firs
 constexpr int64_t kLongRun = 64;   // runs of as many elements are worth a call of their own
 constexpr int64_t kLongRow = 256;  // and rows of as many a call of the kernel that draws, drops and scales at once
 
+template <typename T>
+Streams<T> streams_of(const KernelArgs& args) {
+  T* y = static_cast<T*>(args.y);
+  // A mask has no x: its own memory is read in the place of one, and ignored.
+  const T* x = args.x ? static_cast<const T*>(args.x) : y;
+  const auto or_x = [x](const void* stream) { return stream ? static_cast<const T*>(stream) : x; };
+  return {x, y, or_x(args.residual), or_x(args.bias)};
+}
+
+// n steps along a dimension.
+template <typename T>
+Streams<T> step(const Streams<T>& at, const Dim& dim, int64_t n) {
+  return {at.x + n * dim.x, at.y + n * dim.y, at.residual + n * dim.residual, at.bias + n * dim.bias};
+}
+
+// Whether neighbours along the dimension are `distance` apart in all tensors.
+bool is_apart(const Dim& dim, int64_t distance) {
+  return dim.x == distance && dim.y == distance && dim.residual == distance && dim.bias == distance;
+}
+
 // Elements that lie next to each other in y, as the innermost dimension has them, and whose flags were drawn.
+template <typename T>
 struct Run {
-  const char* x;
-  char* y;
+  Streams<T> at;
   int64_t n;
-  int64_t at;  // where its flag, or that of the first element, stands among those drawn, or its place among the places
+  int64_t flag;  // where its flag, or that of the first element, stands among those drawn, or its place among the places
   enum class Flags { kOne, kEach, kScattered } flags;
 };
+
+// kernels.select for n elements along a dimension, at most kFlags, by way of buffers where they do not lie together.
+template <typename T>
+void select(const Streams<T>& at, const Dim& dim, const uint16_t* flags, int64_t n, const KernelArgs& args,
+            const TypedKernels<T>& kernels) {
+  if (is_apart(dim, 1)) return kernels.select(at, flags, n, args.scale);
+  T x[kFlags], residual[kFlags], bias[kFlags];
+  for (int64_t i = 0; i < n; ++i) x[i] = at.x[i * dim.x];
+  if (args.residual) {
+    for (int64_t i = 0; i < n; ++i) residual[i] = at.residual[i * dim.residual];
+  }
+  if (args.bias) {
+    for (int64_t i = 0; i < n; ++i) bias[i] = at.bias[i * dim.bias];
+  }
+  kernels.select({x, x, residual, bias}, flags, n, args.scale);
+  for (int64_t i = 0; i < n; ++i) at.y[i * dim.y] = x[i];
+}
 
 // Visits a window of elements that is not one row. It collects the blocks that the next runs need, draws them all at
 // once, and applies their flags run by run. So a short row costs no more than its elements, and an element that is
@@ -32,14 +69,16 @@ template <typename T>
 class Walk {
  public:
   Walk(const KernelArgs& args, const MaskParams& params, const TypedKernels<T>& kernels, int64_t position)
-      : args_(args), params_(params), kernels_(kernels), at_(args.dims.size()), index_(args.start) {
+      : args_(args),
+        params_(params),
+        kernels_(kernels),
+        at_(args.dims.size()),
+        streams_(streams_of<T>(args)),
+        index_(args.start) {
     for (size_t d = 0; d < at_.size(); ++d) {
-      const Dim& dim = args.dims[d];
-      at_[d] = position % dim.size;
-      position /= dim.size;
-      x_ += at_[d] * dim.x;
-      y_ += at_[d] * dim.y;
-      index_ += at_[d] * dim.index;
+      at_[d] = position % args.dims[d].size;
+      position /= args.dims[d].size;
+      move(args.dims[d], at_[d]);
     }
   }
 
@@ -53,20 +92,21 @@ class Walk {
   }
 
  private:
-  using Flags = Run::Flags;
+  using Flags = typename Run<T>::Flags;
 
-  // A mask has no x: its own memory is read in the place of one, and ignored.
-  const T* x() const { return static_cast<const T*>(args_.x ? args_.x : args_.y) + x_; }
-  T* y() const { return static_cast<T*>(args_.y) + y_; }
+  void move(const Dim& dim, int64_t n) {
+    streams_ = step(streams_, dim, n);
+    index_ += n * dim.index;
+  }
 
   // Visits the next elements, at most n, in the way that is best for them. Returns how many.
   int64_t next(int64_t n) {
     const Dim& row = args_.dims[0];
     const int64_t length = std::min(n, row.size - at_[0]);
-    const bool packed = row.x == 1 && row.y == 1;
+    const bool packed = is_apart(row, 1);
     if (packed && row.index <= 1 && length == row.size && args_.dims.size() > 1) {
       const Dim& outer = args_.dims[1];
-      const bool joined = outer.x == row.size && outer.y == row.size;
+      const bool joined = is_apart(outer, row.size);
       if (joined && outer.index == 0 && length <= kFlags) return visit_repeated(n);
       if (joined && outer.index == 1 && row.index == 0 && length < kLongRun) return visit_shared(n);
       if (row.index == 1 && length < kLongRow && outer.index != 0) {
@@ -74,7 +114,7 @@ class Walk {
       }
     }
     if (packed && row.index == 1 && length >= kLongRow) {
-      kernels_.drop(x(), y(), index_, length, params_);
+      kernels_.drop(streams_, index_, length, params_);
       return length;
     }
     if (row.index > 1) return add_scattered(std::min(length, kFlags / kBlock));
@@ -100,7 +140,7 @@ class Walk {
     std::copy_n(draw(row.size), row.size, flags);
     for (int64_t i = row.size; i < laid_out; ++i) flags[i] = flags[i - row.size];
     for (int64_t i = 0; i < total; i += laid_out) {
-      kernels_.select(x() + i, y() + i, flags, std::min(laid_out, total - i), args_.scale);
+      kernels_.select(streams_ + i, flags, std::min(laid_out, total - i), args_.scale);
     }
     return total;
   }
@@ -119,7 +159,7 @@ class Walk {
         const uint16_t flag = drawn[r + k];
         for (int64_t i = 0; i < size; i += kBlock) std::fill_n(flags + k * size + i, kBlock, flag);
       }
-      kernels_.select(x() + r * size, y() + r * size, flags, together * size, args_.scale);
+      kernels_.select(streams_ + r * size, flags, together * size, args_.scale);
     }
     return rows * size;
   }
@@ -136,14 +176,14 @@ class Walk {
     const int64_t group = cpu_kernels().group, per_row = row.size / group;
     const int64_t rows = std::min({n / row.size, next.size - at_[1], kRuns / per_row});
     Group<T> groups[kRuns];
-    Group<T> first = {x(), y(), index_ / kBlock};
+    Group<T> first = {streams_, index_ / kBlock};
     int64_t count = 0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < per_row; ++i) {
-        groups[count++] = {first.x + i * group, first.y + i * group, first.block + i * group / kBlock};
+        groups[count++] = {first.at + i * group, first.block + i * group / kBlock};
       }
-      prefetch(first.x, row.size);
-      first = {first.x + next.x, first.y + next.y, first.block + next.index / kBlock};
+      prefetch(first.at.x, row.size);
+      first = {step(first.at, next, 1), first.block + next.index / kBlock};
     }
     kernels_.drop_groups(groups, count, params_);
     return rows * row.size;
@@ -161,7 +201,7 @@ class Walk {
     };
     int64_t count = 0;
     uint64_t index = index_;
-    const T* x = this->x();
+    const T* x = streams_.x;
     for (int64_t r = 0; r < rows; ++r, index += next.index, x += next.x) {
       // Four at a time: what is written past the end is overwritten by the next row, or is padding.
       for (int64_t i = 0; i < blocks_of(index); i += 4) {
@@ -172,11 +212,10 @@ class Walk {
     }
     cpu_kernels().draw_flags(blocks_, flags_, count, params_);
     index = index_;
-    x = this->x();
-    T* y = this->y();
+    Streams<T> at = streams_;
     const uint16_t* flags = flags_;
-    for (int64_t r = 0; r < rows; ++r, index += next.index, x += next.x, y += next.y) {
-      kernels_.select(x, y, flags + index % kBlock, row.size, args_.scale);
+    for (int64_t r = 0; r < rows; ++r, index += next.index, at = step(at, next, 1)) {
+      kernels_.select(at, flags + index % kBlock, row.size, args_.scale);
       flags += blocks_of(index) * kBlock;
     }
     return rows * row.size;
@@ -220,9 +259,9 @@ class Walk {
     return push(length, begin, Flags::kScattered);
   }
 
-  int64_t push(int64_t length, int64_t at, Flags flags) {
+  int64_t push(int64_t length, int64_t flag, Flags flags) {
     if (runs_ == kRuns) finish();
-    run_[runs_++] = {reinterpret_cast<const char*>(x()), reinterpret_cast<char*>(y()), length, at, flags};
+    run_[runs_++] = {streams_, length, flag, flags};
     return length;
   }
 
@@ -233,13 +272,10 @@ class Walk {
     size_t d = times ? 1 : 0;
     const int64_t steps = times ? times : n;
     at_[d] += steps;
-    x_ += steps * dims[d].x;
-    y_ += steps * dims[d].y;
-    index_ += steps * dims[d].index;
+    move(dims[d], steps);
     for (; at_[d] == dims[d].size && d + 1 < dims.size(); ++d) {
-      x_ += dims[d + 1].x - dims[d].size * dims[d].x;
-      y_ += dims[d + 1].y - dims[d].size * dims[d].y;
-      index_ += dims[d + 1].index - dims[d].size * dims[d].index;
+      move(dims[d], -dims[d].size);
+      move(dims[d + 1], 1);
       at_[d] = 0;
       ++at_[d + 1];
     }
@@ -258,20 +294,17 @@ class Walk {
       cpu_kernels().draw_flags(blocks_ + drawn_, flags_ + drawn_ * kBlock, count_ - drawn_, params_);
       drawn_ = count_;
     }
-    const Dim& inner = args_.dims[0];
-    const bool packed = inner.x == 1 && inner.y == 1;
+    const bool packed = is_apart(args_.dims[0], 1);
     for (int64_t i = 0; i < runs_; ++i) {
-      const Run& run = run_[i];
-      const T* x = reinterpret_cast<const T*>(run.x);
-      T* y = reinterpret_cast<T*>(run.y);
-      const bool alone = i + 1 == runs_ || run_[i + 1].y != run.y + run.n * static_cast<int64_t>(sizeof(T));
+      const Run<T>& run = run_[i];
+      const bool alone = i + 1 == runs_ || run_[i + 1].at.y != run.at.y + run.n;
       if (packed && run.flags == Flags::kEach && (alone || run.n >= kLongRun)) {
-        kernels_.select(x, y, flags_ + run.at, run.n, args_.scale);
+        kernels_.select(run.at, flags_ + run.flag, run.n, args_.scale);
       } else if (packed && run.flags == Flags::kOne && run.n >= kLongRun) {
-        if (flags_[run.at]) {
-          kernels_.select(x, y, nullptr, run.n, args_.scale);
+        if (flags_[run.flag]) {
+          kernels_.select(run.at, nullptr, run.n, args_.scale);
         } else {
-          std::memset(y, 0, run.n * sizeof(T));
+          write_dropped(run.at, run.n);
         }
       } else {
         i = lay_out(i, packed);
@@ -280,41 +313,40 @@ class Walk {
     runs_ = 0;
   }
 
+  void write_dropped(const Streams<T>& at, int64_t n) {
+    if (!args_.residual) {
+      std::memset(at.y, 0, n * sizeof(T));
+      return;
+    }
+    const uint16_t none[kFlags] = {};
+    for (int64_t i = 0; i < n; i += kFlags) kernels_.select(at + i, none, std::min(kFlags, n - i), args_.scale);
+  }
+
   // Puts the flags of runs next to each other, as long as the runs are short and lie next to each other, and applies
   // them in one call. Returns the last of these runs.
   int64_t lay_out(int64_t i, bool packed) {
     uint16_t flags[kFlags];
-    const Run first = run_[i];
+    const Streams<T> first = run_[i].at;
     int64_t n = 0;
     for (;; ++i) {
-      const Run& run = run_[i];
+      const Run<T>& run = run_[i];
       lay_out(run, flags + n);
       n += run.n;
       if (!packed || i + 1 == runs_) break;
-      const Run& next = run_[i + 1];
-      const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-      if (next.x != first.x + bytes || next.y != first.y + bytes || n + next.n > kFlags) break;
+      const Streams<T> &next = run_[i + 1].at, end = first + n;
+      const bool joined = next.x == end.x && next.y == end.y && next.residual == end.residual && next.bias == end.bias;
+      if (!joined || n + run_[i + 1].n > kFlags) break;
     }
-    const T* x = reinterpret_cast<const T*>(first.x);
-    T* y = reinterpret_cast<T*>(first.y);
-    if (packed) {
-      kernels_.select(x, y, flags, n, args_.scale);
-      return i;
-    }
-    T buffer[kFlags];
-    const Dim& inner = args_.dims[0];
-    for (int64_t k = 0; k < n; ++k) buffer[k] = x[k * inner.x];
-    kernels_.select(buffer, buffer, flags, n, args_.scale);
-    for (int64_t k = 0; k < n; ++k) y[k * inner.y] = buffer[k];
+    select(first, args_.dims[0], flags, n, args_, kernels_);
     return i;
   }
 
-  void lay_out(const Run& run, uint16_t* flags) {
+  void lay_out(const Run<T>& run, uint16_t* flags) {
     switch (run.flags) {
-      case Flags::kOne: std::fill_n(flags, run.n, flags_[run.at]); break;
-      case Flags::kEach: std::copy_n(flags_ + run.at, run.n, flags); break;
+      case Flags::kOne: std::fill_n(flags, run.n, flags_[run.flag]); break;
+      case Flags::kEach: std::copy_n(flags_ + run.flag, run.n, flags); break;
       case Flags::kScattered:
-        for (int64_t k = 0; k < run.n; ++k) flags[k] = flags_[places_[run.at + k]];
+        for (int64_t k = 0; k < run.n; ++k) flags[k] = flags_[places_[run.flag + k]];
     }
   }
 
@@ -325,13 +357,13 @@ class Walk {
   const MaskParams& params_;
   const TypedKernels<T>& kernels_;
   std::vector<int64_t> at_;
-  int64_t x_ = 0, y_ = 0;
+  Streams<T> streams_;
   uint64_t index_;
   // Blocks up to drawn_ have their flags; those up to count_ are to be drawn. The last run that was added begins in
   // block number first_, which stands at from_.
   int64_t count_ = 0, drawn_ = 0, from_ = 0, runs_ = 0, scattered_ = 0;
   uint64_t first_ = kNone;
-  Run run_[kRuns];
+  Run<T> run_[kRuns];
   uint64_t blocks_[kBlocks + kBlockPadding] = {};
   uint16_t flags_[(kBlocks + kBlockPadding) * kBlock], places_[kFlags];
 };
@@ -354,22 +386,22 @@ class Tiles {
 
   void visit(int64_t strip) const {
     const int64_t per_row = (row_.size + kWide - 1) / kWide, first = strip % per_row * kWide;
-    int64_t rest = strip / per_row, x = first * row_.x, y = first * row_.y;
+    int64_t rest = strip / per_row;
+    Streams<T> at = step(streams_of<T>(args_), row_, first);
     uint64_t index = args_.start + first * row_.index;
     for (const Dim& dim : outer_) {
-      x += rest % dim.size * dim.x;
-      y += rest % dim.size * dim.y;
+      at = step(at, dim, rest % dim.size);
       index += rest % dim.size * dim.index;
       rest /= dim.size;
     }
     const int64_t wide = std::min(kWide, row_.size - first);
     for (int64_t c = 0; c < column_.size; c += kHigh) {
-      visit(x + c * column_.x, y + c * column_.y, index + c, wide, std::min(kHigh, column_.size - c));
+      visit(step(at, column_, c), index + c, wide, std::min(kHigh, column_.size - c));
     }
   }
 
  private:
-  void visit(int64_t x_at, int64_t y_at, uint64_t index, int64_t wide, int64_t high) const {
+  void visit(Streams<T> at, uint64_t index, int64_t wide, int64_t high) const {
     uint64_t blocks[kBlocks * kWide + kBlockPadding] = {};
     uint16_t drawn[(kBlocks * kWide + kBlockPadding) * kBlock], place[kWide], flags[kWide];
     int64_t count = 0;
@@ -379,17 +411,9 @@ class Tiles {
       for (uint64_t block = first / kBlock; block <= (first + high - 1) / kBlock; ++block) blocks[count++] = block;
     }
     cpu_kernels().draw_flags(blocks, drawn, count, params_);
-    const T* x = static_cast<const T*>(args_.x ? args_.x : args_.y) + x_at;
-    T *y = static_cast<T*>(args_.y) + y_at, buffer[kWide];
-    for (int64_t c = 0; c < high; ++c, x += column_.x, y += column_.y) {
+    for (int64_t c = 0; c < high; ++c, at = step(at, column_, 1)) {
       for (int64_t i = 0; i < wide; ++i) flags[i] = drawn[place[i] + c];
-      if (row_.x == 1 && row_.y == 1) {
-        kernels_.select(x, y, flags, wide, args_.scale);
-      } else {
-        for (int64_t i = 0; i < wide; ++i) buffer[i] = x[i * row_.x];
-        kernels_.select(buffer, buffer, flags, wide, args_.scale);
-        for (int64_t i = 0; i < wide; ++i) y[i * row_.y] = buffer[i];
-      }
+      select(at, row_, flags, wide, args_, kernels_);
     }
   }
 

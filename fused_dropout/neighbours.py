@@ -16,8 +16,8 @@ from .functional import check_key, dropout, noise_strides, out_of_range
 from .modules import Keyed
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
 
-_eager_dropout_add = getattr(native.eager, "dropout_add", None)
-_eager_relu_dropout = getattr(native.eager, "relu_dropout", None)
+_eager_dropout_add = native.eager.dropout_add if native.eager else None
+_eager_relu_dropout = native.eager.relu_dropout if native.eager else None
 
 
 class _DropoutAdd(torch.autograd.Function):
@@ -105,6 +105,10 @@ def _key_of(x: Tensor, p: float, generator: Generator | None, key: Tensor | None
     return dispatch.key_of_call(x.device, generator, key, None, False, recorded=torch.is_grad_enabled())
 
 
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
 def _into(input: Any, output: Any, inplace: bool) -> Any:
     """The output, in the memory of the input if that is wanted and the output fits there."""
     if not inplace or output is input or output.shape != input.shape or output.dtype != input.dtype:
@@ -182,9 +186,6 @@ def dropout_add(
             return output
     shifted = input if bias is None else input + bias
     dropped = _drop_as_numbered(shifted, input, p, training, generator, key, noise_shape)
-    if inplace and dropped is input:
-        if torch.result_type(input, residual) == input.dtype and residual.shape == input.shape:
-            return input.add_(residual)
     return _into(input, residual + dropped, inplace)
 
 
@@ -212,7 +213,7 @@ def _fused_dropout_add(
     strides = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _into(input, _apply_dropout_add(input, residual, bias, p, own, strides), inplace)
-    if not inplace or dispatch.needs_copy(input):
+    if not inplace or dispatch.needs_copy(input) or _share_memory(input, residual):
         return _into(input, operators.dropout_add(input, residual, bias, p, own, 0, strides), inplace)
     dispatch.check_no_overlap(input)
     operators.dropout_add_(input, residual, bias, p, own, 0, strides)

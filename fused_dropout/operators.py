@@ -146,8 +146,15 @@ def _relu_dropout(
 
 def _relu_dropout_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
     """``gradient * scale``, and 0 where the output is 0 or less: a NaN there lets the gradient pass, as in torch."""
+    result = _fake_relu_dropout_backward(gradient, output, scale)
     zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
-    return torch.where(output <= 0, zero, gradient * scale)
+    return torch.where(output <= 0, zero, gradient * scale, out=result)
+
+
+def _fake_relu_dropout_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
+    one_row = reference.is_dense(gradient) and gradient.stride() == output.stride()
+    one_row = one_row or (gradient.is_contiguous() and output.is_contiguous())
+    return torch.empty_like(gradient, memory_format=torch.preserve_format if one_row else torch.contiguous_format)
 
 
 def _written_to_x(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -163,7 +170,7 @@ _COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dropout_add_": (_written_to_x(_dropout_add), lambda x, *_: None),
     "relu_dropout": (_relu_dropout, lambda x, *_: torch.empty_like(x)),
     "relu_dropout_": (_written_to_x(_relu_dropout), lambda x, *_: None),
-    "relu_dropout_backward": (_relu_dropout_backward, lambda gradient, output, scale: gradient + output),
+    "relu_dropout_backward": (_relu_dropout_backward, _fake_relu_dropout_backward),
 }
 for _name, (_kernel, _fake) in _COMPOSED.items():
     _implement(_name, _kernel, _fake)

@@ -12,7 +12,7 @@ import pytest
 from fused_dropout import native
 
 CSRC = Path(__file__).parent.parent / "csrc"
-EAGER = ("eager.h", "eager.cpp", "dropout_linear.cpp")
+EAGER = ("eager.h", "eager.cpp", "dropout_linear.cpp", "neighbours.cpp")
 STABLE = re.compile(r"torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/")
 
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace fused_dropout {
 namespace {
@@ -145,18 +146,47 @@ __attribute__((noinline)) void settle_ties(const MaskParams& params, Blocks bloc
   kept[1] = kept_of(flags + kGroup / 2);
 }
 
-// Where the elements of a group are: x and y, or what the group says.
+// Where the elements of a group are: what a group says comes first.
 template <typename T, typename Blocks>
-inline Group<T> place(const T* x, T* y, const Blocks& blocks) {
-  return {x, y, blocks[0]};
+inline const Streams<T>& place(const Streams<T>& at, const Blocks&) {
+  return at;
 }
 template <typename T>
-inline Group<T> place(const T*, T*, const Grouped<T>& blocks) {
-  return *blocks.groups;
+inline const Streams<T>& place(const Streams<T>&, const Grouped<T>& blocks) {
+  return blocks.groups->at;
 }
 
-template <typename T, typename Blocks, typename Compute>
-inline void finish(const T* x, T* y, const Blocks& blocks, const PhiloxWords<Lanes>& words, const Common& common,
+constexpr bool reads_residual(Operation operation) {
+  return operation == Operation::kDropAdd || operation == Operation::kBiasDropAdd || operation == Operation::kGate;
+}
+constexpr bool reads_bias(Operation operation) {
+  return operation == Operation::kBiasDropAdd;
+}
+
+// Half a group, whose flags are known.
+template <Operation operation, typename T, typename Compute>
+inline void write(const Streams<T>& at, Kept kept, Compute scale) {
+  if constexpr (std::is_same_v<T, bool> || std::is_same_v<T, uint16_t>) {
+    write_flags(at.y, kept);
+  } else {
+    constexpr int kCount = sizeof(load(at.x)) / sizeof(T);
+    for (int i = 0; i < kGroup / 2; i += kCount) {
+      auto v = load(at.x + i);
+      if constexpr (reads_bias(operation)) v = add(v, load(at.bias + i));
+      if constexpr (operation == Operation::kReluDrop) v = relu(v);
+      v = drop(v, kept, i, scale);
+      if constexpr (operation == Operation::kGate) {
+        v = gate(v, load(at.residual + i));
+      } else if constexpr (reads_residual(operation)) {
+        v = add(load(at.residual + i), v);
+      }
+      store(at.y + i, v);
+    }
+  }
+}
+
+template <Operation operation, typename T, typename Blocks, typename Compute>
+inline void finish(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Lanes>& words, const Common& common,
                    Compute scale) {
   Draws draws[2];
   draws_of(words, draws);
@@ -167,48 +197,60 @@ inline void finish(const T* x, T* y, const Blocks& blocks, const PhiloxWords<Lan
     front = kept[0];
     back = kept[1];
   }
-  const Group<T> group = place(x, y, blocks);
-  write(group.x, group.y, front, scale);
-  write(group.x + kGroup / 2, group.y + kGroup / 2, back, scale);
+  const Streams<T> group = place(at, blocks);
+  write<operation>(group, front, scale);
+  write<operation>(group + kGroup / 2, back, scale);
 }
 
-template <typename Word, typename T, typename Blocks, typename Compute>
-inline void finish(const T* x, T* y, const Blocks& blocks, const PhiloxWords<Twin<Word>>& words, const Common& common,
-                   Compute scale) {
+template <Operation operation, typename Word, typename T, typename Blocks, typename Compute>
+inline void finish(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Twin<Word>>& words,
+                   const Common& common, Compute scale) {
   const auto& w = words.w;
   constexpr int kHalf = Of<Word>::kGroups;
-  finish(x, y, blocks, PhiloxWords<Word>{{w[0].a, w[1].a, w[2].a, w[3].a}}, common, scale);
-  finish(x + kHalf * kGroup, y + kHalf * kGroup, blocks.from(kHalf * kLanes),
-         PhiloxWords<Word>{{w[0].b, w[1].b, w[2].b, w[3].b}}, common, scale);
+  finish<operation>(at, blocks, PhiloxWords<Word>{{w[0].a, w[1].a, w[2].a, w[3].a}}, common, scale);
+  finish<operation>(at + kHalf * kGroup, blocks.from(kHalf * kLanes),
+                    PhiloxWords<Word>{{w[0].b, w[1].b, w[2].b, w[3].b}}, common, scale);
 }
 
-// As many groups as Word has, straight from x to y.
-template <typename Word, typename T, typename Blocks, typename Compute>
-inline void drop_groups(const T* x, T* y, const Blocks& blocks, const Common& common, Compute scale) {
+// As many groups as Word has, straight from memory to memory.
+template <Operation operation, typename Word, typename T, typename Blocks, typename Compute>
+inline void move_groups(const Streams<T>& at, const Blocks& blocks, const Common& common, Compute scale) {
   const Word* type = nullptr;
   const PhiloxWords<Word> counter = {
       {Of<Word>::same(common.offset[0]), Of<Word>::same(common.offset[1]), lower(blocks, type), upper(blocks, type)}};
-  finish(x, y, blocks, philox(counter, common.keys), common, scale);
+  finish<operation>(at, blocks, philox(counter, common.keys), common, scale);
 }
 
-// A group of which only n elements, from the skip-th on, are wanted: by way of a buffer.
-template <typename T, typename Compute>
-inline void drop_part(const T* x, T* y, const Consecutive& blocks, int64_t skip, int64_t n, const Common& common,
+// A part of `size` elements, of which n, from the skip-th on, are those of the streams: what is read beside them must
+// not be memory of others.
+template <Operation operation, typename T, int size>
+struct Buffer {
+  T x[size] = {}, residual[size] = {}, bias[size] = {};
+
+  Buffer(const Streams<T>& from, int64_t skip, int64_t n) {
+    std::memcpy(x + skip, from.x, n * sizeof(T));
+    if constexpr (reads_residual(operation)) std::memcpy(residual + skip, from.residual, n * sizeof(T));
+    if constexpr (reads_bias(operation)) std::memcpy(bias + skip, from.bias, n * sizeof(T));
+  }
+  Streams<T> streams() { return {x, x, residual, bias}; }
+};
+
+template <Operation operation, typename T, typename Compute>
+inline void drop_part(const Streams<T>& at, const Consecutive& blocks, int64_t skip, int64_t n, const Common& common,
                       Compute scale) {
-  T buffer[kGroup] = {};
-  std::memcpy(buffer + skip, x, n * sizeof(T));
-  drop_groups<Lanes>(buffer, buffer, blocks, common, scale);
-  std::memcpy(y, buffer + skip, n * sizeof(T));
+  Buffer<operation, T, kGroup> buffer(at, skip, n);
+  move_groups<operation, Lanes>(buffer.streams(), blocks, common, scale);
+  std::memcpy(at.y, buffer.x + skip, n * sizeof(T));
 }
 
 // A ragged head, whole groups straight from memory, as many at once as there are, and a ragged tail.
-template <typename T, typename Compute>
-void drop(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params) {
+template <Operation operation, typename T, typename Compute>
+void drop(const Streams<T>& all, uint64_t index, int64_t n, const MaskParams& params) {
   // Up to here the block numbers have the same upper half.
   constexpr uint64_t kReach = (uint64_t{1} << 32) * kBlock;
   const int64_t reach = static_cast<int64_t>(kReach - index % kReach);
   if (n > reach) {
-    drop<T, Compute>(x + reach, y + reach, index + reach, n - reach, params);
+    drop<operation, T, Compute>(all + reach, index + reach, n - reach, params);
     n = reach;
   }
   constexpr int kGroups = Of<Four>::kGroups;
@@ -216,76 +258,93 @@ void drop(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params)
   const Compute scale = static_cast<Compute>(params.scale);
   const Lanes upper_half = all_lanes(static_cast<uint32_t>(index / kReach));
   Consecutive blocks{index / kBlock, upper_half};
+  const Streams<T> at = all;  // a copy, which the compiler knows that no store changes
   int64_t i = 0;
   if (const int64_t skip = index % kBlock) {
     i = n < kGroup - skip ? n : kGroup - skip;
-    drop_part(x, y, blocks, skip, i, common, scale);
+    drop_part<operation>(at, blocks, skip, i, common, scale);
     blocks.first += kLanes;
   }
   for (; n - i >= kGroups * kGroup; i += kGroups * kGroup, blocks.first += kGroups * kLanes) {
-    drop_groups<Four>(x + i, y + i, blocks, common, scale);
+    move_groups<operation, Four>(at + i, blocks, common, scale);
   }
   for (; n - i >= kGroup; i += kGroup, blocks.first += kLanes) {
-    drop_groups<Lanes>(x + i, y + i, blocks, common, scale);
+    move_groups<operation, Lanes>(at + i, blocks, common, scale);
   }
-  if (i < n) drop_part(x + i, y + i, blocks, 0, n - i, common, scale);
+  if (i < n) drop_part<operation>(at + i, blocks, 0, n - i, common, scale);
 }
 
-template <typename T, typename Compute>
+template <Operation operation, typename T, typename Compute>
 void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
   constexpr int kAtOnce = Of<Four>::kGroups;
   const Common common(params);
   const Compute scale = static_cast<Compute>(params.scale);
-  const T* x = nullptr;  // the groups say where
-  T* y = nullptr;
-  for (; n >= kAtOnce; n -= kAtOnce, groups += kAtOnce) drop_groups<Four>(x, y, Grouped<T>{groups}, common, scale);
-  for (; n > 0; --n, ++groups) drop_groups<Lanes>(x, y, Grouped<T>{groups}, common, scale);
+  const Streams<T> unused{};  // the groups say where
+  for (; n >= kAtOnce; n -= kAtOnce, groups += kAtOnce) {
+    move_groups<operation, Four>(unused, Grouped<T>{groups}, common, scale);
+  }
+  for (; n > 0; --n, ++groups) move_groups<operation, Lanes>(unused, Grouped<T>{groups}, common, scale);
 }
 
 void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params) {
   static_assert(kBlockPadding % kLanes == 0, "the last group has to lie within the padding");
   constexpr int kAtOnce = Of<Four>::kGroups * kLanes;
   const Common common(params);
+  const Streams<uint16_t> at{flags, flags, flags, flags};
   int64_t i = 0;
   for (; n - i >= kAtOnce; i += kAtOnce) {
-    drop_groups<Four>(flags + i * kBlock, flags + i * kBlock, Listed{blocks + i}, common, 1.0f);
+    move_groups<Operation::kDrop, Four>(at + i * kBlock, Listed{blocks + i}, common, 1.0f);
   }
   for (; i < n; i += kLanes) {
-    drop_groups<Lanes>(flags + i * kBlock, flags + i * kBlock, Listed{blocks + i}, common, 1.0f);
+    move_groups<Operation::kDrop, Lanes>(at + i * kBlock, Listed{blocks + i}, common, 1.0f);
   }
 }
 
-template <typename T, typename Compute>
-void select(const T* x, T* y, const uint16_t* flags, int64_t n, double scale) {
+template <Operation operation, typename T, typename Compute>
+void select(const Streams<T>& all, const uint16_t* flags, int64_t n, double scale) {
   constexpr int kAtOnce = kGroup / 2;
   const Compute s = static_cast<Compute>(scale);
+  const Streams<T> at = all;  // as in drop
   int64_t i = 0;
   if (flags) {
-    for (; n - i >= kAtOnce; i += kAtOnce) write(x + i, y + i, kept_of(flags + i), s);
+    for (; n - i >= kAtOnce; i += kAtOnce) write<operation>(at + i, kept_of(flags + i), s);
     if (i == n) return;
   }
   uint16_t last[kAtOnce];
   std::fill_n(last, kAtOnce, 0xFFFF);
   if (!flags) {
-    const Kept all = kept_of(last);
-    for (; n - i >= kAtOnce; i += kAtOnce) write(x + i, y + i, all, s);
+    const Kept kept = kept_of(last);
+    for (; n - i >= kAtOnce; i += kAtOnce) write<operation>(at + i, kept, s);
     if (i == n) return;
   }
-  T buffer[kAtOnce] = {};
-  std::memcpy(buffer, x + i, (n - i) * sizeof(T));
   if (flags) std::memcpy(last, flags + i, (n - i) * sizeof(uint16_t));
-  write(buffer, buffer, kept_of(last), s);
-  std::memcpy(y + i, buffer, (n - i) * sizeof(T));
+  Buffer<operation, T, kAtOnce> buffer(at + i, 0, n - i);
+  write<operation>(buffer.streams(), kept_of(last), s);
+  std::memcpy(at.y + i, buffer.x, (n - i) * sizeof(T));
 }
+
+template <Operation operation, typename T, typename Compute>
+constexpr TypedKernels<T> kernels_of() {
+  return {drop<operation, T, Compute>, drop_groups<operation, T, Compute>, select<operation, T, Compute>};
+}
+
+// The table of one dtype, in the order of Operation.
+#define FUSED_DROPOUT_TABLE(T, Compute)                                                              \
+  {                                                                                                  \
+    kernels_of<Operation::kDrop, T, Compute>(), kernels_of<Operation::kDropAdd, T, Compute>(),       \
+        kernels_of<Operation::kBiasDropAdd, T, Compute>(), kernels_of<Operation::kReluDrop, T, Compute>(), {       \
+      nullptr, nullptr, select<Operation::kGate, T, Compute>                                         \
+    }                                                                                                \
+  }
 
 constexpr CpuKernels make_kernels(const char* isa) {
   return {isa,
           kGroup,
-          {drop<float, float>, drop_groups<float, float>, select<float, float>},
-          {drop<double, double>, drop_groups<double, double>, select<double, double>},
-          {drop<Half, float>, drop_groups<Half, float>, select<Half, float>},
-          {drop<BFloat16, float>, drop_groups<BFloat16, float>, select<BFloat16, float>},
-          {drop<bool, float>, drop_groups<bool, float>, select<bool, float>},
+          FUSED_DROPOUT_TABLE(float, float),
+          FUSED_DROPOUT_TABLE(double, double),
+          FUSED_DROPOUT_TABLE(Half, float),
+          FUSED_DROPOUT_TABLE(BFloat16, float),
+          {kernels_of<Operation::kDrop, bool, float>()},
           draw_flags};
 }
 

@@ -80,33 +80,93 @@ inline Kept kept_of(const uint16_t* flags) {
 inline __m128i part(Kept kept, int i) {
   return i == 0 ? _mm256_castsi256_si128(kept) : _mm256_extracti128_si256(kept, 1);
 }
-inline __m256 scaled(__m256 x, float scale) {
-  return _mm256_mul_ps(x, _mm256_set1_ps(scale));
+// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
+// where another vector is zero or less. 16-bit floats are rounded after each of them.
+struct Halves {
+  __m128i v;
+};
+struct BFloats {
+  __m256i v;
+};
+
+inline __m256 load(const float* x) {
+  return _mm256_loadu_ps(x);
+}
+inline __m256d load(const double* x) {
+  return _mm256_loadu_pd(x);
+}
+inline Halves load(const Half* x) {
+  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))};
+}
+inline BFloats load(const BFloat16* x) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
 }
 
-inline void write(const float* x, float* y, Kept kept, float scale) {
-  for (int i = 0; i < 2; ++i) {
-    const __m256i mask = _mm256_cvtepi16_epi32(part(kept, i));
-    const __m256 product = scaled(_mm256_loadu_ps(x + 8 * i), scale);
-    _mm256_storeu_ps(y + 8 * i, _mm256_and_ps(product, _mm256_castsi256_ps(mask)));
-  }
+inline void store(float* y, __m256 x) {
+  _mm256_storeu_ps(y, x);
+}
+inline void store(double* y, __m256d x) {
+  _mm256_storeu_pd(y, x);
+}
+inline void store(Half* y, Halves x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), x.v);
+}
+inline void store(BFloat16* y, BFloats x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), x.v);
 }
 
-inline void write(const double* x, double* y, Kept kept, double scale) {
-  for (int i = 0; i < 4; ++i) {
-    const __m128i four = i % 2 ? _mm_unpackhi_epi64(part(kept, i / 2), part(kept, i / 2)) : part(kept, i / 2);
-    const __m256i mask = _mm256_cvtepi16_epi64(four);
-    const __m256d product = _mm256_mul_pd(_mm256_loadu_pd(x + 4 * i), _mm256_set1_pd(scale));
-    _mm256_storeu_pd(y + 4 * i, _mm256_and_pd(product, _mm256_castsi256_pd(mask)));
-  }
+inline __m256 drop(__m256 x, Kept kept, int first, float scale) {
+  const __m256i mask = _mm256_cvtepi16_epi32(part(kept, first / 8));
+  return _mm256_and_ps(_mm256_mul_ps(x, _mm256_set1_ps(scale)), _mm256_castsi256_ps(mask));
+}
+inline __m256 add(__m256 a, __m256 b) {
+  return _mm256_add_ps(a, b);
+}
+// Of a NaN and of two zeros the instruction returns the second operand.
+inline __m256 relu(__m256 x) {
+  return _mm256_max_ps(_mm256_setzero_ps(), x);
+}
+inline __m256 gate(__m256 x, __m256 by) {
+  return _mm256_and_ps(_mm256_cmp_ps(by, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
-inline void write(const Half* x, Half* y, Kept kept, float scale) {
-  for (int i = 0; i < 2; ++i) {
-    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * i)));
-    const __m128i narrow = _mm256_cvtps_ph(scaled(wide, scale), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + 8 * i), _mm_and_si128(narrow, part(kept, i)));
-  }
+inline __m256d drop(__m256d x, Kept kept, int first, double scale) {
+  const __m128i eight = part(kept, first / 8), four = first % 8 ? _mm_unpackhi_epi64(eight, eight) : eight;
+  const __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi16_epi64(four));
+  return _mm256_and_pd(_mm256_mul_pd(x, _mm256_set1_pd(scale)), mask);
+}
+inline __m256d add(__m256d a, __m256d b) {
+  return _mm256_add_pd(a, b);
+}
+inline __m256d relu(__m256d x) {
+  return _mm256_max_pd(_mm256_setzero_pd(), x);
+}
+inline __m256d gate(__m256d x, __m256d by) {
+  return _mm256_and_pd(_mm256_cmp_pd(by, _mm256_setzero_pd(), _CMP_NLE_UQ), x);
+}
+
+inline __m256 widened(Halves x) {
+  return _mm256_cvtph_ps(x.v);
+}
+inline Halves narrowed(__m256 x) {
+  return {_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)};
+}
+inline Halves drop(Halves x, Kept kept, int first, float scale) {
+  return {_mm_and_si128(narrowed(_mm256_mul_ps(widened(x), _mm256_set1_ps(scale))).v, part(kept, first / 8))};
+}
+inline Halves add(Halves a, Halves b) {
+  return narrowed(add(widened(a), widened(b)));
+}
+// All ones up to -infinity, -0 included: what has to become zero, but for -0 in relu.
+inline __m128i up_to_minus_infinity(Halves x) {
+  return _mm_cmpgt_epi16(_mm_set1_epi16(kMinusInfinity<Half> + 1), x.v);
+}
+inline Halves relu(Halves x) {
+  const __m128i not_minus_zero = _mm_cmpgt_epi16(x.v, _mm_set1_epi16(kMinusZero));
+  return {_mm_andnot_si128(_mm_and_si128(up_to_minus_infinity(x), not_minus_zero), x.v)};
+}
+inline Halves gate(Halves x, Halves by) {
+  return {_mm_andnot_si128(_mm_or_si128(up_to_minus_infinity(by), _mm_cmpeq_epi16(by.v, _mm_setzero_si128())), x.v)};
 }
 
 // To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
@@ -118,20 +178,39 @@ inline __m256i rounded(__m256 x) {
 }
 
 // The even elements and the odd ones, each where the upper half of a float is.
-inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-  const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
-  const __m256i low = _mm256_srli_epi32(rounded(scaled(even, scale)), 16), high = rounded(scaled(odd, scale));
-  const __m256i both = _mm256_blend_epi16(low, high, 0xAA);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_and_si256(both, kept));
+inline __m256 even(BFloats x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(x.v, 16));
+}
+inline __m256 odd(BFloats x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(x.v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
+}
+inline __m256i joined(__m256 even, __m256 odd) {
+  return _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xAA);
+}
+inline BFloats drop(BFloats x, Kept kept, int, float scale) {
+  const __m256 s = _mm256_set1_ps(scale);
+  return {_mm256_and_si256(joined(_mm256_mul_ps(even(x), s), _mm256_mul_ps(odd(x), s)), kept)};
+}
+inline BFloats add(BFloats a, BFloats b) {
+  return {joined(add(even(a), even(b)), add(odd(a), odd(b)))};
+}
+inline __m256i up_to_minus_infinity(BFloats x) {
+  return _mm256_cmpgt_epi16(_mm256_set1_epi16(kMinusInfinity<BFloat16> + 1), x.v);
+}
+inline BFloats relu(BFloats x) {
+  const __m256i not_minus_zero = _mm256_cmpgt_epi16(x.v, _mm256_set1_epi16(kMinusZero));
+  return {_mm256_andnot_si256(_mm256_and_si256(up_to_minus_infinity(x), not_minus_zero), x.v)};
+}
+inline BFloats gate(BFloats x, BFloats by) {
+  const __m256i zero = _mm256_cmpeq_epi16(by.v, _mm256_setzero_si256());
+  return {_mm256_andnot_si256(_mm256_or_si256(up_to_minus_infinity(by), zero), x.v)};
 }
 
-inline void write(const bool*, bool* y, Kept kept, float) {
+inline void write_flags(bool* y, Kept kept) {
   const __m128i bytes = _mm_packs_epi16(part(kept, 0), part(kept, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_and_si128(bytes, _mm_set1_epi8(1)));
 }
-inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+inline void write_flags(uint16_t* flags, Kept kept) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(flags), kept);
 }
 

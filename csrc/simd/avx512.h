@@ -69,28 +69,89 @@ inline Kept kept_of(const uint16_t* flags) {
   return _mm512_movepi16_mask(_mm512_loadu_si512(flags));
 }
 
-inline __m512 scaled(__m512 x, Kept kept, float scale) {
-  return _mm512_maskz_mul_ps(static_cast<__mmask16>(kept), x, _mm512_set1_ps(scale));
+// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
+// where another vector is zero or less. 16-bit floats are rounded after each of them.
+struct Halves {
+  __m256i v;
+};
+struct BFloats {
+  __m512i v;
+};
+
+inline __m512 load(const float* x) {
+  return _mm512_loadu_ps(x);
+}
+inline __m512d load(const double* x) {
+  return _mm512_loadu_pd(x);
+}
+inline Halves load(const Half* x) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
+}
+inline BFloats load(const BFloat16* x) {
+  return {_mm512_loadu_si512(x)};
 }
 
-inline void write(const float* x, float* y, Kept kept, float scale) {
-  _mm512_storeu_ps(y, scaled(_mm512_loadu_ps(x), kept, scale));
-  _mm512_storeu_ps(y + 16, scaled(_mm512_loadu_ps(x + 16), kept >> 16, scale));
+inline void store(float* y, __m512 x) {
+  _mm512_storeu_ps(y, x);
+}
+inline void store(double* y, __m512d x) {
+  _mm512_storeu_pd(y, x);
+}
+inline void store(Half* y, Halves x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), x.v);
+}
+inline void store(BFloat16* y, BFloats x) {
+  _mm512_storeu_si512(y, x.v);
 }
 
-inline void write(const double* x, double* y, Kept kept, double scale) {
-  for (int i = 0; i < 32; i += 8) {
-    const auto mask = static_cast<__mmask8>(kept >> i);
-    _mm512_storeu_pd(y + i, _mm512_maskz_mul_pd(mask, _mm512_loadu_pd(x + i), _mm512_set1_pd(scale)));
-  }
+inline __m512 drop(__m512 x, Kept kept, int first, float scale) {
+  return _mm512_maskz_mul_ps(static_cast<__mmask16>(kept >> first), x, _mm512_set1_ps(scale));
+}
+inline __m512 add(__m512 a, __m512 b) {
+  return _mm512_add_ps(a, b);
+}
+// Of a NaN and of two zeros the instruction returns the second operand.
+inline __m512 relu(__m512 x) {
+  return _mm512_max_ps(_mm512_setzero_ps(), x);
+}
+inline __m512 gate(__m512 x, __m512 by) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
-inline void write(const Half* x, Half* y, Kept kept, float scale) {
-  for (int i = 0; i < 32; i += 16) {
-    const __m512 wide = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i)));
-    const __m256i narrow = _mm512_cvtps_ph(scaled(wide, kept >> i, scale), _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), narrow);
-  }
+inline __m512d drop(__m512d x, Kept kept, int first, double scale) {
+  return _mm512_maskz_mul_pd(static_cast<__mmask8>(kept >> first), x, _mm512_set1_pd(scale));
+}
+inline __m512d add(__m512d a, __m512d b) {
+  return _mm512_add_pd(a, b);
+}
+inline __m512d relu(__m512d x) {
+  return _mm512_max_pd(_mm512_setzero_pd(), x);
+}
+inline __m512d gate(__m512d x, __m512d by) {
+  return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(by, _mm512_setzero_pd(), _CMP_NLE_UQ), x);
+}
+
+inline __m512 widened(Halves x) {
+  return _mm512_cvtph_ps(x.v);
+}
+inline Halves narrowed(__m512 x) {
+  return {_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)};
+}
+inline Halves drop(Halves x, Kept kept, int first, float scale) {
+  return narrowed(drop(widened(x), kept, first, scale));
+}
+inline Halves add(Halves a, Halves b) {
+  return narrowed(add(widened(a), widened(b)));
+}
+inline Halves relu(Halves x) {
+  const __m256i least = _mm256_set1_epi16(kMinusInfinity<Half>);
+  const __mmask16 negative = _mm256_cmple_epi16_mask(x.v, least) & _mm256_cmpneq_epi16_mask(x.v, _mm256_set1_epi16(kMinusZero));
+  return {_mm256_maskz_mov_epi16(static_cast<__mmask16>(~negative), x.v)};
+}
+inline Halves gate(Halves x, Halves by) {
+  const __m256i least = _mm256_set1_epi16(kMinusInfinity<Half>);
+  const __mmask16 zero = _mm256_testn_epi16_mask(by.v, by.v) | _mm256_cmple_epi16_mask(by.v, least);
+  return {_mm256_maskz_mov_epi16(static_cast<__mmask16>(~zero), x.v)};
 }
 
 // To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
@@ -102,20 +163,41 @@ inline __m512i rounded(__m512 x) {
 }
 
 // The even elements and the odd ones, each where the upper half of a float is.
-inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000)), pairs = _mm512_loadu_si512(x);
-  const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-  const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
-  const __m512i low = _mm512_srli_epi32(rounded(_mm512_mul_ps(even, _mm512_set1_ps(scale))), 16);
-  const __m512i high = rounded(_mm512_mul_ps(odd, _mm512_set1_ps(scale)));
-  const __m512i both = _mm512_ternarylogic_epi32(low, high, upper, 0xF8);  // low | (high & upper)
-  _mm512_storeu_si512(y, _mm512_maskz_mov_epi16(kept, both));
+inline __m512i upper_halves() {
+  return _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+}
+inline __m512 even(BFloats x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(x.v, 16));
+}
+inline __m512 odd(BFloats x) {
+  return _mm512_castsi512_ps(_mm512_and_si512(x.v, upper_halves()));
+}
+inline __m512i joined(__m512 even, __m512 odd) {
+  const __m512i low = _mm512_srli_epi32(rounded(even), 16);
+  return _mm512_ternarylogic_epi32(low, rounded(odd), upper_halves(), 0xF8);  // low | (odd & upper)
+}
+inline BFloats drop(BFloats x, Kept kept, int, float scale) {
+  const __m512 s = _mm512_set1_ps(scale);
+  return {_mm512_maskz_mov_epi16(kept, joined(_mm512_mul_ps(even(x), s), _mm512_mul_ps(odd(x), s)))};
+}
+inline BFloats add(BFloats a, BFloats b) {
+  return {joined(add(even(a), even(b)), add(odd(a), odd(b)))};
+}
+inline BFloats relu(BFloats x) {
+  const __m512i least = _mm512_set1_epi16(kMinusInfinity<BFloat16>);
+  const __mmask32 negative = _mm512_cmple_epi16_mask(x.v, least) & _mm512_cmpneq_epi16_mask(x.v, _mm512_set1_epi16(kMinusZero));
+  return {_mm512_maskz_mov_epi16(~negative, x.v)};
+}
+inline BFloats gate(BFloats x, BFloats by) {
+  const __m512i least = _mm512_set1_epi16(kMinusInfinity<BFloat16>);
+  const __mmask32 zero = _mm512_testn_epi16_mask(by.v, by.v) | _mm512_cmple_epi16_mask(by.v, least);
+  return {_mm512_maskz_mov_epi16(~zero, x.v)};
 }
 
-inline void write(const bool*, bool* y, Kept kept, float) {
+inline void write_flags(bool* y, Kept kept) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm256_maskz_set1_epi8(kept, 1));
 }
-inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+inline void write_flags(uint16_t* flags, Kept kept) {
   _mm512_storeu_si512(flags, _mm512_movm_epi16(kept));
 }
 

@@ -19,24 +19,55 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+// Their bits as a signed number: -0 is the least, then come the negative values up to this one, then NaNs, then +0.
+template <typename T>
+constexpr int16_t kMinusInfinity = 0;
+template <>
+constexpr int16_t kMinusInfinity<Half> = -0x0400;
+template <>
+constexpr int16_t kMinusInfinity<BFloat16> = -0x0080;
+constexpr int16_t kMinusZero = INT16_MIN;
+
+// What is done to an element: dropout, and what stands before and after it. Each step rounds to the dtype.
+enum class Operation {
+  kDrop,         // drop(x)
+  kDropAdd,      // residual + drop(x)
+  kBiasDropAdd,  // residual + drop(x + bias)
+  kReluDrop,     // drop(relu(x))
+  kGate,         // x * scale, or 0 where the residual is 0 or less: the backward pass of kReluDrop, which draws nothing
+};
+constexpr int kOperations = 5;
+
+// Where one element is in each tensor. What an operation does not read stands at x.
+template <typename T>
+struct Streams {
+  const T* x;
+  T* y;  // may be x
+  const T* residual;
+  const T* bias;
+
+  Streams operator+(int64_t n) const { return {x + n, y + n, residual + n, bias + n}; }
+};
 
 // Elements that are drawn together: as many consecutive ones, the first of which begins a block.
 template <typename T>
 struct Group {
-  const T* x;
-  T* y;
+  Streams<T> at;
   uint64_t block;  // of the first element
 };
 
 template <typename T>
 struct TypedKernels {
-  // Dropout of n elements from x to y, which may be the same; index is that of the first element.
-  void (*drop)(const T* x, T* y, uint64_t index, int64_t n, const MaskParams& params);
-  // Dropout of n groups of CpuKernels::group elements, wherever they are: for short rows.
+  // Draws for n consecutive elements; index is that of the first.
+  void (*drop)(const Streams<T>& at, uint64_t index, int64_t n, const MaskParams& params);
+  // The same for n groups of CpuKernels::group elements, wherever they are: for short rows.
   void (*drop_groups)(const Group<T>* groups, int64_t n, const MaskParams& params);
-  // Dropout by a flag for each element: 0xFFFF where it is kept, else 0. Without flags all are kept.
-  void (*select)(const T* x, T* y, const uint16_t* flags, int64_t n, double scale);
+  // The same with a flag for each element: 0xFFFF where it is kept, else 0. Without flags all are kept.
+  void (*select)(const Streams<T>& at, const uint16_t* flags, int64_t n, double scale);
 };
+
+template <typename T>
+using KernelTable = TypedKernels<T>[kOperations];  // by Operation
 
 // draw_flags() works on this many blocks at a time: its arrays have room for n rounded up to a multiple of it.
 constexpr int kBlockPadding = 8;
@@ -44,11 +75,11 @@ constexpr int kBlockPadding = 8;
 struct CpuKernels {
   const char* isa;
   int group;
-  TypedKernels<float> float32;
-  TypedKernels<double> float64;
-  TypedKernels<Half> float16;
-  TypedKernels<BFloat16> bfloat16;
-  TypedKernels<bool> mask;  // true where an element is kept; x is not read
+  KernelTable<float> float32;
+  KernelTable<double> float64;
+  KernelTable<Half> float16;
+  KernelTable<BFloat16> bfloat16;
+  KernelTable<bool> mask;  // kDrop alone: true where an element is kept; x is not read
   // The flags of n blocks, eight for each, given their numbers in any order.
   void (*draw_flags)(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params);
 };

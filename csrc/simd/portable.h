@@ -93,35 +93,93 @@ inline Kept kept_of(const uint16_t* flags) {
   return kept;
 }
 
-// 16 bytes of T, and integers of its width, as all ones and zeros select.
-template <typename T, typename Integer>
-inline void write_selected(const T* x, T* y, Kept kept, T scale) {
-  constexpr int kElements = 16 / sizeof(T);
-  typedef T Values __attribute__((vector_size(16)));
-  typedef Integer Mask __attribute__((vector_size(16)));
-  typedef int16_t Flags __attribute__((vector_size(2 * kElements)));
-  for (int i = 0; i < kDraws; i += kElements) {
-    Values values;
-    Flags flags;
-    std::memcpy(&values, x + i, sizeof(values));
-    std::memcpy(&flags, reinterpret_cast<const char*>(&kept) + 2 * i, sizeof(flags));
-    values = (Values)((Mask)(values * scale) & __builtin_convertvector(flags, Mask));
-    std::memcpy(y + i, &values, sizeof(values));
-  }
+// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
+// where another vector is zero or less. 16-bit floats are rounded after each of them.
+typedef double Doubles __attribute__((vector_size(16)));
+typedef int16_t Signed16 __attribute__((vector_size(16)));
+struct Halves {
+  Signed16 v;
+};
+struct BFloats {
+  Signed16 v;
+};
+
+template <typename Vector, typename T>
+inline Vector load_as(const T* x) {
+  Vector v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
 }
-inline void write(const float* x, float* y, Kept kept, float scale) {
-  write_selected<float, int32_t>(x, y, kept, scale);
+inline Floats load(const float* x) {
+  return load_as<Floats>(x);
 }
-inline void write(const double* x, double* y, Kept kept, double scale) {
-  write_selected<double, int64_t>(x, y, kept, scale);
+inline Doubles load(const double* x) {
+  return load_as<Doubles>(x);
+}
+inline Halves load(const Half* x) {
+  return load_as<Halves>(x);
+}
+inline BFloats load(const BFloat16* x) {
+  return load_as<BFloats>(x);
+}
+template <typename T, typename Vector>
+inline void store(T* y, Vector x) {
+  std::memcpy(y, &x, sizeof(x));
+}
+
+// Flags, as integers of another width: all ones and zeros select.
+template <typename Integers, int count>
+inline Integers widened(Kept kept, int first) {
+  typedef int16_t Flags __attribute__((vector_size(2 * count)));
+  Flags flags;
+  std::memcpy(&flags, reinterpret_cast<const char*>(&kept) + 2 * first, sizeof(flags));
+  return __builtin_convertvector(flags, Integers);
+}
+
+typedef int32_t Signed32 __attribute__((vector_size(16)));
+typedef int64_t Signed64 __attribute__((vector_size(16)));
+
+inline Floats drop(Floats x, Kept kept, int first, float scale) {
+  return (Floats)((Signed32)(x * scale) & widened<Signed32, 4>(kept, first));
+}
+inline Floats add(Floats a, Floats b) {
+  return a + b;
+}
+inline Floats relu(Floats x) {
+  return (Floats)((Signed32)x & ~(x < 0));
+}
+inline Floats gate(Floats x, Floats by) {
+  return (Floats)((Signed32)x & ~(by <= 0));
+}
+
+inline Doubles drop(Doubles x, Kept kept, int first, double scale) {
+  return (Doubles)((Signed64)(x * scale) & widened<Signed64, 2>(kept, first));
+}
+inline Doubles add(Doubles a, Doubles b) {
+  return a + b;
+}
+inline Doubles relu(Doubles x) {
+  return (Doubles)((Signed64)x & ~(x < 0));
+}
+inline Doubles gate(Doubles x, Doubles by) {
+  return (Doubles)((Signed64)x & ~(by <= 0));
 }
 
 // torch's own conversions.
-inline void write(const Half* x, Half* y, Kept kept, float scale) {
+inline float widened(uint16_t half) {
   using torch::headeronly::Half;
-  for (int i = 0; i < kDraws; ++i) {
-    y[i].bits = Half(static_cast<float>(Half(x[i].bits, Half::from_bits())) * scale).x & kept[i];
-  }
+  return static_cast<float>(Half(half, Half::from_bits()));
+}
+inline int16_t narrowed(float x) {
+  return static_cast<int16_t>(torch::headeronly::Half(x).x);
+}
+inline Halves drop(Halves x, Kept kept, int, float scale) {
+  for (int i = 0; i < kBlock; ++i) x.v[i] = narrowed(widened(x.v[i]) * scale);
+  return {x.v & (Signed16)kept};
+}
+inline Halves add(Halves a, Halves b) {
+  for (int i = 0; i < kBlock; ++i) a.v[i] = narrowed(widened(a.v[i]) + widened(b.v[i]));
+  return a;
 }
 
 // To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
@@ -132,18 +190,47 @@ inline Lanes32 rounded(Floats x) {
 }
 
 // The even elements and the odd ones, each where the upper half of a float is.
-inline void write(const BFloat16* x, BFloat16* y, Kept kept, float scale) {
-  Lanes32 pairs;
-  std::memcpy(&pairs, x, sizeof(pairs));
-  const Lanes32 even = rounded((Floats)(pairs << 16) * scale), odd = rounded((Floats)(pairs & 0xFFFF0000) * scale);
-  const Lanes32 both = (even >> 16 | (odd & 0xFFFF0000)) & (Lanes32)kept;
-  std::memcpy(y, &both, sizeof(both));
+inline Floats even(BFloats x) {
+  return (Floats)((Lanes32)x.v << 16);
+}
+inline Floats odd(BFloats x) {
+  return (Floats)((Lanes32)x.v & 0xFFFF0000);
+}
+inline BFloats joined(Floats even, Floats odd) {
+  return {(Signed16)(rounded(even) >> 16 | (rounded(odd) & 0xFFFF0000))};
+}
+inline BFloats drop(BFloats x, Kept kept, int, float scale) {
+  return {joined(even(x) * scale, odd(x) * scale).v & (Signed16)kept};
+}
+inline BFloats add(BFloats a, BFloats b) {
+  return joined(even(a) + even(b), odd(a) + odd(b));
 }
 
-inline void write(const bool*, bool* y, Kept kept, float) {
+template <typename T>
+inline Signed16 positive_part(Signed16 x) {
+  return x & ~((x <= kMinusInfinity<T>) & (x != kMinusZero));
+}
+template <typename T>
+inline Signed16 gated(Signed16 x, Signed16 by) {
+  return x & ~((by <= kMinusInfinity<T>) | (by == 0));
+}
+inline Halves relu(Halves x) {
+  return {positive_part<Half>(x.v)};
+}
+inline BFloats relu(BFloats x) {
+  return {positive_part<BFloat16>(x.v)};
+}
+inline Halves gate(Halves x, Halves by) {
+  return {gated<Half>(x.v, by.v)};
+}
+inline BFloats gate(BFloats x, BFloats by) {
+  return {gated<BFloat16>(x.v, by.v)};
+}
+
+inline void write_flags(bool* y, Kept kept) {
   for (int i = 0; i < kDraws; ++i) y[i] = kept[i] != 0;
 }
-inline void write(const uint16_t*, uint16_t* flags, Kept kept, float) {
+inline void write_flags(uint16_t* flags, Kept kept) {
   std::memcpy(flags, &kept, sizeof(kept));
 }
 
