@@ -2,7 +2,7 @@
 // Neighbouring lanes move neighbouring vectors, so that a request of the warp touches whole sectors of memory only.
 #pragma once
 
-#include "mask.h"
+#include "simd/kernels.h"
 
 #include <cuda_runtime.h>
 
@@ -132,33 +132,64 @@ __device__ __forceinline__ LaneWords<n> exchange(Words words, int lane) {
   return mine;
 }
 
-// Drops in whole chunks, `apart` elements from each other. x and y: the lane's first vector. Loads all before it
-// stores.
+// A vector of each stream that an operation reads.
+template <typename Op, typename V>
+struct Loaded {
+  V x{}, residual{}, bias{};
+
+  // Each where `at` says, in elements from the first of its stream.
+  template <typename T, typename Moved>
+  __device__ __forceinline__ void load(const Streams<T>& streams, const Moved& at) {
+    if constexpr (Op::kReads) x = *reinterpret_cast<const V*>(streams.x + at.x);
+    if constexpr (Op::kReadsResidual) residual = *reinterpret_cast<const V*>(streams.residual + at.residual);
+    if constexpr (Op::kReadsBias) bias = *reinterpret_cast<const V*>(streams.bias + at.bias);
+  }
+
+  // The results, given whether element i is kept.
+  template <typename Kept>
+  __device__ __forceinline__ V apply(const Op& op, const Kept& kept) const {
+    using T = typename Op::Element;
+    constexpr int kCount = sizeof(V) / sizeof(T);
+    T v[kCount], r[kCount], b[kCount];
+    memcpy(v, &x, sizeof(V));
+    memcpy(r, &residual, sizeof(V));
+    memcpy(b, &bias, sizeof(V));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] = op(kept(i), v[i], r[i], b[i]);
+    V result;
+    memcpy(&result, v, sizeof(V));
+    return result;
+  }
+};
+
+// Where an element is in each stream. It is moved only if it is inside.
+template <typename Index>
+struct Moved {
+  bool inside;
+  Index x, y, residual, bias;
+};
+
+// Drops in whole chunks, `apart` elements from each other. at: the lane's first vector. Loads all before it stores.
 template <int chunks, typename Op, typename T, int n>
-__device__ __forceinline__ void apply_to_chunks(const T* x, T* y, uint64_t apart, const LaneWords<n> (&words)[chunks],
-                                                uint64_t threshold, const Op& op) {
+__device__ __forceinline__ void apply_to_chunks(const Streams<T>& at, uint64_t apart,
+                                                const LaneWords<n> (&words)[chunks], uint64_t threshold, const Op& op) {
   using V = Vector<kVectorBytes<T>>;
   constexpr int kSlots = kBlock / n;
-  V vectors[chunks][n];
-  if constexpr (Op::kReads) {
+  Loaded<Op, V> vectors[chunks][n];
 #pragma unroll
-    for (int i = 0; i < chunks * n; ++i) {
-      vectors[i / n][i % n] = reinterpret_cast<const V*>(x + i / n * apart)[i % n * kWarp];
-    }
+  for (int i = 0; i < chunks * n; ++i) {
+    const uint64_t place = i / n * apart + i % n * kWarp * kSlots;
+    vectors[i / n][i % n].load(at, Moved<uint64_t>{true, place, place, place, place});
   }
 #pragma unroll
   for (int i = 0; i < chunks * n; ++i) {
     const LaneWords<n>& mine = words[i / n];
     const int j = i % n;
-    T v[kSlots] = {};
-    if constexpr (Op::kReads) memcpy(v, &vectors[i / n][j], sizeof(v));
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    const V result = vectors[i / n][j].apply(op, [&](int slot) {
       const uint32_t word = mine.words.w[(j * kSlots + slot) / 2];
-      v[slot] = op(keep(draw_of(word, slot), mine.all[j] ^ word, threshold), v[slot]);
-    }
-    memcpy(&vectors[i / n][j], v, sizeof(v));
-    store(reinterpret_cast<V*>(y + i / n * apart) + j * kWarp, vectors[i / n][j]);
+      return keep(draw_of(word, slot), mine.all[j] ^ word, threshold);
+    });
+    store(reinterpret_cast<V*>(at.y + i / n * apart) + j * kWarp, result);
   }
 }
 
@@ -172,41 +203,28 @@ __device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
   f(std::integral_constant<int, bytes>{});
 }
 
-// Where an element of a chunk is in x and in y. It is moved only if it is inside.
-template <typename Index>
-struct Moved {
-  bool inside;
-  Index x, y;
-};
-
 // Drops in a chunk, in accesses of a given width. A lane's first access begins at the chunk's element `first`, and each
 // further one `step` elements later. Bit i of a lane's kept decides on element 8 * lane + i. where(element) gives the
 // memory of an access. x may be y: loads all before it stores.
 template <int bytes, typename Op, typename T, typename Where>
-__device__ __forceinline__ void move_chunk(const T* x, T* y, uint32_t first, uint32_t step, uint32_t kept, const Op& op,
-                                           const Where& where) {
+__device__ __forceinline__ void move_chunk(const Streams<T>& streams, uint32_t first, uint32_t step, uint32_t kept,
+                                           const Op& op, const Where& where) {
   keep_in_register(first);  // else much that follows from it would be kept in registers from one chunk to the next
   using V = Vector<bytes>;
   constexpr int kElements = bytes / sizeof(T), kMoves = kBlock / kElements;
   decltype(where(0)) places[kMoves];
-  V vectors[kMoves] = {};
+  Loaded<Op, V> vectors[kMoves];
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) {
     places[i] = where(static_cast<int>(first + i * step));
-    if constexpr (Op::kReads) {
-      if (places[i].inside) vectors[i] = *reinterpret_cast<const V*>(x + places[i].x);
-    }
+    if (places[i].inside) vectors[i].load(streams, places[i]);
   }
 #pragma unroll
   for (int i = 0; i < kMoves; ++i) {
     const uint32_t element = first + i * step;
     const uint32_t bits = __shfl_sync(~0u, kept, element / kBlock) >> element % kBlock;
-    T v[kElements] = {};
-    if constexpr (Op::kReads) memcpy(v, &vectors[i], sizeof(v));
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) v[e] = op(bits >> e & 1, v[e]);
-    memcpy(&vectors[i], v, sizeof(v));
-    if (places[i].inside) store(reinterpret_cast<V*>(y + places[i].y), vectors[i]);
+    const V result = vectors[i].apply(op, [&](int e) { return bits >> e & 1; });
+    if (places[i].inside) store(reinterpret_cast<V*>(streams.y + places[i].y), result);
   }
 }
 

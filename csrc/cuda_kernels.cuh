@@ -13,12 +13,13 @@ constexpr int kThreads = 256;
 
 // How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40
 // registers. Elsewhere the compiler would spill with so few.
-template <typename T>
+template <typename Op>
 constexpr int resident_blocks_of() {
+  using T = typename Op::Element;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
   return 4;
 #elif __CUDA_ARCH__ < 1000
-  return 6;
+  return Op::kReadsResidual ? 4 : 6;  // more streams need more registers
 #else
   return sizeof(T) == 8 ? 3 : 4;
 #endif
@@ -49,18 +50,33 @@ __device__ __forceinline__ void store_drawn_key(const KeySource& source) {
   }
 }
 
-template <typename T, typename Compute>
-struct DropOrScale {
+// The sum of two elements, rounded to their type. Not contracted with a product before it.
+template <typename Compute, typename T>
+__device__ __forceinline__ T sum(T a, T b) {
+  if constexpr (std::is_same_v<Compute, double>) return __dadd_rn(a, b);
+  return static_cast<T>(__fadd_rn(static_cast<float>(a), static_cast<float>(b)));
+}
+
+template <Operation operation, typename T, typename Compute>
+struct Drop {
   using Element = T;
   static constexpr bool kReads = true;
+  static constexpr bool kReadsResidual = reads_residual(operation), kReadsBias = reads_bias(operation);
   Compute scale;
-  __device__ T operator()(bool kept, T x) const { return drop_or_scale(kept, x, scale); }
+
+  __device__ T operator()(bool kept, T x, T residual, T bias) const {
+    if constexpr (kReadsBias) x = sum<Compute>(x, bias);
+    if constexpr (operation == Operation::kReluDrop) x = static_cast<Compute>(x) < 0 ? static_cast<T>(Compute{0}) : x;
+    x = drop_or_scale(kept, x, scale);
+    if constexpr (kReadsResidual) x = sum<Compute>(residual, x);
+    return x;
+  }
 };
 
 struct WriteMask {
   using Element = bool;
-  static constexpr bool kReads = false;
-  __device__ bool operator()(bool kept, bool) const { return kept; }
+  static constexpr bool kReads = false, kReadsResidual = false, kReadsBias = false;
+  __device__ bool operator()(bool kept, bool, bool, bool) const { return kept; }
 };
 
 struct RoundKeys {
@@ -94,11 +110,21 @@ __device__ __forceinline__ uint32_t keep_bits(const Words& words, uint64_t thres
   return bits;
 }
 
+// The OR of the addresses that an operation uses.
+template <typename Op, typename T>
+__device__ __forceinline__ uintptr_t address_of(const Streams<T>& at) {
+  uintptr_t address = reinterpret_cast<uintptr_t>(at.y);
+  if constexpr (Op::kReads) address |= reinterpret_cast<uintptr_t>(at.x);
+  if constexpr (Op::kReadsResidual) address |= reinterpret_cast<uintptr_t>(at.residual);
+  if constexpr (Op::kReadsBias) address |= reinterpret_cast<uintptr_t>(at.bias);
+  return address;
+}
+
 // Warps along x walk over the chunks of a row, warps along y over the rows. Block, the type of a block's number, has 64
 // bits for the largest tensors only.
 template <typename Op, typename Block>
-__global__ void __launch_bounds__(kThreads, resident_blocks_of<typename Op::Element>())
-    dropout_kernel(const typename Op::Element* x, typename Op::Element* y, Rows rows, uint64_t start, KeySource source,
+__global__ void __launch_bounds__(kThreads, resident_blocks_of<Op>())
+    dropout_kernel(Streams<typename Op::Element> streams, Rows rows, uint64_t start, KeySource source,
                    uint64_t threshold, Op op) {
   using T = typename Op::Element;
   constexpr int n = kVectorsOfBlock<T>, kInFlight = sizeof(T) == 8 ? 1 : 2;
@@ -112,28 +138,29 @@ __global__ void __launch_bounds__(kThreads, resident_blocks_of<typename Op::Elem
     const uint64_t row_start = start + row * rows.index;
     const int64_t head = row_start % kBlock, end = head + rows.length;
     const Block first_block = static_cast<Block>(row_start / kBlock);
-    const T* from = Op::kReads ? x + row * rows.x - head : nullptr;
-    T* to = y + row * rows.y - head;
+    const Streams<T> at{streams.x + row * rows.x - head, streams.y + row * rows.y - head,
+                        streams.residual + row * rows.residual - head, streams.bias + row * rows.bias - head};
 
     // The chunks that are in it as a whole, if the pointers allow vectors.
-    const uintptr_t address = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
+    const uintptr_t address = address_of<Op>(at);
     const Block chunks = static_cast<Block>((end + kChunk - 1) / kChunk);
     const Block whole_begin = head ? 1 : 0;
     const Block whole_end = address % kVectorBytes<T> == 0 ? static_cast<Block>(end / kChunk) : 0;
     Block chunk = whole_begin + first;
-    const T* lane_from = Op::kReads ? from + lane * (kVectorBytes<T> / sizeof(T)) : nullptr;
-    T* lane_to = to + lane * (kVectorBytes<T> / sizeof(T));
-    if constexpr (Op::kReads) keep_in_register(lane_from);
-    keep_in_register(lane_to);
+    Streams<T> of_lane = at + lane * (kVectorBytes<T> / sizeof(T));
+    if constexpr (Op::kReads) keep_in_register(of_lane.x);
+    keep_in_register(of_lane.y);
+    if constexpr (Op::kReadsResidual) keep_in_register(of_lane.residual);
+    if constexpr (Op::kReadsBias) keep_in_register(of_lane.bias);
     const auto move_whole = [&](auto count) {
       constexpr int kCount = count;
-      const uint64_t at = static_cast<uint64_t>(chunk) * kChunk;
       LaneWords<n> words[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         words[i] = exchange<n>(words_of(key, keys, first_block + (chunk + i * stride) * kWarp + drawn), lane);
       }
-      apply_to_chunks(lane_from + at, lane_to + at, static_cast<uint64_t>(stride) * kChunk, words, threshold, op);
+      apply_to_chunks(of_lane + static_cast<uint64_t>(chunk) * kChunk, static_cast<uint64_t>(stride) * kChunk, words,
+                      threshold, op);
       chunk += kCount * stride;
     };
     while ((kInFlight - 1) * stride < whole_end && chunk < whole_end - (kInFlight - 1) * stride) {
@@ -145,14 +172,14 @@ __global__ void __launch_bounds__(kThreads, resident_blocks_of<typename Op::Elem
     const Block whole = whole_end > whole_begin ? whole_end - whole_begin : 0;
     for (Block i = first; i < chunks - whole; i += stride) {
       const Block chunk = i < whole_begin ? i : i + whole;
-      const int64_t at = static_cast<int64_t>(chunk) * kChunk;
-      const int begin = head > at ? static_cast<int>(head - at) : 0;
-      const int stop = end - at < kChunk ? static_cast<int>(end - at) : kChunk;
+      const int64_t skipped = static_cast<int64_t>(chunk) * kChunk;
+      const int begin = head > skipped ? static_cast<int>(head - skipped) : 0;
+      const int stop = end - skipped < kChunk ? static_cast<int>(end - skipped) : kChunk;
       const uint32_t kept = keep_bits(words_of(key, keys, first_block + chunk * kWarp + lane), threshold);
       with_access<kVectorBytes<T>, sizeof(T)>(address | (begin | stop) * sizeof(T), [&](auto bytes) {
         constexpr int kElements = bytes / sizeof(T);
-        move_chunk<bytes>(from + at, to + at, lane * kElements, kWarp * kElements, kept, op,
-                          [&](int i) { return Moved<int>{i >= begin && i < stop, i, i}; });
+        move_chunk<bytes>(at + skipped, lane * kElements, kWarp * kElements, kept, op,
+                          [&](int i) { return Moved<int>{i >= begin && i < stop, i, i, i, i}; });
       });
     }
   }
@@ -163,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks_of<typename Op::Elem
 // below half the type's range.
 template <typename Index>
 struct WindowDim {
-  Index size, magic, x, y, index;
+  Index size, magic, x, y, index, residual, bias;
   int shift;
 };
 
@@ -181,14 +208,14 @@ __device__ __forceinline__ uint64_t upper_half(uint64_t a, uint64_t b) {
   return __umul64hi(a, b);
 }
 
-// Where an element is in x, in y and among the indices, and how many more follow it along the innermost dimension,
+// Where an element is in each stream and among the indices, and how many more follow it along the innermost dimension,
 // itself included.
 template <typename Index>
 struct Place {
-  Index x, y, index, left;
+  Index x, y, index, left, residual, bias;
 };
 
-template <typename Index>
+template <typename Op, typename Index>
 __device__ __forceinline__ Place<Index> place_at(const Window<Index>& window, Index position) {
   Place<Index> place{};
 #pragma unroll 1  // inlined often, and mostly of one pass or two
@@ -199,13 +226,15 @@ __device__ __forceinline__ Place<Index> place_at(const Window<Index>& window, In
     place.x += at * dim.x;
     place.y += at * dim.y;
     place.index += at * dim.index;
+    if constexpr (Op::kReadsResidual) place.residual += at * dim.residual;
+    if constexpr (Op::kReadsBias) place.bias += at * dim.bias;
     position = rest;
   }
   return place;
 }
 
 // Bit i says whether element i of the n from a position on is kept. Neighbours in one block are decided by one draw.
-template <typename Index>
+template <typename Op, typename Index>
 __device__ __forceinline__ uint32_t kept_bits(const Window<Index>& window, Index position, Place<Index> place, int n,
                                               Index start, const Key& key, const RoundKeys& keys, uint64_t threshold) {
   const Index stride = window.dims[0].index;
@@ -230,7 +259,7 @@ __device__ __forceinline__ uint32_t kept_bits(const Window<Index>& window, Index
     bits |= (kept & ((1u << decided) - 1)) << i;
     i += decided;
     if (i >= n) return bits;
-    place = place_at(window, position + i);
+    place = place_at<Op>(window, position + i);
   }
 }
 
@@ -239,11 +268,11 @@ __device__ __forceinline__ uint32_t kept_bits(const Window<Index>& window, Index
 constexpr int kElementByElement = 0, kEightByEight = -1;
 
 // Serves any window. Each lane draws for eight consecutive elements in the order of the dimensions: mostly one block.
-// access: the bytes of the widest access if such eights lie together in x and in y, else one of the constants above.
+// access: the bytes of the widest access if such eights lie together in each stream, else one of the constants above.
 template <typename Op, typename Index>
 __global__ void __launch_bounds__(kThreads)
-    window_kernel(const typename Op::Element* x, typename Op::Element* y, Index numel, Window<Index> window,
-                  Index start, int access, KeySource source, uint64_t threshold, Op op) {
+    window_kernel(Streams<typename Op::Element> streams, Index numel, Window<Index> window, Index start, int access,
+                  KeySource source, uint64_t threshold, Op op) {
   using T = typename Op::Element;
   const Key key = key_of(source);
   const RoundKeys keys = round_keys(key);
@@ -257,27 +286,54 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t kept = 0;
     if (lane * kBlock < left) {
       const int n = left - lane * kBlock < kBlock ? left - lane * kBlock : kBlock;
-      eight = place_at(window, at);
-      kept = kept_bits(window, at, eight, n, start, key, keys, threshold);
+      eight = place_at<Op>(window, at);
+      kept = kept_bits<Op>(window, at, eight, n, start, key, keys, threshold);
     }
     if (access > 0) {
       with_access<kVectorBytes<T>, sizeof(T)>(access | left * sizeof(T), [&](auto bytes) {
         constexpr int kElements = bytes / sizeof(T);
-        move_chunk<bytes>(x, y, lane * kElements, kWarp * kElements, kept, op, [&](int i) {
-          const Index slot = i % kBlock;
-          return Moved<Index>{i < left, __shfl_sync(~0u, eight.x, i / kBlock) + slot,
-                              __shfl_sync(~0u, eight.y, i / kBlock) + slot};
+        move_chunk<bytes>(streams, lane * kElements, kWarp * kElements, kept, op, [&](int i) {
+          const auto of = [&](Index at) -> Index { return __shfl_sync(~0u, at, i / kBlock) + i % kBlock; };
+          Moved<Index> moved{i < left, of(eight.x), of(eight.y)};
+          if constexpr (Op::kReadsResidual) moved.residual = of(eight.residual);
+          if constexpr (Op::kReadsBias) moved.bias = of(eight.bias);
+          return moved;
         });
       });
     } else {
       const bool own = access == kEightByEight;
-      move_chunk<sizeof(T)>(x, y, own ? lane * kBlock : lane, own ? 1 : kWarp, kept, op, [&](int i) {
-        const Place<Index> place = place_at(window, chunk + i);
-        return Moved<Index>{i < left, place.x, place.y};
+      move_chunk<sizeof(T)>(streams, own ? lane * kBlock : lane, own ? 1 : kWarp, kept, op, [&](int i) {
+        const Place<Index> place = place_at<Op>(window, chunk + i);
+        return Moved<Index>{i < left, place.x, place.y, place.residual, place.bias};
       });
     }
   }
   store_drawn_key(source);
+}
+
+// Operation::kGate over `numel` elements, in accesses of so many bytes, and what is left at the end element by element.
+template <int bytes, typename T, typename Compute>
+__global__ void __launch_bounds__(kThreads)
+    gate_kernel(const T* gradient, const T* output, T* y, int64_t numel, Compute scale) {
+  using V = Vector<bytes>;
+  constexpr int kElements = bytes / sizeof(T);
+  const auto gate = [&](T by, T x) {
+    return static_cast<Compute>(by) <= 0 ? static_cast<T>(Compute{0}) : drop_or_scale(true, x, scale);
+  };
+  const int64_t first = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const int64_t stride = gridDim.x * static_cast<int64_t>(kThreads), whole = numel / kElements;
+  for (int64_t i = first; i < whole; i += stride) {
+    const V x = reinterpret_cast<const V*>(gradient)[i], by = reinterpret_cast<const V*>(output)[i];
+    T v[kElements], o[kElements];
+    memcpy(v, &x, sizeof(V));
+    memcpy(o, &by, sizeof(V));
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) v[e] = gate(o[e], v[e]);
+    V result;
+    memcpy(&result, v, sizeof(V));
+    store(reinterpret_cast<V*>(y) + i, result);
+  }
+  for (int64_t i = whole * kElements + first; i < numel; i += stride) y[i] = gate(output[i], gradient[i]);
 }
 
 }  // namespace

@@ -104,8 +104,7 @@ void launch_rows_with(const KernelArgs& args, const Rows& rows, const LaunchPara
   const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
   const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
   dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(args.device)>>>(
-      static_cast<const T*>(args.x), static_cast<T*>(args.y), rows, args.start, params.source, params.threshold,
-      params.op);
+      streams_of<T>(args), rows, args.start, params.source, params.threshold, params.op);
   check_cuda(cudaGetLastError(), "dropout_kernel", args.numel, args.device);
 }
 
@@ -119,7 +118,7 @@ void launch_rows(const KernelArgs& args, const Rows& rows, const LaunchParams<Op
   }
 }
 
-// Takes the elements of one side (x or y) in groups of eight, in the order of the dimensions. Returns the bytes of the
+// Takes the elements of one stream in groups of eight, in the order of the dimensions. Returns the bytes of the
 // widest access that all groups allow, or 0 if the elements of a group do not lie together.
 template <typename T>
 int access_of_eights(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
@@ -134,8 +133,10 @@ int access_of_eights(const KernelArgs& args, const void* side, int64_t Dim::* st
 
 template <typename T>
 int access_of_eights(const KernelArgs& args) {
-  const int x = access_of_eights<T>(args, args.x, &Dim::x), y = access_of_eights<T>(args, args.y, &Dim::y);
-  return std::min(x, y);
+  const Streams<T> first = streams_of<T>(args);
+  return std::min({access_of_eights<T>(args, first.x, &Dim::x), access_of_eights<T>(args, first.y, &Dim::y),
+                   access_of_eights<T>(args, first.residual, &Dim::residual),
+                   access_of_eights<T>(args, first.bias, &Dim::bias)});
 }
 
 template <typename Op, typename Index>
@@ -149,8 +150,9 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
     int bits = 1;  // 2^bits is the size or more
     while (uint64_t{1} << bits < static_cast<uint64_t>(dim.size)) ++bits;
     const auto magic = ((static_cast<unsigned __int128>(1) << (kBits - 1 + bits)) + dim.size - 1) / dim.size;
-    window.dims[d] = {static_cast<Index>(dim.size), static_cast<Index>(magic),     static_cast<Index>(dim.x),
-                      static_cast<Index>(dim.y),    static_cast<Index>(dim.index), bits - 1};
+    window.dims[d] = {static_cast<Index>(dim.size),  static_cast<Index>(magic),    static_cast<Index>(dim.x),
+                      static_cast<Index>(dim.y),     static_cast<Index>(dim.index), static_cast<Index>(dim.residual),
+                      static_cast<Index>(dim.bias), bits - 1};
   }
   int64_t resident = 0;
   check_cuda(resident_blocks<window_kernel<Op, Index>>(args.device, &resident), "window_kernel", args.numel,
@@ -158,20 +160,22 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
   const int64_t at_once = int64_t{kThreads} * kBlock;
   const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
   window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
-      static_cast<const T*>(args.x), static_cast<T*>(args.y), static_cast<Index>(args.numel), window,
-      static_cast<Index>(args.start), access, params.source, params.threshold, params.op);
+      streams_of<T>(args), static_cast<Index>(args.numel), window, static_cast<Index>(args.start), access, params.source,
+      params.threshold, params.op);
   check_cuda(cudaGetLastError(), "window_kernel", args.numel, args.device);
 }
 
 template <typename Op>
 void launch_window(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
-  uint64_t x = 0, y = 0, index = args.start;  // of the last element
+  uint64_t x = 0, y = 0, residual = 0, bias = 0, index = args.start;  // of the last element
   for (const Dim& dim : args.dims) {
     x += (dim.size - 1) * dim.x;
     y += (dim.size - 1) * dim.y;
+    residual += (dim.size - 1) * dim.residual;
+    bias += (dim.size - 1) * dim.bias;
     index += (dim.size - 1) * dim.index;
   }
-  if (args.numel < int64_t{1} << 31 && std::max({x, y, index}) < uint64_t{1} << 32) {
+  if (args.numel < int64_t{1} << 31 && std::max({x, y, residual, bias, index}) < uint64_t{1} << 32) {
     launch_window_with<Op, uint32_t>(args, params, access);
   } else {
     launch_window_with<Op, uint64_t>(args, params, access);
@@ -189,18 +193,21 @@ void launch_by_index(const KernelArgs& args, size_t consecutive, const LaunchPar
     KernelArgs part = args;
     part.numel = args.numel / along.size * size * times;
     if (times > 1) {
-      part.dims[consecutive] = {times, size * along.x, size * along.y, size};
+      part.dims[consecutive] = {times, size * along.x, size * along.y, size, size * along.residual, size * along.bias};
     } else {
       part.dims.erase(part.dims.begin() + consecutive);
     }
-    if (size > 1) part.dims.insert(part.dims.begin(), {size, along.x, along.y, 1});
+    if (size > 1) part.dims.insert(part.dims.begin(), {size, along.x, along.y, 1, along.residual, along.bias});
     return part;
   };
   launch_window(with(kBlock, eights), params, kEightByEight);
   if (rest == 0) return;
   KernelArgs part = with(rest, 1);
-  if (args.x) part.x = static_cast<const T*>(args.x) + done * along.x;
-  part.y = static_cast<T*>(args.y) + done * along.y;
+  const Streams<T> past = step(streams_of<T>(args), along, done);
+  if (args.x) part.x = past.x;
+  if (args.residual) part.residual = past.residual;
+  if (args.bias) part.bias = past.bias;
+  part.y = past.y;
   part.start += done;
   launch_window(part, params, kElementByElement);
 }
@@ -221,9 +228,40 @@ void launch(const KernelArgs& args, const KeySource& source, Op op) {
   launch_window(args, params, access_of_eights<T>(args));
 }
 
+template <int bytes, typename T, typename Compute>
+void launch_gate(const KernelArgs& args) {
+  const torch::stable::accelerator::DeviceGuard guard(args.device);
+  int64_t resident = 0;
+  check_cuda(resident_blocks<gate_kernel<bytes, T, Compute>>(args.device, &resident), "gate_kernel", args.numel,
+             args.device);
+  const int64_t at_once = kThreads * bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
+  const Streams<T> at = streams_of<T>(args);
+  gate_kernel<bytes, T, Compute><<<grid, kThreads, 0, current_stream(args.device)>>>(
+      at.x, at.residual, at.y, args.numel, static_cast<Compute>(args.scale));
+  check_cuda(cudaGetLastError(), "gate_kernel", args.numel, args.device);
+}
+
+template <typename T, typename Compute>
+void gate(const KernelArgs& args) {
+  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+  if ((address(args.x) | address(args.y) | address(args.residual)) % kVectorBytes<T> == 0) {
+    launch_gate<kVectorBytes<T>, T, Compute>(args);
+  } else {
+    launch_gate<sizeof(T), T, Compute>(args);
+  }
+}
+
 template <typename T, typename Compute = float>
 void drop(const KernelArgs& args, const KeySource& source) {
-  launch(args, source, DropOrScale<T, Compute>{static_cast<Compute>(args.scale)});
+  const auto scale = static_cast<Compute>(args.scale);
+  switch (args.operation) {
+    case Operation::kDrop: return launch(args, source, Drop<Operation::kDrop, T, Compute>{scale});
+    case Operation::kDropAdd: return launch(args, source, Drop<Operation::kDropAdd, T, Compute>{scale});
+    case Operation::kBiasDropAdd: return launch(args, source, Drop<Operation::kBiasDropAdd, T, Compute>{scale});
+    case Operation::kReluDrop: return launch(args, source, Drop<Operation::kReluDrop, T, Compute>{scale});
+    case Operation::kGate: return gate<T, Compute>(args);
+  }
 }
 
 void run_with_key(const KernelArgs& args, const KeySource& source) {
@@ -237,8 +275,9 @@ void run_with_key(const KernelArgs& args, const KeySource& source) {
 }
 
 void run_cuda(const KernelArgs& args) {
-  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
   KeySource source{};
+  if (args.operation == Operation::kGate) return run_with_key(args, source);
+  const uint64_t* words = args.key.const_data_ptr<uint64_t>();
   if (args.key.is_cpu()) {
     source.value = {words[0], words[1]};
   } else {
@@ -304,13 +343,27 @@ cudaError_t load_kernels_of(int device) {
   return cudaSuccess;
 }
 
+template <typename T, typename Compute>
+cudaError_t load_kernels_of_type(int device) {
+  int64_t blocks = 0;
+  for (const auto load : {&load_kernels_of<Drop<Operation::kDrop, T, Compute>>,
+                          &load_kernels_of<Drop<Operation::kDropAdd, T, Compute>>,
+                          &load_kernels_of<Drop<Operation::kBiasDropAdd, T, Compute>>,
+                          &load_kernels_of<Drop<Operation::kReluDrop, T, Compute>>}) {
+    if (const cudaError_t error = load(device); error != cudaSuccess) return error;
+  }
+  if (const cudaError_t error = resident_blocks<gate_kernel<kVectorBytes<T>, T, Compute>>(device, &blocks)) {
+    return error;
+  }
+  return resident_blocks<gate_kernel<sizeof(T), T, Compute>>(device, &blocks);
+}
+
 // Loads all kernels, so that a graph capture does not have to load one.
 cudaError_t load_kernels(int device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  for (const auto load :
-       {&load_kernels_of<DropOrScale<float, float>>, &load_kernels_of<DropOrScale<double, double>>,
-        &load_kernels_of<DropOrScale<torch::headeronly::Half, float>>,
-        &load_kernels_of<DropOrScale<torch::headeronly::BFloat16, float>>, &load_kernels_of<WriteMask>}) {
+  for (const auto load : {&load_kernels_of_type<float, float>, &load_kernels_of_type<double, double>,
+                          &load_kernels_of_type<torch::headeronly::Half, float>,
+                          &load_kernels_of_type<torch::headeronly::BFloat16, float>, &load_kernels_of<WriteMask>}) {
     if (const cudaError_t error = load(device); error != cudaSuccess) return error;
   }
   int64_t blocks = 0;

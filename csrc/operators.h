@@ -56,19 +56,40 @@ struct KernelArgs {
   const void *residual = nullptr, *bias = nullptr;
 };
 
+template <typename T>
+Streams<T> streams_of(const KernelArgs& args) {
+  T* y = static_cast<T*>(args.y);
+  // A mask has no x: its own memory is read in the place of one, and ignored.
+  const T* x = args.x ? static_cast<const T*>(args.x) : y;
+  const auto or_x = [x](const void* stream) { return stream ? static_cast<const T*>(stream) : x; };
+  return {x, y, or_x(args.residual), or_x(args.bias)};
+}
+
+// n steps along a dimension.
+template <typename T>
+Streams<T> step(const Streams<T>& at, const Dim& dim, int64_t n) {
+  return {at.x + n * dim.x, at.y + n * dim.y, at.residual + n * dim.residual, at.bias + n * dim.bias};
+}
+
 using Kernel = void (*)(const KernelArgs&);
+
+// Whether neighbours along the dimension are `distance` apart in all tensors.
+inline bool is_apart(const Dim& dim, int64_t distance) {
+  return dim.x == distance && dim.y == distance && dim.residual == distance && dim.bias == distance;
+}
 
 // Element (r, c) is read at r * x + c, written at r * y + c, and has index start + r * index + c. The commonest
 // windows: dense tensors are one row, slices of columns are many.
 struct Rows {
-  int64_t count, length, x, y, index;
+  int64_t count, length, x, y, index, residual, bias;
 };
 
 inline std::optional<Rows> as_rows(const std::vector<Dim>& dims) {
   const Dim& inner = dims[0];
-  if (dims.size() > 2 || inner.x != 1 || inner.y != 1 || inner.index != 1) return std::nullopt;
-  if (dims.size() == 1) return Rows{1, inner.size, inner.size, inner.size, inner.size};
-  return Rows{dims[1].size, inner.size, dims[1].x, dims[1].y, dims[1].index};
+  if (dims.size() > 2 || !is_apart(inner, 1) || inner.index != 1) return std::nullopt;
+  if (dims.size() == 1) return Rows{1, inner.size, 0, 0, 0, 0, 0};
+  const Dim& outer = dims[1];
+  return Rows{outer.size, inner.size, outer.x, outer.y, outer.index, outer.residual, outer.bias};
 }
 
 // The dimension whose indices are consecutive, if it is not the innermost one in memory. Example: a gradient whose

@@ -16,26 +16,6 @@ constexpr int64_t kFlags = 1024;   // as many flags of elements stay in the firs
 constexpr int64_t kLongRun = 64;   // runs of as many elements are worth a call of their own
 constexpr int64_t kLongRow = 256;  // and rows of as many a call of the kernel that draws, drops and scales at once
 
-template <typename T>
-Streams<T> streams_of(const KernelArgs& args) {
-  T* y = static_cast<T*>(args.y);
-  // A mask has no x: its own memory is read in the place of one, and ignored.
-  const T* x = args.x ? static_cast<const T*>(args.x) : y;
-  const auto or_x = [x](const void* stream) { return stream ? static_cast<const T*>(stream) : x; };
-  return {x, y, or_x(args.residual), or_x(args.bias)};
-}
-
-// n steps along a dimension.
-template <typename T>
-Streams<T> step(const Streams<T>& at, const Dim& dim, int64_t n) {
-  return {at.x + n * dim.x, at.y + n * dim.y, at.residual + n * dim.residual, at.bias + n * dim.bias};
-}
-
-// Whether neighbours along the dimension are `distance` apart in all tensors.
-bool is_apart(const Dim& dim, int64_t distance) {
-  return dim.x == distance && dim.y == distance && dim.residual == distance && dim.bias == distance;
-}
-
 // Elements that lie next to each other in y, as the innermost dimension has them, and whose flags were drawn.
 template <typename T>
 struct Run {

@@ -90,8 +90,7 @@ def _relu_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
 def _takes_fused_path(x: Any, *others: Any) -> bool:
     """Whether the operators take these tensors: plain ones of one dtype and device, with elements."""
     return (
-        not is_compiling()
-        and not is_recorded()
+        not is_recorded()
         and all(isinstance(t, Tensor) and not autograd.must_compose(t) for t in (x, *others))
         and all(t.dtype == x.dtype and t.device == x.device and not t.is_neg() for t in (x, *others))
         and dispatch.is_covered(x)
@@ -180,8 +179,7 @@ def dropout_add(
     if key is not None:
         check_key(key, input, generator)
     if training and 0 < p < 1:
-        strides = None if noise_shape is None else noise_strides(noise_shape, input)
-        output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, strides)
+        output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, noise_shape)
         if output is not None:
             return output
     shifted = input if bias is None else input + bias
@@ -197,10 +195,13 @@ def _fused_dropout_add(
     inplace: bool,
     generator: Generator | None,
     key: Tensor | None,
-    strides: Sequence[int] | None,
+    noise_shape: Sequence[int | None] | None,
 ) -> Tensor | None:
     """The result, or None where the separate calls have to serve."""
-    if _eager_dropout_add is not None and not is_compiling() and isinstance(input, Tensor):
+    if is_compiling() or not isinstance(input, Tensor):
+        return None
+    strides = None if noise_shape is None else noise_strides(noise_shape, input)
+    if _eager_dropout_add is not None:
         output = _eager_dropout_add(input, residual, bias, p, inplace, generator, key, strides)
         if output is not None:
             return output
@@ -270,7 +271,9 @@ def relu_dropout(
 def _fused_relu_dropout(
     input: Tensor, p: float, inplace: bool, generator: Generator | None, key: Tensor | None
 ) -> Tensor | None:
-    if _eager_relu_dropout is not None and not is_compiling() and isinstance(input, Tensor):
+    if is_compiling() or not isinstance(input, Tensor):
+        return None
+    if _eager_relu_dropout is not None:
         output = _eager_relu_dropout(input, p, inplace, generator, key)
         if output is not None:
             return output

@@ -176,13 +176,33 @@ Bits<T> expected(Bits<T> x, uint64_t index, const Words& words, const MaskParams
   }
 }
 
+// The scalar loop of an operation, whose steps are each rounded to the dtype.
+template <typename T>
+Bits<T> expected(Operation operation, Bits<T> of_x, Bits<T> of_residual, Bits<T> of_bias, bool kept, double scale) {
+  using Scalar = typename Dtype<T>::Scalar;
+  using Compute = typename Dtype<T>::Compute;
+  const auto sum = [](Scalar a, Scalar b) {
+    return static_cast<Scalar>(static_cast<Compute>(a) + static_cast<Compute>(b));
+  };
+  auto x = bits_as<Scalar>(of_x);
+  const auto residual = bits_as<Scalar>(of_residual), zero = static_cast<Scalar>(Compute{0});
+  if (operation == Operation::kBiasDropAdd) x = sum(x, bits_as<Scalar>(of_bias));
+  if (operation == Operation::kReluDrop && static_cast<Compute>(x) < 0) x = zero;
+  x = drop_or_scale(kept, x, static_cast<Compute>(scale));
+  if (operation == Operation::kGate) return bits_as<Bits<T>>(static_cast<Compute>(residual) <= 0 ? zero : x);
+  return bits_as<Bits<T>>(reads_residual(operation) ? sum(residual, x) : x);
+}
+
+template <typename T>
+Streams<T> streams(const void* x, void* y, const void* residual = nullptr, const void* bias = nullptr) {
+  const auto or_x = [x](const void* stream) { return static_cast<const T*>(stream ? stream : x); };
+  return {or_x(x), static_cast<T*>(y), or_x(residual), or_x(bias)};
+}
+
 template <typename T>
 void call(const CpuKernels& kernels, const void* x, void* y, uint64_t index, int64_t n, const MaskParams& params) {
-  if constexpr (std::is_same<T, bool>::value) {
-    kernels.mask.drop(static_cast<bool*>(y), static_cast<bool*>(y), index, n, params);
-  } else {
-    Dtype<T>::kernels(kernels).drop(static_cast<const T*>(x), static_cast<T*>(y), index, n, params);
-  }
+  const bool mask = std::is_same<T, bool>::value;
+  Dtype<T>::kernels(kernels)[0].drop(streams<T>(mask ? y : x, y), index, n, params);
 }
 
 // ---------------------------------------------------------------------------------------------- memory
@@ -249,6 +269,7 @@ class Tester {
     alignments();
     ties();
     every_value();
+    if constexpr (!kMask) operations();
     return cases_;
   }
 
@@ -302,14 +323,13 @@ class Tester {
       if (in_place) std::memcpy(x, input, bytes);
       uint8_t* flags = at(flags_, y_place, n * sizeof(uint16_t), y_inside / sizeof(T) * sizeof(uint16_t));
       std::memcpy(flags, kept_.data() + first, n * sizeof(uint16_t));
-      Dtype<T>::kernels(kernels_).select(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y),
-                                         reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
+      const TypedKernels<T>& kernels = Dtype<T>::kernels(kernels_)[0];
+      kernels.select(streams<T>(x, y), reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
       compare(y, wanted, n);
       // All are kept if there are no flags.
       if (std::find(kept_.begin() + first, kept_.begin() + first + n, 0) == kept_.begin() + first + n) {
         if (in_place) std::memcpy(x, input, bytes);
-        Dtype<T>::kernels(kernels_).select(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), nullptr, n,
-                                           params_.scale);
+        kernels.select(streams<T>(x, y), nullptr, n, params_.scale);
         compare(y, wanted, n);
       }
     }
@@ -333,8 +353,7 @@ class Tester {
       const uint64_t last = block + static_cast<uint64_t>(kernels_.group / kBlock) - 1;
       if (block >> 32 != last >> 32) continue;  // the kernel's limit
       // A mask is given no x that could be read: its own memory stands for it.
-      T* to = reinterpret_cast<T*>(y) + i;
-      groups.push_back({kMask ? to : reinterpret_cast<const T*>(x) + i, to, block});
+      groups.push_back({streams<T>(kMask ? y : x, y) + i, block});
       firsts.push_back(i);
     }
     for (const int64_t begin : firsts) {
@@ -343,7 +362,7 @@ class Tester {
       if (in_place && !kMask) std::memcpy(x + begin * sizeof(T), input + begin, bytes);
     }
     std::reverse(groups.begin(), groups.end());
-    Dtype<T>::kernels(kernels_).drop_groups(groups.data(), static_cast<int64_t>(groups.size()), params_);
+    Dtype<T>::kernels(kernels_)[0].drop_groups(groups.data(), static_cast<int64_t>(groups.size()), params_);
     compare(y, wanted, n);
   }
 
@@ -387,6 +406,71 @@ class Tester {
       if (kMask) continue;
       for (Place x : {Place::kStart, Place::kEnd}) check(first, n, false, x, y);
     }
+  }
+
+  // The operations besides dropout, in place and not, with nothing to read behind the last element of a stream.
+  void operations() {
+    Guarded residuals(kLongest * sizeof(T)), biases(kLongest * sizeof(T));
+    for (const uint64_t base : {uint64_t{0}, two_to(35) - 103}) {
+      prepare("operations", base, 700, params_of(0.4));
+      for (int i = 1; i < kOperations; ++i) {
+        for (int64_t n = 0; n <= 200; ++n) {
+          for (int64_t first : {0, 3, 13}) check_operation(i, residuals, biases, first, n);
+        }
+        for (int64_t first : {0, 5}) check_operation(i, residuals, biases, first, 680);
+      }
+    }
+  }
+
+  void check_operation(int number, const Guarded& residuals, const Guarded& biases, int64_t first, int64_t n) {
+    const auto operation = static_cast<Operation>(number);
+    const TypedKernels<T>& kernels = Dtype<T>::kernels(kernels_)[number];
+    const size_t bytes = static_cast<size_t>(n) * sizeof(T);
+    const Element* input = input_.data() + first;
+    const uint16_t* flags = kept_.data() + first;
+    std::vector<Element> residual(n), bias(n), wanted(n);
+    for (int64_t i = 0; i < n; ++i) {
+      residual[i] = value<T>(static_cast<uint64_t>(i + 1000 * number));
+      bias[i] = value<T>(static_cast<uint64_t>(i + 5000 * number));
+      const bool kept = operation == Operation::kGate || flags[i];
+      wanted[i] = expected<T>(operation, input[i], residual[i], bias[i], kept, params_.scale);
+    }
+    uint8_t *r = at(residuals, Place::kEnd, bytes, 0), *b = at(biases, Place::kEnd, bytes, 0);
+    std::memcpy(r, residual.data(), bytes);
+    std::memcpy(b, bias.data(), bytes);
+    current.index = base_ + static_cast<uint64_t>(first);
+    current.n = n;
+    for (const bool in_place : {false, true}) {
+      uint8_t* y = at(y_, Place::kEnd, bytes, 0);
+      uint8_t* x = in_place ? y : at(x_, Place::kEnd, bytes, 0);
+      current.x = x;
+      current.y = y;
+      const auto run = [&](const auto& kernel) {
+        std::memcpy(x, input, bytes);
+        kernel(streams<T>(x, y, r, b));
+        ++cases_;
+        compare(y, wanted.data(), n);
+        std::memset(x, kSentinel, bytes);
+        std::memset(y, kSentinel, bytes);
+        untouched(y - kMargin, y, "before");
+      };
+      if (operation == Operation::kGate) {
+        run([&](const Streams<T>& all) { kernels.select(all, nullptr, n, params_.scale); });
+        continue;
+      }
+      run([&](const Streams<T>& all) { kernels.drop(all, current.index, n, params_); });
+      run([&](const Streams<T>& all) { kernels.select(all, flags, n, params_.scale); });
+      if (current.index % kBlock == 0 && n % kernels_.group == 0) {
+        run([&](const Streams<T>& all) {
+          std::vector<Group<T>> groups;
+          for (int64_t i = 0; i < n; i += kernels_.group) {
+            groups.push_back({all + i, (current.index + static_cast<uint64_t>(i)) / kBlock});
+          }
+          kernels.drop_groups(groups.data(), static_cast<int64_t>(groups.size()), params_);
+        });
+      }
+    }
+    if (std::memcmp(r, residual.data(), bytes) || std::memcmp(b, bias.data(), bytes)) fail("an operand was written to");
   }
 
   void short_lengths() {

@@ -137,8 +137,10 @@ class GoldenMasks {
       std::vector<uint8_t> kept(n);
       static_assert(sizeof(bool) == 1, "the mask is written to bytes");
       auto* kept_bools = reinterpret_cast<bool*>(kept.data());
-      kernels.mask.drop(kept_bools, kept_bools, first, static_cast<int64_t>(n), {mask.key, k, 0.5});
-      kernels.float32.drop(x.data(), y.data(), first, static_cast<int64_t>(n), {mask.key, k, 0.5});
+      const Streams<bool> to_kept{kept_bools, kept_bools, kept_bools, kept_bools};
+      const Streams<float> from_x{x.data(), y.data(), x.data(), x.data()};
+      kernels.mask[0].drop(to_kept, first, static_cast<int64_t>(n), {mask.key, k, 0.5});
+      kernels.float32[0].drop(from_x, first, static_cast<int64_t>(n), {mask.key, k, 0.5});
       for (size_t i = from; i < to; ++i) {
         const size_t at = before + (i - from);
         if (kept[at] != mask.kept[i]) golden_failure(kernels.isa, line);

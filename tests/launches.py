@@ -17,7 +17,8 @@ if ON_FAKE_GPU:
 KEY, P = (0x1234_5678_9ABC_DEF0, 0x0FED_CBA9_8765_4321), 0.3
 HALF, MASK = torch.float16, torch.bool
 NARROW, WIDE = "unsigned int", "unsigned long"  # the types of a block's number and of an index
-OPS = ["<float, float>", "<double, double>", "<c10::Half, float>", "<c10::BFloat16, float>", "WriteMask"]
+TYPES = ["float, float", "double, double", "c10::Half, float", "c10::BFloat16, float"]
+OPS = [*(rf"Drop<\(fused_dropout::Operation\)0, {types}>" for types in TYPES), "WriteMask"]
 OPS = dict(zip([*DTYPES, MASK], OPS, strict=True))
 for_ops = pytest.mark.parametrize("dtype", OPS, ids=str)
 for_inplace = pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
@@ -41,6 +42,12 @@ def memory(t):
 @functools.cache
 def module():
     return Module.from_library(native.cuda_kernels.__file__, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def streams(x, y):
+    """The kernels' struct Streams, for an operation that reads x alone; each a buffer, or an address."""
+    x, y = (getattr(side, "ptr", side) for side in (x, y))
+    return cstruct(("u64", [x, y, x, x]))
 
 
 def key_source(key, on_device=0, drawn=0, generator=(0, 0, 0)):

@@ -31,6 +31,7 @@ from launches import (
     launched,
     memory,
     module,
+    streams,
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -198,7 +199,8 @@ def kernel(dtype, block_type):
 def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, grid=1, block=256, only=None, **source):
     """The bare kernel. source: where its key comes from, if not by value."""
     op = bytes(1) if dtype == MASK else cstruct(("f64" if dtype == torch.float64 else "f32", contract.scale(p)))
-    args = [x, y, cstruct(("s64", rows)), start, key_source(key, **source), contract.threshold(p), op]
+    rows = cstruct(("s64", [*rows, rows.x, rows.x]))
+    args = [streams(x, y), rows, start, key_source(key, **source), contract.threshold(p), op]
     module().launch(kernel(dtype, block_type), grid, block, args, only=only)
 
 

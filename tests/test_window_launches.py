@@ -27,6 +27,7 @@ from launches import (
     launched,
     memory,
     module,
+    streams,
 )
 
 if ON_FAKE_GPU:
@@ -248,12 +249,12 @@ def launch(dtype, index_type, x, y, dims, start=0, key=KEY, access=0, grid=1, on
     for size, *strides in dims:
         shift = (size - 1).bit_length() - 1
         magic = -(-(2 ** (bits + shift)) // size)
-        window += cstruct((kind, [size, magic, *strides]), ("s32", shift))
-    window += bytes((bits - 1) * (5 * bits // 8 + bits // 8) - len(window))
+        window += cstruct((kind, [size, magic, *strides, *strides[:1] * 2]), ("s32", shift))
+    window += bytes((bits - 1) * (7 * bits // 8 + bits // 8) - len(window))
     window = cstruct(("s32", len(dims)), ("b", window, bits // 8))
     op = bytes(1) if dtype == MASK else cstruct(("f64" if dtype == torch.float64 else "f32", contract.scale(P)))
     numel = math.prod(size for size, *_ in dims)
-    args = [x, y, numel, window, start, access, key_source(key, **source), contract.threshold(P), op]
+    args = [streams(x, y), numel, window, start, access, key_source(key, **source), contract.threshold(P), op]
     module().launch(kernel(dtype, index_type), grid, THREADS, args, only=only)
 
 

@@ -111,6 +111,28 @@ def before_linear(batch: int, inputs: int, outputs: int, dtype: str = "float32")
     return [Contender(partial(step, model)) for model in (fd.DropoutLinear(inputs, outputs, p=P, **of_type), pair)]
 
 
+def neighbours(
+    kind: str, log2: int, dtype: str = "float32", backward: bool = False, composed: str = "fd"
+) -> list[Contender]:
+    """One call for dropout and what stands around it, and the separate calls; the last dimension is 1,024."""
+    dropout = fd.dropout if composed == "fd" else F.dropout
+    x, residual, gradient = (_values(log2, dtype).view(-1, 1024) for _ in range(3))
+    bias = _values(10, dtype)
+    leaves = {"add": (x, residual), "bias": (x, residual, bias), "relu": (x,)}[kind]
+    calls: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "add": (lambda: fd.dropout_add(x, residual, P), lambda: residual + dropout(x, P)),
+        "bias": (lambda: fd.dropout_add(x, residual, P, bias=bias), lambda: residual + dropout(x + bias, P)),
+        "relu": (lambda: fd.relu_dropout(x, P), lambda: dropout(F.relu(x), P)),
+    }
+
+    def run(call: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(call(), leaves, gradient)
+
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    return [Contender(partial(run, call) if backward else call) for call in calls[kind]]
+
+
 def training_step(*sizes: int) -> list[Contender]:
     images, labels = torch.randn(128, sizes[0]), torch.randint(sizes[-1], (128,))
 
@@ -156,6 +178,19 @@ LINEARS = [
     partial(before_linear, 1024, 1024, 16, dtype="bfloat16"),
     partial(before_linear, 4, 16, 16),
 ]
+DTYPES = ("float32", "bfloat16")
+
+
+def around(*kinds: str, sizes: Sequence[int] = (16, 24), backward: bool, **options: str) -> list[partial]:
+    return [
+        partial(neighbours, kind, log2, dtype, backward=backward, **options)
+        for kind in kinds
+        for dtype in DTYPES
+        for log2 in sizes
+    ]
+
+
+OVER_TORCH = {"sizes": (16, 20), "composed": "torch"}
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
 AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
 PYTHON, NO_EAGER = {"FUSED_DROPOUT_BACKEND": "python"}, {HIDE_EAGER: "1"}
@@ -190,6 +225,56 @@ ROWS = (
         "<=",
         (0.5, 0.5, 1.0),
         LINEARS,
+    ),
+    Row(
+        "add",
+        "dropout_add forward: 2^16, 2^24 as float32, bfloat16",
+        "fd.dropout, +",
+        ">=",
+        (1.5, 2.5, 1.5, 2.5),
+        around("add", backward=False),
+    ),
+    Row("add-grad", "the same + backward", "fd.dropout, +", ">=", (1.2, 1.8, 1.2, 1.8), around("add", backward=True)),
+    Row("bias", "with bias, forward", "+, fd.dropout, +", ">=", (1.7,), around("bias", backward=False)),
+    Row("bias-grad", "the same + backward", "+, fd.dropout, +", ">=", (1.4,), around("bias", backward=True)),
+    Row("relu", "relu_dropout forward + backward", "F.relu, fd.dropout", ">=", (1.7,), around("relu", backward=True)),
+    Row(
+        "around-avx2",
+        "AVX2 forced: the five rows above, 2^20 each",
+        "the same",
+        ">=",
+        (1.2,),
+        around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True),
+        AVX2,
+        3,
+    ),
+    Row(
+        "around-portable",
+        "portable forced: the same",
+        "the same",
+        ">=",
+        (1.2,),
+        around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True),
+        PORTABLE,
+        3,
+    ),
+    Row(
+        "around-torch",
+        "the three, forward: 2^16, 2^20 as float32, bfloat16",
+        "torch's own",
+        ">=",
+        (15,),
+        around("add", "bias", "relu", backward=False, **OVER_TORCH),
+        seconds=3,
+    ),
+    Row(
+        "around-torch-grad",
+        "the same + backward",
+        "torch's own",
+        ">=",
+        (5,),
+        around("add", "bias", "relu", backward=True, **OVER_TORCH),
+        seconds=3,
     ),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )

@@ -156,13 +156,6 @@ inline const Streams<T>& place(const Streams<T>&, const Grouped<T>& blocks) {
   return blocks.groups->at;
 }
 
-constexpr bool reads_residual(Operation operation) {
-  return operation == Operation::kDropAdd || operation == Operation::kBiasDropAdd || operation == Operation::kGate;
-}
-constexpr bool reads_bias(Operation operation) {
-  return operation == Operation::kBiasDropAdd;
-}
-
 // Half a group, whose flags are known.
 template <Operation operation, typename T, typename Compute>
 inline void write(const Streams<T>& at, Kept kept, Compute scale) {

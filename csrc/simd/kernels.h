@@ -1,4 +1,5 @@
-// What the CPU kernels of every instruction set offer, for each dtype.
+// The operations on an element, for every device, and what the CPU kernels of every instruction set offer, for each
+// dtype.
 #pragma once
 
 #include "../mask.h"
@@ -38,6 +39,13 @@ enum class Operation {
 };
 constexpr int kOperations = 5;
 
+constexpr bool reads_residual(Operation operation) {
+  return operation == Operation::kDropAdd || operation == Operation::kBiasDropAdd || operation == Operation::kGate;
+}
+constexpr bool reads_bias(Operation operation) {
+  return operation == Operation::kBiasDropAdd;
+}
+
 // Where one element is in each tensor. What an operation does not read stands at x.
 template <typename T>
 struct Streams {
@@ -45,9 +53,11 @@ struct Streams {
   T* y;  // may be x
   const T* residual;
   const T* bias;
-
-  Streams operator+(int64_t n) const { return {x + n, y + n, residual + n, bias + n}; }
 };
+template <typename T>
+FUSED_DROPOUT_HOST_DEVICE Streams<T> operator+(const Streams<T>& at, int64_t n) {
+  return {at.x + n, at.y + n, at.residual + n, at.bias + n};
+}
 
 // Elements that are drawn together: as many consecutive ones, the first of which begins a block.
 template <typename T>
