@@ -21,8 +21,13 @@ LIMITS = {
     "float": 14.2,
     "double": 19,
 }  # instructions an element, with 32-bit block numbers
-REGISTERS = {"sm_80": 40, "sm_90": 40}  # elsewhere 80
-WINDOW_LIMITS = (64, 1900)  # registers and instructions of the kernel for any window: its one draw is not unrolled
+# What an operation may take more: with a residual, with a bias too, with a ReLU. By the numbers of csrc's Operation.
+MORE = {"0": 0.0, "1": 5.8, "2": 10.8, "3": 4.0}
+OPERATIONS = {"0": "", "1": " + residual", "2": " + residual and bias", "3": " of ReLU"}
+# As many as the number of resident blocks in cuda_kernels.cuh leaves a thread; elsewhere 80.
+REGISTERS = {arch: {"0": 40, "1": 64, "2": 80, "3": 48} for arch in ("sm_80", "sm_90")}
+# Registers and instructions of the kernel for any window: its one draw is not unrolled. Then those with more streams.
+WINDOW_LIMITS, WINDOW_LIMITS_OF_SUMS = (64, 1900), (128, 2600)
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
     "wide multiply": r"U?IMAD\.WIDE",
@@ -69,6 +74,7 @@ class Kernel:
     stack: int
     divisions: int  # anywhere
     loop: list[str]  # the opcodes of the steady state
+    operation: str = "0"
 
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.loop)
@@ -89,9 +95,10 @@ class Kernel:
     def faults(self) -> list[str]:
         if not self.loop:
             return ["no loop whose accesses are all of the widest width"]
-        registers = REGISTERS.get(self.arch, 80)
+        registers = REGISTERS.get(self.arch, {}).get(self.operation, 80)
         emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
         limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
+        limit += MORE[self.operation]
         return [
             *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),
             *(["accesses of local memory in the loop"] if self.count("LDL|STL") else []),
@@ -172,10 +179,11 @@ class WindowKernel:
 
     def faults(self) -> list[str]:
         counts = {"registers": self.registers, "instructions": self.instructions}
+        limits = WINDOW_LIMITS_OF_SUMS if "+" in self.name else WINDOW_LIMITS
         return [
             *(
                 f"{n} {what}, more than {most}"
-                for (what, n), most in zip(counts.items(), WINDOW_LIMITS, strict=True)
+                for (what, n), most in zip(counts.items(), limits, strict=True)
                 if n > most
             ),
             *(f"{n} {what}" for what, n in vars(self).items() if what in ("stack", "local", "divisions") and n),
@@ -190,7 +198,7 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
             name = code.split()[0]
             full = output("c++filt", name)
             kind = re.search(
-                r"(dropout|window)_kernel<.*?(?:DropOrScale<([\w:]+), \w+>|WriteMask), unsigned (int|long)", full
+                r"(dropout|window)_kernel<.*?(?:Drop<\(.*?\)(\d), ([\w:]+), \w+>|WriteMask), unsigned (int|long)", full
             )
             if not kind:
                 continue
@@ -203,10 +211,10 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
             local, divisions = (
                 sum(opcode.startswith(names) for _, opcode, _ in lines) for names in (("LDL", "STL"), DIVISION)
             )
-            dtype = kind[2] or "mask"
-            bits = 32 if kind[3] == "int" else 64
+            operation, dtype = kind[2] or "0", kind[3] or "mask"
+            bits = 32 if kind[4] == "int" else 64
             if kind[1] == "window":
-                name = f"{arch} {dtype}, {bits} bits, any window"
+                name = f"{arch} {dtype}{OPERATIONS[operation]}, {bits} bits, any window"
                 windows.append(WindowKernel(name, used["REG"], used["STACK"], len(lines), local, divisions))
                 continue
             kernels.append(
@@ -218,6 +226,7 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
                     used["STACK"],
                     divisions,
                     steady_state(lines, widest_access(arch, dtype)),
+                    operation,
                 )
             )
     return kernels, windows
@@ -230,16 +239,16 @@ def table(rows: list[list[str]]) -> str:
 
 def report(kernels: list[Kernel], windows: list[WindowKernel]) -> str:
     rows = [["arch", "dtype", "block number", "registers", "instructions an element", *CLASSES, "loads, stores"]]
-    for k in sorted(kernels, key=lambda k: (k.arch, k.block_bits, SIZES[k.dtype], k.dtype)):
+    for k in sorted(kernels, key=lambda k: (k.arch, k.block_bits, k.operation, SIZES[k.dtype], k.dtype)):
         classes = [f"{n:.2f}" for n in k.by_class().values()]
         moves = f"{k.count(r'LDG')}, {k.count(r'STG')} of {widest_access(k.arch, k.dtype) // 8} bytes"
         rows.append(
-            [k.arch, k.dtype, f"{k.block_bits} bits", str(k.registers), f"{k.per_element:.2f}", *classes, moves]
+            [k.arch, k.dtype + OPERATIONS[k.operation], f"{k.block_bits} bits", str(k.registers), f"{k.per_element:.2f}", *classes, moves]
         )
     model = [["GPU", "dtype", "bound by", "ps an element", "next", "margin"]]
     for gpu in GPUS:
         for k in kernels:
-            if k.arch == gpu.arch and k.block_bits == 32 and k.dtype in LIMITS:
+            if k.arch == gpu.arch and k.block_bits == 32 and k.dtype in LIMITS and k.operation == "0":
                 wide = k.by_class()["wide multiply"]
                 times = sorted(gpu.seconds(k.per_element, wide, SIZES[k.dtype]).items(), key=lambda item: -item[1])
                 (first, most), (second, less), _ = times
@@ -266,7 +275,11 @@ def main() -> None:
     print(text)
     RESULTS.joinpath("sass.md").write_text(text)
     images = output(find_tool(), "--list-ptx", str(library))
-    faults = [f"{k.arch} {k.dtype}, {k.block_bits} bits: {fault}" for k in kernels for fault in k.faults()]
+    faults = [
+        f"{k.arch} {k.dtype}{OPERATIONS[k.operation]}, {k.block_bits} bits: {fault}"
+        for k in kernels
+        for fault in k.faults()
+    ]
     faults += [f"{w.name}: {fault}" for w in windows for fault in w.faults()]
     # PTX of sm_120 would not serve sm_110: build_backend/toolchain.py makes the same choice.
     built = {k.arch for k in kernels}
