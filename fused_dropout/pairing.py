@@ -5,9 +5,10 @@ dropout hands its input on undropped, and the linear layer drops it. Outside of 
 alone, it drops as before. An input that was handed on and that the linear layer did not take raises an error.
 """
 
-import itertools
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,37 +18,64 @@ from .modules import Dropout
 from .torch_internals import has_hooks
 
 _HANDLES = "_fused_dropout_pairing"
-_STATE = ("_handover", "_dropped_by", "_fused_dropout_casts")
+_CAST = "_cast_input_dtype"  # the method of PEFT's layers
+
+
+class _Call:
+    """A call of an owner in one thread, and the call around it. Nothing of a call is kept on modules, which threads and
+    calls inside of calls share.
+
+    pairs: a dropout, its linear layer, and what the one handed on and the other has not yet taken. Searched by ``is``:
+        of a dict's keys Dynamo makes guards, which compile each layer anew.
+    casts: the owner leaves the cast of its input to ``dropout_linear``, which saves the input as it is.
+    """
+
+    def __init__(self, owner: nn.Module, outer: "_Call | None") -> None:
+        self.owner, self.outer = owner, outer
+        self.pairs: list[tuple[PairedDropout, PairedLinear, list[Tensor]]] = []
+        self.casts = False
+
+    def has_handed_on(self) -> bool:
+        return any(handed_on for _, _, handed_on in self.pairs)
+
+
+class _Thread(threading.local):
+    """The innermost call of a thread."""
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+
+
+_thread = _Thread()
 
 
 class PairedDropout(Dropout):
     """``fd.Dropout`` that hands its input on to a ``PairedLinear`` while their owner's forward runs."""
 
-    _handover: list[Tensor] | None = None
-
     def forward(self, input: Tensor) -> Tensor:
-        if self._handover is None or not self.training or not isinstance(input, Tensor):
-            return super().forward(input)
-        self._handover.append(input)
-        return input
+        call = _thread.call
+        if call is not None and self.training and isinstance(input, Tensor):
+            for dropout, _, handed_on in call.pairs:
+                if dropout is self:
+                    handed_on.append(input)
+                    return input
+        return super().forward(input)
 
 
 class PairedLinear(nn.Linear):
     """``nn.Linear`` that drops what a ``PairedDropout`` handed on."""
 
-    _handover: list[Tensor] | None = None
-    _dropped_by: tuple[PairedDropout, ...] = ()  # in a tuple, since nn.Module would register a module
-
     def forward(self, input: Tensor) -> Tensor:
-        if self._handover is None:
+        call = _thread.call
+        if call is None:
             return super().forward(input)
-        if not self._handover:
-            return super().forward(input.to(self.weight.dtype))  # PEFT's own cast may be switched off
-        if self._handover.pop() is not input:
-            raise RuntimeError("fused_dropout: the input of a paired linear layer is not what its dropout handed on")
-        (dropout,) = self._dropped_by
-        source = {"generator": dropout.generator, "key": dropout.key}
-        return dropout_linear(input, self.weight, self.bias, dropout.p, **source)  # type: ignore[arg-type]
+        for dropout, linear, handed_on in call.pairs:
+            if linear is self and handed_on:
+                if handed_on.pop() is not input:
+                    raise RuntimeError("fused_dropout: a paired linear layer got another input than its dropout")
+                source = {"generator": dropout.generator, "key": dropout.key}
+                return dropout_linear(input, self.weight, self.bias, dropout.p, **source)  # type: ignore[arg-type]
+        return super().forward(input.to(self.weight.dtype) if call.casts else input)
 
 
 class Pair(NamedTuple):
@@ -119,47 +147,59 @@ def pair(owner: nn.Module) -> None:
     if pairs and _HANDLES not in vars(owner):
         begun = owner.register_forward_pre_hook(_begin)
         vars(owner)[_HANDLES] = (begun, owner.register_forward_hook(_end, always_call=True))
+        if hasattr(type(owner), _CAST):
+            vars(owner)[_CAST] = partial(_cast, owner)
 
 
 def unpair(owner: nn.Module) -> None:
     """Undoes ``pair``."""
     for handle in vars(owner).pop(_HANDLES, ()):
         handle.remove()
+    vars(owner).pop(_CAST, None)
     for each in pairs_of(owner):
-        if each.linear is None:
-            continue
         if type(each.dropout) is PairedDropout:
             each.dropout.__class__ = Dropout  # type: ignore[assignment]
         if type(each.linear) is PairedLinear:
             each.linear.__class__ = nn.Linear  # type: ignore[assignment]
-        for module, name in itertools.product((owner, each.dropout, each.linear), _STATE):
-            vars(module).pop(name, None)
+
+
+def _cast(owner: Any, x: Any, dtype: Any) -> Any:
+    """PEFT's ``_cast_input_dtype``, of this owner."""
+    call = _thread.call
+    if call is not None and call.owner is owner and call.casts:
+        return x
+    return getattr(type(owner), _CAST)(owner, x, dtype)
+
+
+def _call_around(owner: Any) -> _Call | None:
+    """The call that a new call of the owner is inside of, less what a KeyboardInterrupt left behind: its ``_end`` was
+    never called. If the owner is inside itself after all, the outer call's dropouts drop by themselves from here on.
+    """
+    call = _thread.call
+    while call is not None and not call.has_handed_on():
+        if call.owner is owner:
+            return call.outer
+        call = call.outer
+    return _thread.call
 
 
 def _begin(owner: Any, _inputs: Any) -> None:
+    _thread.call = call = _Call(owner, _call_around(owner))
     if not owner.training:
         return
     pairs = [each for each in pairs_of(owner) if each.is_paired]
-    for each in pairs:
-        # At each call, since replicas of the owner have modules of their own.
-        each.dropout._handover = each.linear._handover = []
-        each.linear._dropped_by = (each.dropout,)
-    if getattr(owner, "cast_input_dtype_enabled", False) and len(pairs) == len(owner.lora_A):
-        owner.cast_input_dtype_enabled = False  # dropout_linear casts, and saves the input as it is
-        owner._fused_dropout_casts = True
+    call.pairs = [(each.dropout, each.linear, []) for each in pairs]
+    call.casts = is_lora_layer(owner) and len(pairs) == len(owner.lora_A)
 
 
 def _end(owner: Any, _inputs: Any, output: Any) -> None:
-    if getattr(owner, "_fused_dropout_casts", False):
-        owner.cast_input_dtype_enabled = True
-        owner._fused_dropout_casts = False
-    lost = False
-    for each in pairs_of(owner):
-        lost = lost or bool(getattr(each.dropout, "_handover", None))
-        for module in (each.dropout, each.linear):
-            if getattr(module, "_handover", None) is not None:
-                module._handover = None
-    if lost and output is not None:
+    call = _thread.call
+    while call is not None and call.owner is not owner:
+        call = call.outer  # an interrupt leaves its calls behind
+    if call is None:
+        return
+    _thread.call = call.outer
+    if output is not None and call.has_handed_on():
         raise RuntimeError(
             f"fused_dropout: {type(owner).__name__} took the output of a dropout past the linear layer that it is "
             "paired with, so that nothing was dropped. Convert the model without pairing."

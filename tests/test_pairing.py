@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 import fused_dropout as fd
+from fused_dropout import pairing
 from fused_dropout.pairing import PairedDropout, PairedLinear
 
 
@@ -60,10 +63,12 @@ def test_saves_the_input():
 
 
 def test_reverted():
-    net = paired()
+    net = model()
+    before = [set(vars(module)) for module in net.modules()]
+    fd.convert(net, pair_linears=True)
     step(net)
     fd.revert(net)
-    assert not {name for module in net.modules() for name in vars(module) if name in ("_handover", "_dropped_by")}
+    assert [set(vars(module)) for module in net.modules()] == before
     assert [type(m) for m in net] == [type(m) for m in model()]
     assert not net._forward_hooks
     assert not net._forward_pre_hooks
@@ -136,6 +141,109 @@ def test_an_error_inside():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         net(torch.ones(5, 9))
     assert (net[2](torch.ones(100)) == 0).any()
+
+
+def keyed(net):
+    """With masks that no other call can change."""
+    for seed, module in enumerate(m for m in net if isinstance(m, fd.Dropout)):
+        module.key = fd.key(seed)
+    return net
+
+
+def in_a_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
+
+
+def in_this_thread(function, *args):
+    return function(*args)
+
+
+@pytest.mark.parametrize("run", [in_a_thread, in_this_thread])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_another_call_between_the_two(monkeypatch, run, mode):
+    """One of the same modules, in another thread or inside the first call."""
+    net, plain = keyed(paired()), keyed(fd.convert(model()))
+    outer, inner = torch.randn(2, 5, 8)
+    hand_on, found = PairedDropout.forward, []
+
+    def forward(self, input):
+        output = hand_on(self, input)
+        if not found:
+            found.append(None)
+            net.train(mode)
+            found.append(run(net, inner))
+            net.train()
+            found.append(run(net[2], torch.ones(100)) if run is in_a_thread else torch.zeros(1))
+        return output
+
+    monkeypatch.setattr(PairedDropout, "forward", forward)
+    assert torch.equal(net(outer), plain(outer))
+    assert torch.equal(found[1], plain.train(mode)(inner))
+    assert (found[2] == 0).any()  # called alone, it drops
+
+
+def test_an_error_in_a_call_between_the_two(monkeypatch):
+    net, plain = keyed(paired()), keyed(fd.convert(model()))
+    hand_on, tried = PairedDropout.forward, []
+
+    def forward(self, input):
+        output = hand_on(self, input)
+        if not tried:
+            tried.append(None)
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                net(torch.ones(5, 9))
+        return output
+
+    monkeypatch.setattr(PairedDropout, "forward", forward)
+    assert torch.equal(net(torch.ones(5, 8)), plain(torch.ones(5, 8)))
+
+
+def test_a_call_inside_its_own_layers():
+    net, plain = keyed(paired()), keyed(fd.convert(model()))
+    inside = []
+
+    def again(module, inputs, output):
+        if not inside:
+            inside.append(None)
+            inside.append(net(2 * torch.ones(5, 8)))
+
+    net[1].register_forward_hook(again)
+    assert torch.equal(net(torch.ones(5, 8)), plain(torch.ones(5, 8)))
+    assert torch.equal(inside[1], plain(2 * torch.ones(5, 8)))
+
+
+def test_an_interrupt():
+    """Goes past the hook that ends a call. The next call cleans up."""
+    net = paired()
+    outer = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 8), net)
+    fd.convert(outer, pair_linears=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = net[5].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        outer(torch.ones(5, 8))
+    handle.remove()
+    outer(torch.ones(5, 8))
+    assert pairing._thread.call is None
+    assert (net[2](torch.ones(100)) == 0).any()
+
+
+def test_threads_at_once():
+    net, plain = keyed(paired()), keyed(fd.convert(model()))
+    inputs = [torch.randn(5, 8) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            found = pool.map(lambda x: [net(x) for _ in range(100)], inputs)
+    finally:
+        sys.setswitchinterval(interval)
+    for x, outputs in zip(inputs, found, strict=True):
+        want = plain(x)
+        assert all(torch.equal(y, want) for y in outputs)
 
 
 def test_not_paired():
