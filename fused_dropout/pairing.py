@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .linear import dropout_linear
@@ -166,8 +167,14 @@ def unpair(owner: nn.Module) -> None:
 def _cast(owner: Any, x: Any, dtype: Any) -> Any:
     """PEFT's ``_cast_input_dtype``, of this owner."""
     call = _thread.call
-    if call is not None and call.owner is owner and call.casts:
-        return x
+    if call is not None and call.owner is owner and call.casts and isinstance(x, Tensor):
+        device = x.device.type
+        # Autocast casts after dropout. Dropout in x's dtype rounds as one in float32 with that cast only if x has
+        # autocast's dtype.
+        if not torch.is_autocast_enabled(device):
+            return x
+        if dtype == torch.float32 and x.dtype == torch.get_autocast_dtype(device):
+            return x
     return getattr(type(owner), _CAST)(owner, x, dtype)
 
 

@@ -178,6 +178,26 @@ def test_paired_over_a_bfloat16_base():
     assert layer.cast_input_dtype_enabled
 
 
+@pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_paired_under_autocast_to_another_dtype(base, dtype):
+    """Where PEFT's cast to float32 comes before dropout, and autocast's after it."""
+    found = []
+    for convert in (paired, fd.convert):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(16, 16, dtype=base))
+        layer = convert(peft.get_peft_model(layer, lora(0.3, "0"), autocast_adapter_dtype=False).train())
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        x = torch.randn(8, 16).to(base).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        y.float().square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_formula_of_the_documentation(dtype):
     """docs/lora.md: 2h + i elements a token and layer are kept, where each dropout alone keeps 6h + i; over a bfloat16
