@@ -196,7 +196,10 @@ def _begin(owner: Any, _inputs: Any) -> None:
         return
     pairs = [each for each in pairs_of(owner) if each.is_paired]
     call.pairs = [(each.dropout, each.linear, []) for each in pairs]
-    call.casts = is_lora_layer(owner) and len(pairs) == len(owner.lora_A)
+    if is_lora_layer(owner):
+        # Several adapters share PEFT's cast, and add up their gradients in its dtype.
+        active = [f"lora_dropout.{adapter}" for adapter in owner.active_adapters if adapter in owner.lora_A]
+        call.casts = len(active) == 1 and any(each.name == active[0] for each in pairs)
 
 
 def _end(owner: Any, _inputs: Any, output: Any) -> None:

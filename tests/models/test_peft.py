@@ -178,6 +178,27 @@ def test_paired_over_a_bfloat16_base():
     assert layer.cast_input_dtype_enabled
 
 
+def test_paired_adapters_over_a_bfloat16_base():
+    """Two at once share PEFT's cast, whose gradient is rounded once."""
+    found = []
+    for convert in (paired, fd.convert):
+        layer = nn.Sequential(nn.Linear(16, 16))
+        layer = peft.get_peft_model(layer.bfloat16(), lora(0.3, "0"))
+        layer.add_adapter("second", lora(0.3, "0"))
+        torch.manual_seed(0)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        layer = convert(layer.train())
+        x = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
+        for active in ("default", ["default", "second"]):
+            layer.base_model.set_adapter(active)
+            y = layer(x)
+            y.square().sum().backward()
+            found.append([y, x.grad.clone(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])
+
+
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_paired_under_autocast_to_another_dtype(base, dtype):
