@@ -348,3 +348,73 @@ def test_paired_and_compiled():
     torch.compiler.reset()
     for ours, theirs in zip(steps(torch.compile(model, backend="aot_eager")), steps(twin), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------- 8- and 4-bit base layers
+
+
+def quantized(bits):
+    """Two layers with two adapters, over a base of bitsandbytes."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    for i in (0, 2):
+        layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit(64, 64)
+        layer.load_state_dict(model[i].state_dict())
+        model[i] = layer
+    try:
+        model.to("cpu")(torch.ones(1, 64))  # quantizes
+    except Exception as error:
+        pytest.skip(f"bitsandbytes has no {bits}-bit layer on CPU here: {error}")
+    setattr(model, f"is_loaded_in_{bits}bit", True)
+    model = peft.get_peft_model(model, lora(0.5, "0", "2")).train()
+    model.add_adapter("second", lora(0.25, "0", "2"))
+    model.base_model.set_adapter(["default", "second"])
+    assert model.base_model.model[0].__class__.__module__ == "peft.tuners.lora.bnb"
+    assert model.base_model.model[2].base_layer.weight.dtype in (torch.int8, torch.uint8)
+    return model
+
+
+def steps_of_layers(model, dtype):
+    torch.manual_seed(5)
+    found = []
+    for _ in range(2):
+        x = torch.randn(8, 64, dtype=dtype, requires_grad=True)
+        y = model(x)
+        y.square().sum().backward()
+        found += [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    assert len(found) == 2 * (2 + 2 * 2 * 2)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_paired_over_quantized_layers(bits, autocast, dtype):
+    model, plain = paired(quantized(bits)), fd.convert(quantized(bits))
+    report = fd.convert_report(model)
+    assert len(report.paired) == 4
+    assert not report.unpaired
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want = steps_of_layers(plain, dtype)
+        assert_same(steps_of_layers(model, dtype), want)
+        fd.revert(model)
+        assert {type(m) for m in model.modules() if isinstance(m, nn.Dropout)} == {nn.Dropout}
+        model.zero_grad()
+        assert_same(steps_of_layers(fd.convert(model), dtype), want)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_nothing_is_lost_over_quantized_layers(bits, monkeypatch):
+    """A later PEFT whose forward takes the dropout's output past lora_A."""
+    model = paired(quantized(bits))
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_dropout["default"](x) @ self.lora_A["default"].weight.t().sum(1, True)
+
+    forward.__module__ = "peft.tuners.lora.bnb"
+    monkeypatch.setattr(type(model.base_model.model[0]), "forward", forward)
+    with pytest.raises(RuntimeError, match="nothing was dropped"):
+        model(torch.ones(8, 64))
+    monkeypatch.undo()
+    assert_same(steps_of_layers(model, torch.float32), steps_of_layers(fd.convert(quantized(bits)), torch.float32))
