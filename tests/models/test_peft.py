@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from swapping import (
     Case,
     Promises,
     one_thread,  # noqa: F401
 )
 from torch import nn
+from workers import WORLD, Workers
 
 import fused_dropout as fd
 
@@ -422,3 +424,47 @@ def test_nothing_is_lost_over_quantized_layers(bits, monkeypatch):
         model(torch.ones(8, 64))
     monkeypatch.undo()
     assert_same(steps_of_layers(model, torch.float32), steps_of_layers(fd.convert(quantized(bits)), torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------- FSDP2, two processes
+
+
+@pytest.fixture(scope="module")
+def workers():
+    workers = Workers(__name__)
+    yield workers
+    workers.stop()
+
+
+def sharded_step(rank, lora, checkpointed, dtype):
+    """The loss, gradients and weights of a step of a model that is sharded by decoder layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = fd.convert(CASE.model().train(), lora=lora)
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    options = {"mesh": init_device_mesh("cpu", (WORLD,)), "mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    torch.manual_seed(rank)
+    loss = model(input_ids=IDS[rank::WORLD], labels=IDS[rank::WORLD]).loss
+    loss.backward()
+    optimizer.step()
+    found = [loss.detach(), *(t.full_tensor() for p in trained for t in (p.grad, p.detach()))]
+    return found, len(fd.convert_report(model).paired)
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_paired_and_sharded(workers, checkpointed, dtype):
+    both = workers(sharded_step, True, checkpointed, dtype)
+    alone = workers(sharded_step, False, checkpointed, dtype)
+    for (got, paired_there), (want, _) in zip(both, alone, strict=True):
+        assert paired_there == 4
+        assert_same(got, want)
