@@ -21,19 +21,19 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("operator", ["apply", "keep_mask", "apply_"])
+@pytest.mark.parametrize("operator", ["apply", "keep_mask", "apply_", "relu_dropout", "relu_dropout_"])
 def test_opcheck(operator, name, key):
     x = INPUTS[name]()
-    if operator == "apply_" and name == "expanded":
+    if operator in ("apply_", "relu_dropout_") and name == "expanded":
         pytest.skip("not for in-place: several elements share one place")
     torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key), {"start": 5})
 
 
 @pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("operator", ["apply", "apply_", "keep_mask"])
+@pytest.mark.parametrize("operator", ["apply", "apply_", "keep_mask", "relu_dropout", "relu_dropout_"])
 def test_opcheck_index_strides(operator, name, key):
     x = INPUTS[name]()
-    if operator == "apply_" and name == "expanded":
+    if operator in ("apply_", "relu_dropout_") and name == "expanded":
         pytest.skip("not for in-place: several elements share one place")
     options = {"start": 5, "index_strides": [1, 0, 7, 2**33][: x.dim()]}
     if operator != "keep_mask":
@@ -89,6 +89,6 @@ def test_operator_refuses(arguments, message, info):
     """Called directly, past the checks of fd.dropout, a kernel still never reads what is not there."""
     if info.devices["cpu"] == "reference":
         pytest.skip("the reference is checked by its callers")
-    for operator in (OPERATORS.apply, OPERATORS.apply_):
+    for operator in (OPERATORS.apply, OPERATORS.apply_, OPERATORS.relu_dropout, OPERATORS.relu_dropout_):
         with pytest.raises(RuntimeError, match=message):
             operator(*arguments)
