@@ -11,15 +11,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40
-// registers. Elsewhere the compiler would spill with so few.
+// How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40 registers
+// for dropout alone; an operation that does more says how many it can do with. Elsewhere the compiler would spill.
 template <typename Op>
 constexpr int resident_blocks_of() {
   using T = typename Op::Element;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 800
   return 4;
 #elif __CUDA_ARCH__ < 1000
-  return Op::kReadsResidual ? 4 : 6;  // more streams need more registers
+  return Op::kResidentBlocks;
 #else
   return sizeof(T) == 8 ? 3 : 4;
 #endif
@@ -62,6 +62,8 @@ struct Drop {
   using Element = T;
   static constexpr bool kReads = true;
   static constexpr bool kReadsResidual = reads_residual(operation), kReadsBias = reads_bias(operation);
+  static constexpr int kResidentBlocks =
+      kReadsBias ? 3 : kReadsResidual ? 4 : operation == Operation::kReluDrop ? 5 : 6;
   Compute scale;
 
   __device__ T operator()(bool kept, T x, T residual, T bias) const {
@@ -76,6 +78,7 @@ struct Drop {
 struct WriteMask {
   using Element = bool;
   static constexpr bool kReads = false, kReadsResidual = false, kReadsBias = false;
+  static constexpr int kResidentBlocks = 6;
   __device__ bool operator()(bool kept, bool, bool, bool) const { return kept; }
 };
 

@@ -123,7 +123,7 @@ inline std::vector<int64_t> row_major(const Tensor& x) {
   int64_t stride = 1;
   for (int64_t d = x.dim() - 1; d >= 0; --d) {
     strides[d] = stride;
-    stride *= x.size(d);
+    stride *= std::max<int64_t>(x.size(d), 1);
   }
   return strides;
 }
@@ -274,7 +274,7 @@ inline Tensor empty_like_sum(const Tensor& a, const Tensor& b) {
   int64_t stride = 1;
   for (const int64_t d : order) {
     strides[d] = stride;
-    stride *= a.size(d);
+    stride *= std::max<int64_t>(a.size(d), 1);
   }
   return empty_strided(a, strides.data(), a.scalar_type());
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import autograd, dispatch, native, operators, reference
 from .functional import check_key, dropout, noise_strides, out_of_range
@@ -198,7 +199,7 @@ def _fused_dropout_add(
     noise_shape: Sequence[int | None] | None,
 ) -> Tensor | None:
     """The result, or None where the separate calls have to serve."""
-    if is_compiling() or not isinstance(input, Tensor):
+    if is_compiling() or not isinstance(input, Tensor) or has_torch_function((input, residual, bias)):
         return None
     strides = None if noise_shape is None else noise_strides(noise_shape, input)
     if _eager_dropout_add is not None:
@@ -208,7 +209,7 @@ def _fused_dropout_add(
     tensors = (input, residual) if bias is None else (input, residual, bias)
     if not _takes_fused_path(*tensors) or residual.shape != input.shape:
         return None
-    if bias is not None and bias.shape != input.shape[-1:]:
+    if bias is not None and (bias.dim() != 1 or bias.shape != input.shape[-1:]):
         return None
     own = _key_of(input, p, generator, key)
     strides = reference.index_strides_of(input) if strides is None else strides
@@ -271,7 +272,7 @@ def relu_dropout(
 def _fused_relu_dropout(
     input: Tensor, p: float, inplace: bool, generator: Generator | None, key: Tensor | None
 ) -> Tensor | None:
-    if is_compiling() or not isinstance(input, Tensor):
+    if is_compiling() or not isinstance(input, Tensor) or has_torch_function_unary(input):
         return None
     if _eager_relu_dropout is not None:
         output = _eager_relu_dropout(input, p, inplace, generator, key)

@@ -139,7 +139,7 @@ def test_opcheck(operator, layout, other):
     if layout in ("0-d", "empty", other):
         other = "alike"
     x = LAYOUTS[layout](lambda *sizes: torch.randn(sizes))
-    y, bias = RESIDUALS[other](x.cos()), torch.randn(x.shape[-1:]) if layout != "transposed" else None
+    y, bias = RESIDUALS[other](x.cos()), None if layout in ("transposed", "0-d") else torch.randn(x.shape[-1])
     arguments = (x, y, 2.0) if operator == "relu_dropout_backward" else (x, y, bias, P, KEY)
     torch.library.opcheck(getattr(OPS, operator).default, arguments)
 
