@@ -21,7 +21,7 @@ constexpr int resident_blocks_of() {
 #elif __CUDA_ARCH__ < 1000
   return Op::kResidentBlocks;
 #else
-  return sizeof(T) == 8 ? 3 : 4;
+  return (sizeof(T) == 8 ? 3 : 4) - (Op::kResidentBlocks < 6);
 #endif
 }
 

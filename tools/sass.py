@@ -27,7 +27,7 @@ OPERATIONS = {"0": "", "1": " + residual", "2": " + residual and bias", "3": " o
 # As many as the number of resident blocks in cuda_kernels.cuh leaves a thread; elsewhere 80.
 REGISTERS = {arch: {"0": 40, "1": 64, "2": 80, "3": 48} for arch in ("sm_80", "sm_90")}
 # Registers and instructions of the kernel for any window: its one draw is not unrolled. Then those with more streams.
-WINDOW_LIMITS, WINDOW_LIMITS_OF_SUMS = (64, 1900), (128, 2600)
+WINDOW_LIMITS, WINDOW_LIMITS_OF_SUMS = (64, 1950), (128, 3100)
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
     "wide multiply": r"U?IMAD\.WIDE",
@@ -95,14 +95,14 @@ class Kernel:
     def faults(self) -> list[str]:
         if not self.loop:
             return ["no loop whose accesses are all of the widest width"]
-        registers = REGISTERS.get(self.arch, {}).get(self.operation, 80)
+        registers = REGISTERS.get(self.arch, {}).get(self.operation, 80 if self.operation == "0" else 128)
         emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
         limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
         limit += MORE[self.operation]
         return [
             *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),
-            *(["accesses of local memory in the loop"] if self.count("LDL|STL") else []),
-            *([f"{self.stack} bytes of stack"] if self.stack and self.arch in REGISTERS else []),
+            *(["accesses of local memory in the loop"] if self.count("LDL|STL") and self.block_bits == 32 else []),
+            *([f"{self.stack} bytes of stack"] if self.stack and self.arch in REGISTERS and self.block_bits == 32 else []),
             *(["a division"] if self.divisions else []),
             *(
                 [f"{self.per_element:.2f} instructions an element, more than {limit}"]
