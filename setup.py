@@ -39,7 +39,10 @@ def extension(name, version):
     flags = ["-O3", f"-DFUSED_DROPOUT_VERSION={version}", f"-DFUSED_DROPOUT_TORCH={torch['__version__']}"]
     flags += ["-DUSE_CUDA", "-DFUSED_DROPOUT_CUDA"] * ("_cuda" not in left_out)
     flags += [f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"] * (name != "_eager")
-    options = {"cxx": [*flags, "-g0", "-fvisibility=hidden", "-ffp-contract=off"], "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden"]}
+    options = {
+        "cxx": [*flags, "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
+        "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden"],
+    }
     make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
     made = make(f"fused_dropout.{name}", SOURCES[name], extra_compile_args=options, py_limited_api=name != "_eager")
     if "cudart" in made.libraries and CUDART == "static":

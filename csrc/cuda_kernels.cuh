@@ -11,8 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40 registers
-// for dropout alone; an operation that does more says how many it can do with. Elsewhere the compiler would spill.
+// How many thread blocks a multiprocessor has to hold at once. On Ampere and Hopper this limits a thread to 40
+// registers for dropout alone; an operation that does more says how many it can do with. Elsewhere the compiler would
+// spill.
 template <typename Op>
 constexpr int resident_blocks_of() {
   using T = typename Op::Element;
@@ -62,8 +63,10 @@ struct Drop {
   using Element = T;
   static constexpr bool kReads = true;
   static constexpr bool kReadsResidual = reads_residual(operation), kReadsBias = reads_bias(operation);
-  static constexpr int kResidentBlocks =
-      kReadsBias ? 3 : kReadsResidual ? 4 : operation == Operation::kReluDrop ? 5 : 6;
+  static constexpr int kResidentBlocks = kReadsBias                          ? 3
+                                         : kReadsResidual                    ? 4
+                                         : operation == Operation::kReluDrop ? 5
+                                                                             : 6;
   Compute scale;
 
   __device__ T operator()(bool kept, T x, T residual, T bias) const {

@@ -150,9 +150,10 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
     int bits = 1;  // 2^bits is the size or more
     while (uint64_t{1} << bits < static_cast<uint64_t>(dim.size)) ++bits;
     const auto magic = ((static_cast<unsigned __int128>(1) << (kBits - 1 + bits)) + dim.size - 1) / dim.size;
-    window.dims[d] = {static_cast<Index>(dim.size),  static_cast<Index>(magic),    static_cast<Index>(dim.x),
-                      static_cast<Index>(dim.y),     static_cast<Index>(dim.index), static_cast<Index>(dim.residual),
-                      static_cast<Index>(dim.bias), bits - 1};
+    window.dims[d] = {static_cast<Index>(dim.size),  static_cast<Index>(magic),
+                      static_cast<Index>(dim.x),     static_cast<Index>(dim.y),
+                      static_cast<Index>(dim.index), static_cast<Index>(dim.residual),
+                      static_cast<Index>(dim.bias),  bits - 1};
   }
   int64_t resident = 0;
   check_cuda(resident_blocks<window_kernel<Op, Index>>(args.device, &resident), "window_kernel", args.numel,
@@ -160,8 +161,8 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
   const int64_t at_once = int64_t{kThreads} * kBlock;
   const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
   window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
-      streams_of<T>(args), static_cast<Index>(args.numel), window, static_cast<Index>(args.start), access, params.source,
-      params.threshold, params.op);
+      streams_of<T>(args), static_cast<Index>(args.numel), window, static_cast<Index>(args.start), access,
+      params.source, params.threshold, params.op);
   check_cuda(cudaGetLastError(), "window_kernel", args.numel, args.device);
 }
 
@@ -346,10 +347,10 @@ cudaError_t load_kernels_of(int device) {
 template <typename T, typename Compute>
 cudaError_t load_kernels_of_type(int device) {
   int64_t blocks = 0;
-  for (const auto load : {&load_kernels_of<Drop<Operation::kDrop, T, Compute>>,
-                          &load_kernels_of<Drop<Operation::kDropAdd, T, Compute>>,
-                          &load_kernels_of<Drop<Operation::kBiasDropAdd, T, Compute>>,
-                          &load_kernels_of<Drop<Operation::kReluDrop, T, Compute>>}) {
+  for (const auto load :
+       {&load_kernels_of<Drop<Operation::kDrop, T, Compute>>, &load_kernels_of<Drop<Operation::kDropAdd, T, Compute>>,
+        &load_kernels_of<Drop<Operation::kBiasDropAdd, T, Compute>>,
+        &load_kernels_of<Drop<Operation::kReluDrop, T, Compute>>}) {
     if (const cudaError_t error = load(device); error != cudaSuccess) return error;
   }
   if (const cudaError_t error = resident_blocks<gate_kernel<kVectorBytes<T>, T, Compute>>(device, &blocks)) {

@@ -128,13 +128,15 @@ bool fits(const Tensor& x, const Tensor& other) {
 
 std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, double p,
                                   bool inplace, const std::optional<at::Generator>& generator,
-                                  const std::optional<Tensor>& key,
-                                  std::optional<std::vector<int64_t>> index_strides) {
+                                  const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides) {
   if (!takes_fast_path(x) || x.numel() == 0 || !fits(x, residual) || residual.sizes() != x.sizes()) return std::nullopt;
   if (bias && (!fits(x, *bias) || bias->dim() != 1 || x.dim() == 0 || bias->size(0) != x.size(-1))) return std::nullopt;
   const bool any = x.requires_grad() || residual.requires_grad() || (bias && bias->requires_grad());
   const bool recorded = at::GradMode::is_enabled() && any;
-  if (inplace && (!is_writable(x, recorded) || x.storage().is_alias_of(residual.storage()))) return std::nullopt;
+  const auto shares_memory = [&](const Tensor& other) { return x.storage().is_alias_of(other.storage()); };
+  if (inplace && (!is_writable(x, recorded) || shares_memory(residual) || (bias && shares_memory(*bias)))) {
+    return std::nullopt;
+  }
   Mask mask{p, Tensor(), std::move(index_strides), std::nullopt};
   set_key(mask, x, generator, key, recorded);
   write_captured_key(mask);

@@ -291,9 +291,10 @@ inline void check_others(const Tensor& x, const Others& others) {
                                other->get_device_index() == x.get_device_index()),
                     "all tensors need one dtype and one device");
   }
-  STD_TORCH_CHECK(!others.residual || (others.residual->dim() == x.dim() &&
-                                       std::equal(x.sizes().begin(), x.sizes().end(), others.residual->sizes().begin())),
-                  "the residual needs the shape of x");
+  STD_TORCH_CHECK(
+      !others.residual || (others.residual->dim() == x.dim() &&
+                           std::equal(x.sizes().begin(), x.sizes().end(), others.residual->sizes().begin())),
+      "the residual needs the shape of x");
   STD_TORCH_CHECK(!others.bias || (x.dim() > 0 && others.bias->dim() == 1 && others.bias->size(0) == x.size(-1)),
                   "the bias needs the last dimension of x");
 }
@@ -390,8 +391,18 @@ Tensor relu_dropout_backward(const Tensor& gradient, const Tensor& output, doubl
   }
   const Tensor y = empty_like(gradient, gradient.scalar_type());
   if (y.numel() == 0) return y;
-  KernelArgs args{gradient.const_data_ptr(), y.mutable_data_ptr(), y.scalar_type(), {{y.numel(), 1, 1, 1}}, y.numel(),
-                  Tensor(), 0.0, scale, 0, y.get_device_index(), Operation::kGate, output.const_data_ptr()};
+  KernelArgs args{gradient.const_data_ptr(),
+                  y.mutable_data_ptr(),
+                  y.scalar_type(),
+                  {{y.numel(), 1, 1, 1}},
+                  y.numel(),
+                  Tensor(),
+                  0.0,
+                  scale,
+                  0,
+                  y.get_device_index(),
+                  Operation::kGate,
+                  output.const_data_ptr()};
   run(args);
   return y;
 }

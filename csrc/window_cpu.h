@@ -21,7 +21,8 @@ template <typename T>
 struct Run {
   Streams<T> at;
   int64_t n;
-  int64_t flag;  // where its flag, or that of the first element, stands among those drawn, or its place among the places
+  int64_t
+      flag;  // where its flag, or that of the first element, stands among those drawn, or its place among the places
   enum class Flags { kOne, kEach, kScattered } flags;
 };
 
@@ -313,7 +314,7 @@ class Walk {
       lay_out(run, flags + n);
       n += run.n;
       if (!packed || i + 1 == runs_) break;
-      const Streams<T> &next = run_[i + 1].at, end = first + n;
+      const Streams<T>&next = run_[i + 1].at, end = first + n;
       const bool joined = next.x == end.x && next.y == end.y && next.residual == end.residual && next.bias == end.bias;
       if (!joined || n + run_[i + 1].n > kFlags) break;
     }

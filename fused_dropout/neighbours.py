@@ -125,12 +125,12 @@ def _drop_as_numbered(
     key: Tensor | None,
     noise_shape: Sequence[int | None] | None = None,
 ) -> Any:
-    """Dropout of x, whose elements are numbered as those of ``input``: an intermediate result may have another layout."""
-    if training and p > 0 and noise_shape is None and isinstance(x, Tensor) and x is not input:
-        if not input.is_contiguous() and x.shape == input.shape:
-            output = dispatch.drop(x, p, False, generator, key, reference.index_strides_of(input))
-            if output is not None:
-                return output
+    """Dropout of x, whose elements are numbered as those of ``input``: what lies between may have another layout."""
+    own_layout = isinstance(x, Tensor) and x is not input and x.shape == input.shape and not input.is_contiguous()
+    if training and p > 0 and noise_shape is None and own_layout:
+        output = dispatch.drop(x, p, False, generator, key, reference.index_strides_of(input))
+        if output is not None:
+            return output
     return dropout(x, p, training, generator=generator, key=key, noise_shape=noise_shape)
 
 
@@ -148,9 +148,9 @@ def dropout_add(
 ) -> Tensor:
     r"""``residual + fd.dropout(input + bias, p, training)`` in one pass.
 
-    Saves the 16-byte key for backward. The gradient of ``residual`` is the incoming one, that of ``input`` has the mask
-    applied, and that of ``bias`` is its sum. Tensors of different dtypes or shapes, subclasses, transforms and compilers
-    are given the separate calls.
+    Values, mask, use of the generator and gradients are those of the separate calls, bit for bit. Saves the 16-byte key
+    for backward. Tensors of different dtypes or shapes, subclasses, transforms and compilers are given the separate
+    calls.
 
     Args:
         input: a tensor of any shape; float32, float64, float16 or bfloat16 on CPU or CUDA for the fused path.
@@ -212,13 +212,13 @@ def _fused_dropout_add(
     if bias is not None and (bias.dim() != 1 or bias.shape != input.shape[-1:]):
         return None
     own = _key_of(input, p, generator, key)
-    strides = reference.index_strides_of(input) if strides is None else strides
+    window = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _into(input, _apply_dropout_add(input, residual, bias, p, own, strides), inplace)
-    if not inplace or dispatch.needs_copy(input) or _share_memory(input, residual):
-        return _into(input, operators.dropout_add(input, residual, bias, p, own, 0, strides), inplace)
+        return _into(input, _apply_dropout_add(input, residual, bias, p, own, window), inplace)
+    if not inplace or dispatch.needs_copy(input) or any(_share_memory(input, other) for other in tensors[1:]):
+        return _into(input, operators.dropout_add(input, residual, bias, p, own, 0, window), inplace)
     dispatch.check_no_overlap(input)
-    operators.dropout_add_(input, residual, bias, p, own, 0, strides)
+    operators.dropout_add_(input, residual, bias, p, own, 0, window)
     torch.autograd.graph.increment_version(input)
     return input
 

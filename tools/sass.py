@@ -102,7 +102,11 @@ class Kernel:
         return [
             *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),
             *(["accesses of local memory in the loop"] if self.count("LDL|STL") and self.block_bits == 32 else []),
-            *([f"{self.stack} bytes of stack"] if self.stack and self.arch in REGISTERS and self.block_bits == 32 else []),
+            *(
+                [f"{self.stack} bytes of stack"]
+                if self.stack and self.arch in REGISTERS and self.block_bits == 32
+                else []
+            ),
             *(["a division"] if self.divisions else []),
             *(
                 [f"{self.per_element:.2f} instructions an element, more than {limit}"]
@@ -243,7 +247,15 @@ def report(kernels: list[Kernel], windows: list[WindowKernel]) -> str:
         classes = [f"{n:.2f}" for n in k.by_class().values()]
         moves = f"{k.count(r'LDG')}, {k.count(r'STG')} of {widest_access(k.arch, k.dtype) // 8} bytes"
         rows.append(
-            [k.arch, k.dtype + OPERATIONS[k.operation], f"{k.block_bits} bits", str(k.registers), f"{k.per_element:.2f}", *classes, moves]
+            [
+                k.arch,
+                k.dtype + OPERATIONS[k.operation],
+                f"{k.block_bits} bits",
+                str(k.registers),
+                f"{k.per_element:.2f}",
+                *classes,
+                moves,
+            ]
         )
     model = [["GPU", "dtype", "bound by", "ps an element", "next", "margin"]]
     for gpu in GPUS:

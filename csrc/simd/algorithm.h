@@ -321,22 +321,22 @@ constexpr TypedKernels<T> kernels_of() {
   return {drop<operation, T, Compute>, drop_groups<operation, T, Compute>, select<operation, T, Compute>};
 }
 
-// The table of one dtype, in the order of Operation.
-#define FUSED_DROPOUT_TABLE(T, Compute)                                                              \
-  {                                                                                                  \
-    kernels_of<Operation::kDrop, T, Compute>(), kernels_of<Operation::kDropAdd, T, Compute>(),       \
-        kernels_of<Operation::kBiasDropAdd, T, Compute>(), kernels_of<Operation::kReluDrop, T, Compute>(), {       \
-      nullptr, nullptr, select<Operation::kGate, T, Compute>                                         \
-    }                                                                                                \
-  }
+template <typename T, typename Compute>
+constexpr KernelTable<T> table_of() {
+  return {kernels_of<Operation::kDrop, T, Compute>(),
+          kernels_of<Operation::kDropAdd, T, Compute>(),
+          kernels_of<Operation::kBiasDropAdd, T, Compute>(),
+          kernels_of<Operation::kReluDrop, T, Compute>(),
+          {nullptr, nullptr, select<Operation::kGate, T, Compute>}};
+}
 
 constexpr CpuKernels make_kernels(const char* isa) {
   return {isa,
           kGroup,
-          FUSED_DROPOUT_TABLE(float, float),
-          FUSED_DROPOUT_TABLE(double, double),
-          FUSED_DROPOUT_TABLE(Half, float),
-          FUSED_DROPOUT_TABLE(BFloat16, float),
+          table_of<float, float>(),
+          table_of<double, double>(),
+          table_of<Half, float>(),
+          table_of<BFloat16, float>(),
           {kernels_of<Operation::kDrop, bool, float>()},
           draw_flags};
 }

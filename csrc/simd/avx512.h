@@ -145,7 +145,8 @@ inline Halves add(Halves a, Halves b) {
 }
 inline Halves relu(Halves x) {
   const __m256i least = _mm256_set1_epi16(kMinusInfinity<Half>);
-  const __mmask16 negative = _mm256_cmple_epi16_mask(x.v, least) & _mm256_cmpneq_epi16_mask(x.v, _mm256_set1_epi16(kMinusZero));
+  const __mmask16 negative =
+      _mm256_cmple_epi16_mask(x.v, least) & _mm256_cmpneq_epi16_mask(x.v, _mm256_set1_epi16(kMinusZero));
   return {_mm256_maskz_mov_epi16(static_cast<__mmask16>(~negative), x.v)};
 }
 inline Halves gate(Halves x, Halves by) {
@@ -185,7 +186,8 @@ inline BFloats add(BFloats a, BFloats b) {
 }
 inline BFloats relu(BFloats x) {
   const __m512i least = _mm512_set1_epi16(kMinusInfinity<BFloat16>);
-  const __mmask32 negative = _mm512_cmple_epi16_mask(x.v, least) & _mm512_cmpneq_epi16_mask(x.v, _mm512_set1_epi16(kMinusZero));
+  const __mmask32 negative =
+      _mm512_cmple_epi16_mask(x.v, least) & _mm512_cmpneq_epi16_mask(x.v, _mm512_set1_epi16(kMinusZero));
   return {_mm512_maskz_mov_epi16(~negative, x.v)};
 }
 inline BFloats gate(BFloats x, BFloats by) {

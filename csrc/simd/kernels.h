@@ -4,6 +4,8 @@
 
 #include "../mask.h"
 
+#include <array>
+
 namespace fused_dropout {
 
 // What the mask of a call depends on, and what kept elements are multiplied by.
@@ -77,7 +79,7 @@ struct TypedKernels {
 };
 
 template <typename T>
-using KernelTable = TypedKernels<T>[kOperations];  // by Operation
+using KernelTable = std::array<TypedKernels<T>, kOperations>;  // by Operation
 
 // draw_flags() works on this many blocks at a time: its arrays have room for n rounded up to a multiple of it.
 constexpr int kBlockPadding = 8;

@@ -208,7 +208,7 @@ inline BFloats add(BFloats a, BFloats b) {
 
 template <typename T>
 inline Signed16 positive_part(Signed16 x) {
-  return x & ~((x <= kMinusInfinity<T>) & (x != kMinusZero));
+  return x & ~((x <= kMinusInfinity<T>)&(x != kMinusZero));
 }
 template <typename T>
 inline Signed16 gated(Signed16 x, Signed16 by) {
