@@ -115,11 +115,19 @@ def test_graph_replays_draw_what_eager_calls_draw(generator, inplace, info):
     assert generator.get_offset() == offset
 
 
-def test_graph_of_forward_and_backward(generator):
-    x, gradient = ones(requires_grad=True), ones()
+CALLS = {
+    "dropout": lambda x, zeros: fd.dropout(x, 0.3),
+    "dropout_add": lambda x, zeros: fd.dropout_add(x, zeros, 0.3),
+    "relu_dropout": lambda x, zeros: fd.relu_dropout(x, 0.3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_graph_of_forward_and_backward(call, generator):
+    x, gradient, zeros = ones(requires_grad=True), ones(), torch.zeros(N).cuda()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = fd.dropout(x, 0.3)
+        y = call(x, zeros)
         (dx,) = torch.autograd.grad(y, x, gradient)
     seen = []
     for _ in range(2):

@@ -85,7 +85,8 @@ def test_dropout_add(residual_layout, layout, made, dtype, device):
         want = residual.cpu() + expected(numbered, SEED, OFFSET, P, start)
         y = check_both(OPS.dropout_add, OPS.dropout_add_, x, storage, (residual, bias), want, start=start)
         sizes = [i for i, size in enumerate(x.shape) if size > 1]
-        strides = (residual.cpu() + torch.empty_like(x.cpu())).stride()
+        meta = [torch.empty_strided(t.shape, t.stride(), device="meta") for t in (residual, torch.empty_like(x))]
+        strides = (meta[0] + meta[1]).stride()
         assert [y.stride(i) for i in sizes] == [strides[i] for i in sizes]
 
 
@@ -102,10 +103,13 @@ def test_relu_dropout(layout, made, dtype):
 
 @pytest.mark.parametrize("of_gradient", ["alike", "contiguous", "transposed", "one row"])
 @for_layouts
-def test_relu_dropout_backward(layout, of_gradient, made, dtype):
+def test_relu_dropout_backward(layout, of_gradient, made, dtype, device):
     """The gradient times the scale, but +0 where the output is 0 or less; a NaN there lets it pass."""
     output = made(layout)[0]
     gradient = RESIDUALS[of_gradient](made(layout, 3)[0])
+    alike = fd.reference.is_dense(output) and output.stride() == gradient.stride()
+    if ON_FAKE_GPU and device == "cuda" and not alike and not (output.is_contiguous() and gradient.is_contiguous()):
+        pytest.skip("the fake GPU has none of torch's own kernels for copies inside an operator")
     special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -1.0, 2.0], dtype=dtype).repeat(200)
     for t in (output, gradient) if of_gradient in ("contiguous", "transposed") else (output,):
         t.copy_(torch.where(t.cpu() > 0.5, t.cpu(), special[t.dim() :][: t.numel()].view(t.shape)))
