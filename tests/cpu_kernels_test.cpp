@@ -428,7 +428,7 @@ class Tester {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
     const Element* input = input_.data() + first;
     const uint16_t* flags = kept_.data() + first;
-    std::vector<Element> residual(n), bias(n), wanted(n);
+    std::vector<Element> residual(n + 1), bias(n + 1), wanted(n + 1);  // not null if n is 0
     for (int64_t i = 0; i < n; ++i) {
       residual[i] = value<T>(static_cast<uint64_t>(i + 1000 * number));
       bias[i] = value<T>(static_cast<uint64_t>(i + 5000 * number));

@@ -12,6 +12,9 @@ from launches import launched
 
 import fused_dropout as fd
 
+if ON_FAKE_GPU:
+    import fake_gpu
+
 OPS = torch.ops.fused_dropout
 P, SEED, OFFSET = 0.3, 11, 2**40 + 7
 KEY = key_tensor(SEED, OFFSET)
@@ -197,6 +200,30 @@ def test_backward_of_shapes_that_do_not_fit(fits):
     except (RuntimeError, ValueError):
         return
     assert torch.equal(got, torch.where(output <= 0, 0, gradient * 2.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU counts accesses")
+def test_bytes_moved():
+    """An element of bfloat16: 6 bytes forward and 4 backward with a residual, 4 and 6 with a ReLU. A bias of 512 adds
+    its own bytes for each row of elements that read it; all in accesses of 16 bytes."""
+    n, width = 2**13, 512
+    x, residual, gradient = (values(n, torch.bfloat16).cuda().view(-1, width) for _ in range(3))
+    bias = values(width, torch.bfloat16).cuda()
+
+    def moved(call, *args, **options):
+        result = launched(call, *args, **options)
+        stats = fake_gpu.launches[-1][-1]
+        widths = [stats.accesses(kind) for kind in ("ld", "st")]
+        assert all(set(of) == {16} for of in widths)
+        return result, sum(16 * count for of in widths for count in of.values()) / n
+
+    assert moved(fd.dropout_add, x, residual, P, key=KEY)[1] == 6
+    assert moved(fd.dropout_add, x, residual, P, key=KEY, bias=bias)[1] == 8
+    assert moved(OPS.apply, gradient, P, KEY)[1] == 4
+    output, forward = moved(fd.relu_dropout, x, P, key=KEY)
+    assert forward == 4
+    assert moved(OPS.relu_dropout_backward, gradient, output, 1 / (1 - P))[1] == 6
 
 
 @pytest.mark.gpu
