@@ -18,6 +18,7 @@ from separate_calls import (
     separate_add,
     separate_relu,
 )
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
@@ -65,6 +66,29 @@ def test_saved_in_place(ours, theirs, takes):
     x, *others = tensors(takes, 40, 40)
     found, _ = saved(ours, x * 1, *others, inplace=True)
     assert sum(t.untyped_storage().nbytes() for t in found) == (16 if takes > 1 else 40 * 40 * 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "bytes_an_element"),
+    [((nn.ReLU, nn.Dropout), 12), ((nn.ReLU, fd.Dropout), 8), ((fd.ReLUDropout,), 4)],
+    ids=["torch", "fd.Dropout", "fd.ReLUDropout"],
+)
+def test_memory_of_a_feed_forward(layers, bytes_an_element):
+    """Of the inner width, float32. The inputs of the linear layers, and what lies between them, are counted once each."""
+    model, x = nn.Sequential(nn.Linear(16, 512), *(layer() for layer in layers), nn.Linear(512, 16)), torch.ones(64, 16)
+    kept = {}
+    not_counted = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    assert sum(kept.values()) // (64 * 512) == bytes_an_element
 
 
 @for_calls
