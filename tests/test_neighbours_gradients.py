@@ -74,7 +74,7 @@ def test_saved_in_place(ours, theirs, takes):
     ids=["torch", "fd.Dropout", "fd.ReLUDropout"],
 )
 def test_memory_of_a_feed_forward(layers, bytes_an_element):
-    """Of the inner width, float32. The inputs of the linear layers, and what lies between them, are counted once each."""
+    """Of the inner width, float32. What is saved is counted once, less the input and the parameters."""
     model, x = nn.Sequential(nn.Linear(16, 512), *(layer() for layer in layers), nn.Linear(512, 16)), torch.ones(64, 16)
     kept = {}
     not_counted = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
