@@ -1,4 +1,7 @@
-"""``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back."""
+"""``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back.
+
+``pairing.py`` and ``fusing.py`` have what is made of a dropout and its neighbours.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -10,6 +13,8 @@ import torch
 from torch import nn
 
 from . import modules
+from .fusing import NO_FORM, FusedLayer, places_of, unfuse
+from .fusing import fuse as fuse_layer
 from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY
 
@@ -33,7 +38,9 @@ class ConvertReport:
 
     fused: modules on the fused path, and their class. torch: modules of torch's classes, which ``convert`` swaps. left:
     modules that look like dropout and are left alone, and why. paired: dropouts that run as one with the linear layer
-    after them. unpaired: other dropouts of LoRA layers, and why. ``str()`` of it is a table.
+    after them. unpaired: other dropouts of LoRA layers, and why. layers: layers that call ``dropout_add`` and
+    ``relu_dropout``, and for which of their dropouts. unfused: other layers of torch, transformers and timm, and other
+    dropouts of such layers, and why. ``str()`` of it is a table.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
@@ -41,13 +48,16 @@ class ConvertReport:
     left: dict[str, str] = field(default_factory=dict)
     paired: dict[str, str] = field(default_factory=dict)
     unpaired: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    unfused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused, {len(self.torch)} of torch's to swap, {len(self.left)} left alone"]
         found = {**self.fused, **self.torch, **self.left}
         width = max(map(len, found), default=0)
+        more = {"pair": self.paired, "alone": self.unpaired, "layer": self.layers, "apart": self.unfused}
         parts = {"fused": self.fused, "swap": self.torch, "left": self.left}
-        for what, names in (parts | {"pair": self.paired, "alone": self.unpaired}).items():
+        for what, names in (parts | more).items():
             lines += [f"{what:5}  {name or '(model)':{width}}  {text}" for name, text in names.items()]
         return "\n".join(lines)
 
@@ -55,7 +65,9 @@ class ConvertReport:
 def _is_replaced(module: nn.Module) -> bool:
     """Whether the instance has a forward that is not its class's own; that one is left there by accelerate's hooks."""
     forward = vars(module).get("forward")
-    return forward is not None and forward != MethodType(type(module).forward, module)
+    if forward is None or isinstance(module, torch.jit.ScriptModule):
+        return False
+    return forward != MethodType(type(module).forward, module)
 
 
 def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | None:
@@ -98,7 +110,8 @@ def convert_report(model: nn.Module) -> ConvertReport:
         model: any module; it is not changed.
 
     Returns:
-        A ``ConvertReport``: the names of modules in ``fused``, ``torch`` and ``left``.
+        A ``ConvertReport``: the names of modules in ``fused``, ``torch`` and ``left``, of pairs in ``paired`` and
+        ``unpaired``, and of layers in ``layers`` and ``unfused``.
 
     Example::
 
@@ -116,6 +129,7 @@ def convert_report(model: nn.Module) -> ConvertReport:
         torch={name: repr(module) for name, module in _swappable(model, table)},
         left={name: reason for name, reason in reasons.items() if reason is not None},
         **_report_pairs(model),
+        **_report_layers(model),
     )
 
 
@@ -132,7 +146,29 @@ def _report_pairs(model: nn.Module) -> dict[str, dict[str, str]]:
     return {"paired": paired, "unpaired": unpaired}
 
 
-def convert(model: _Model, dry_run: bool = False, *, lora: bool = False, pair_linears: bool = False) -> _Model:
+def _report_layers(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The fields ``layers`` and ``unfused`` of a report."""
+    layers, unfused, served = {}, {}, set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        places = places_of(module, _to_fused())
+        prefix = f"{name}." if name else ""
+        if places.fused and _is_replaced(module):
+            unfused[name] = f"{type(module).__name__} whose forward was replaced on the instance"
+            continue
+        if places.fused and isinstance(module, FusedLayer):
+            layers[name] = str(places)
+            served |= {(prefix + dropout).rpartition(".")[0] for names in places.fused.values() for dropout in names}
+        elif places.fused:
+            unfused[name] = f"fd.convert(model, fuse=True) fuses {places}"
+        unfused |= {(prefix + dropout).rstrip("."): reason for dropout, reason in places.left.items()}
+    # The dropout at the end of a layer may be fused with a sum in the layer around it.
+    unfused = {name: reason for name, reason in unfused.items() if reason != NO_FORM or name not in served}
+    return {"layers": layers, "unfused": unfused}
+
+
+def convert(
+    model: _Model, dry_run: bool = False, *, lora: bool = False, pair_linears: bool = False, fuse: bool = False
+) -> _Model:
     """Swaps each of torch's dropout modules, and timm's ``DropPath``, for the fused one of the same name, in place.
 
     Only the class of a module changes: instances stay the same objects, shared ones too, with their hooks, training
@@ -149,6 +185,9 @@ def convert(model: _Model, dry_run: bool = False, *, lora: bool = False, pair_li
             saves the layer's input in place of the dropped copy. Masks, results and gradients stay the same. Variants
             such as DoRA are left alone, and ``convert_report(model).unpaired`` names them. Default: ``False``
         pair_linears: the same for an ``nn.Linear`` right after a dropout in an ``nn.Sequential``. Default: ``False``
+        fuse: let layers of torch, transformers and timm call ``dropout_add`` where they add to a dropout's output, and
+            ``relu_dropout`` where they drop a ReLU's. Masks, results and gradients stay the same; see docs/fuse.md.
+            ``convert_report(model).unfused`` names the layers that are left alone. Default: ``False``
 
     Returns:
         ``model`` itself.
@@ -165,6 +204,9 @@ def convert(model: _Model, dry_run: bool = False, *, lora: bool = False, pair_li
         print(convert_report(model))
         return model
     _swap(model, _to_fused())
+    for layer in reversed(list(model.modules())) if fuse else ():  # a layer is seen after those inside it
+        if not _is_replaced(layer):
+            fuse_layer(layer)
     for owner in model.modules():
         if lora if is_lora_layer(owner) else pair_linears:
             pair(owner)
@@ -192,5 +234,7 @@ def revert(model: _Model) -> _Model:
     """
     for owner in model.modules():
         unpair(owner)
+        if not _is_replaced(owner):
+            unfuse(owner)
     _swap(model, _to_originals())
     return model

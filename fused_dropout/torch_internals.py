@@ -122,3 +122,9 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules. Without the name the first call of a fused layer raises
+    AttributeError."""
+    return bool(torch.nn.modules.module._has_any_global_hook())

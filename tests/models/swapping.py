@@ -1,5 +1,7 @@
 """Shared by the tests of whole models: the ways to swap, training runs to compare, and what a swap leaves as it was."""
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout import fusing
 
 WAYS = ["patched", "converted"]
 for_ways = pytest.mark.parametrize("way", WAYS)
@@ -81,6 +84,43 @@ def swapped(ways: str, model: nn.Module):
 
 def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+@contextmanager
+def fused_calls():
+    """Counts what fused layers call: ``dropout_add`` and ``relu_dropout``."""
+    made = Counter()
+
+    def counted(name):
+        function = getattr(fusing, name)
+        return lambda *args, **settings: made.update([name]) or function(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("dropout_add", "relu_dropout"):
+            patch.setattr(fusing, name, counted(name))
+        yield made
+
+
+def check_fused(case: Case, calls: dict[str, int]) -> None:
+    """A step of the fused model makes these calls, and gives what the converted model gives, bit for bit; so do a copy
+    and eval. Afterwards all is as before."""
+    plain, model = case.model(), case.model()
+    before = [(name, type(m), set(vars(m))) for name, m in model.named_modules()]
+    fd.convert(plain)
+    fd.convert(model, fuse=True)
+    want, state = case.step(plain, 1), torch.get_rng_state()
+    with fused_calls() as made:
+        assert same(case.step(model, 1), want)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert made == calls
+        twin = copy.deepcopy(model)
+        assert same(case.step(twin, 1), want)
+        assert made == {name: 2 * times for name, times in calls.items()}
+        with torch.no_grad():
+            assert torch.equal(case.output(model.eval()(**case.inputs)), case.output(plain.eval()(**case.inputs)))
+        assert made == {name: 2 * times for name, times in calls.items()}
+    fd.revert(model)
+    assert [(name, type(m), set(vars(m))) for name, m in model.named_modules()] == before
 
 
 def curve(case: Case, ways: str, seed: int = 1, train: bool = True) -> list[float]:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from swapping import (
     Case,
     Promises,
+    check_fused,
     one_thread,  # noqa: F401
 )
 
@@ -78,3 +79,19 @@ def test_drop_path_drops_as_timms():
         assert y.unique().tolist() == pytest.approx([0, 1 / (1 - P)])
         assert (y[:, 0] == 0).float().mean() == pytest.approx(P, abs=0.016)  # five standard deviations
     assert torch.equal(theirs.eval()(x), ours.eval()(x))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fused(case):
+    """The drop paths of the second block; the first has none."""
+    check_fused(case, {"dropout_add": 2})
+    model = fd.convert(case.model(), fuse=True)
+    assert fd.convert_report(model).layers == {"blocks.1": "dropout_add: drop_path1, drop_path2"}
+
+
+def test_drop_path_without_scale_is_left():
+    model = fd.convert(CASES["plain attention"].model(), fuse=True)
+    model.blocks[1].drop_path1.scale_by_keep = False
+    report = fd.convert_report(model)
+    assert report.layers == {"blocks.1": "dropout_add: drop_path2"}
+    assert report.unfused["blocks.1.drop_path1"] == "it has scale_by_keep=False"

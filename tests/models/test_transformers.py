@@ -9,7 +9,9 @@ from swapping import (
     Case,
     Promises,
     assert_close,
+    check_fused,
     for_ways,
+    fused_calls,
     one_thread,  # noqa: F401
     same,
     swapped,
@@ -262,3 +264,85 @@ def test_saved_pretrained_and_loaded(case, tmp_path):
     want = case.step(model, 1)
     assert same(case.step(fd.convert(loaded), 1), want)
     assert same(case.step(fd.revert(loaded), 1), case.step(fd.revert(model), 1))
+
+
+def copy_of_bert(name):
+    """RoBERTa and others have copies of BERT's layers, under their own names."""
+    config = getattr(hf, f"{name}Config")(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        hidden_dropout_prob=P,
+        attention_probs_dropout_prob=P,
+        num_labels=4,
+    )
+    return Case(
+        lambda: getattr(hf, f"{name}ForSequenceClassification")(config), {"input_ids": IDS, "labels": LABELS}, []
+    )
+
+
+# Two layers of two sums each, where nothing else is said.
+FUSED = {
+    "bert": (CASES["bert"], {"dropout_add": 4}),
+    "bert-sdpa": (CASES["bert-sdpa"], {"dropout_add": 4}),
+    "roberta": (copy_of_bert("Roberta"), {"dropout_add": 4}),
+    "electra": (copy_of_bert("Electra"), {"dropout_add": 4}),
+    "megatron-bert": (copy_of_bert("MegatronBert"), {"dropout_add": 4}),  # without the norm
+    "gpt2": (CASES["gpt2"], {"dropout_add": 4}),
+    "vit": (CASES["vit"], {"dropout_add": 4}),
+    "t5": (CASES["t5"], {"dropout_add": 5, "relu_dropout": 2}),
+    "wav2vec2": (CASES["wav2vec2"], {"dropout_add": 1}),
+    "llama": (CASES["llama"], {}),
+}
+
+
+@pytest.mark.parametrize(("case", "calls"), FUSED.values(), ids=FUSED)
+def test_fused(case, calls):
+    check_fused(case, calls)
+
+
+@for_some
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_fused_and_checkpointed(case, reentrant):
+    """Backward computes the fused layers again."""
+    model = fd.convert(case.model(), fuse=True)
+    want = case.step(model, 1)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with fused_calls() as calls:
+        assert_close(case.step(model, 1), want)
+    once = next(calls for known, calls in FUSED.values() if known is case)
+    assert calls == {name: 2 * times for name, times in once.items()}
+
+
+@for_some
+def test_fused_and_compiled(case):
+    """The compiler is given the separate calls."""
+    torch._dynamo.reset()
+    model = fd.convert(case.model(), fuse=True)
+    want = case.step(model, 1)
+    with fused_calls() as calls:
+        assert_close(case.step(model, 1, torch.compile(model, backend="aot_eager")), want)
+    assert not calls
+
+
+def test_fused_report():
+    report = fd.convert_report(fd.convert(CASES["gpt2"].model(), fuse=True))
+    both = "dropout_add: attn.resid_dropout, mlp.dropout"
+    assert report.layers == {"transformer.h.0": both, "transformer.h.1": both}
+    assert not any(name.startswith("transformer.h") for name in report.unfused)
+
+
+def test_attention_that_is_looked_at_is_not_fused():
+    """A hook on GPT-2's attention sees what was dropped."""
+    case, seen = CASES["gpt2"], []
+    model = fd.convert(case.model(), fuse=True)
+    want = case.step(model, 1)
+    model.transformer.h[0].attn.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    with fused_calls() as calls:
+        assert same(case.step(model, 1), want)
+    assert calls == {"dropout_add": 3}
+    assert (seen[0] == 0).any()
