@@ -110,13 +110,20 @@ def _file_of(function: FunctionType) -> _File:
 
 
 def _code_of(tree: ast.FunctionDef, function: FunctionType) -> CodeType:
+    """Compiles a source as Python did in its file: the imports and the class there change the code."""
     fields = {name: getattr(tree, name) for name in tree._fields} | {"decorator_list": []}
-    # With the imports, since CPython compiles a call of an imported module's function in its own way.
-    body = [*_file_of(function).imports, ast.copy_location(ast.FunctionDef(**fields), tree)]
+    node: Any = ast.copy_location(ast.FunctionDef(**fields), tree)
+    classes = [name for name in function.__qualname__.split(".")[:-1] if name != "<locals>"]
+    for name in reversed(classes):
+        body: Any = ast.parse(f"class {name}: pass").body[0]
+        body.body = [node]
+        node = ast.copy_location(body, tree)
+    module = ast.fix_missing_locations(ast.Module([*_file_of(function).imports, node], []))
     future = function.__code__.co_flags & __future__.annotations.compiler_flag
-    module = ast.fix_missing_locations(ast.Module(body, []))
-    compiled = compile(module, function.__code__.co_filename, "exec", future, dont_inherit=True)
-    return next(code for code in compiled.co_consts if isinstance(code, CodeType) and code.co_name == tree.name)
+    code = compile(module, function.__code__.co_filename, "exec", future, dont_inherit=True)
+    for name in (*classes, tree.name):
+        code = next(part for part in code.co_consts if isinstance(part, CodeType) and part.co_name == name)
+    return code
 
 
 def _read(kind: type, name: str) -> tuple[ast.FunctionDef, FunctionType]:

@@ -144,3 +144,14 @@ def test_has_hooks():
         assert internals.has_hooks(module)
         handle.remove()
         assert not internals.has_hooks(module)
+
+
+def test_has_global_hooks():
+    hooks = torch.nn.modules.module
+    registers = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+    for register in registers:
+        assert not internals.has_global_hooks()
+        handle = getattr(hooks, f"register_module_{register}")(lambda *_: None)
+        assert internals.has_global_hooks()
+        handle.remove()
+    assert not internals.has_global_hooks()
