@@ -69,7 +69,7 @@ test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, a
 	cd tests && ../$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE:tests/%=%) test_dropin.py
 
 test-oldest: build/installed-oldest ## build and test under the oldest torch that the kernels serve
-	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_pairing.py test_patch.py
+	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py
 
 test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one torch under another: masks and gradients
 	$(CUDA_PY) -W ignore -c 'import fused_dropout as fd, torch; i = fd.backend_info(); print(i); \

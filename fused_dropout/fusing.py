@@ -231,7 +231,7 @@ def _look(module: nn.Module, site: Site, table: Mapping[type, type]) -> tuple[st
     if not isinstance(dropout, nn.Module) or isinstance(dropout, nn.Identity):
         return "", ""
     if site.layer and not undropped_layer(owner, site.in_tuple):
-        return path, f"{site.layer} has hooks, or a forward of its own"
+        return path, f"{site.layer} has hooks, a replaced forward, or a call of its own"
     if site.activation and not _is_relu(activation := getattr(module, site.activation, None)):
         return (path, "its ReLU works in place or has hooks") if isinstance(activation, nn.ReLU) else ("", "")
     return path, _why_not(dropout, table)

@@ -143,13 +143,18 @@ def test_settings_are_read_at_each_call(calls, key):
     fd.convert(model).dropout.key = key
     assert_same_steps(step(fused(model)), step(model))
     assert calls == ["dropout_add", "relu_dropout"]
-    model.dropout.key, model.dropout.generator = None, torch.Generator().manual_seed(5)
+    model.dropout1.key, model.dropout2.key = key, fd.key(7)
+    model.dropout2.train()
+    assert_same_steps(step(fused(model)), step(model))
+    for dropout in (model.dropout, model.dropout1):
+        dropout.key, dropout.generator = None, torch.Generator().manual_seed(5)
     assert_same_steps(step(fused(model)), step(copy.deepcopy(model)))
 
 
 @for_layers
-def test_eval_is_torchs_own(kind, calls):
+def test_eval_is_torchs_own(kind, calls, monkeypatch):
     """With its fast path and its nested tensors."""
+    monkeypatch.delattr(fusing.FusedLayer, "_fused_dropout_sum")  # the rewritten forward would miss it
     model = layer(kind).eval()
     net = fused(model)
     assert_same_steps(step(net), step(model))
@@ -446,13 +451,18 @@ class Layer(nn.Module):
         super().__init__()
         self.linear, self.norm, self.act = nn.Linear(16, 16), nn.LayerNorm(16), nn.ReLU()
         self.dropout, self.drop = nn.Dropout(0.3), nn.Dropout(0.4)
-        self.end = End()
+        self.end, self.twice, self.plain_end = End(), Twice(), PlainEnd()
 
     def half(self, x):
         return self.dropout(self.linear(x))
 
     def pair(self, x):
         return self.dropout(x), x
+
+    def early(self, x):
+        if x.dim() == 3:
+            return x
+        return self.dropout(x)
 
 class End(nn.Module):
     def __init__(self):
@@ -463,6 +473,23 @@ class End(nn.Module):
         y = self.linear(x)
         y = self.drop(y)
         return y, x
+
+class Twice(End):
+    def forward(self, x):
+        y = self.linear(x)
+        y = self.drop(y)
+        return y, y
+
+class OwnCall(End):
+    def __call__(self, x):
+        return super().__call__(x * 2)
+
+class Checkpointed(End):
+    gradient_checkpointing = True
+
+class PlainEnd(End):
+    def forward(self, x):
+        return self.drop(self.linear(x))
 """
 
 
@@ -508,6 +535,9 @@ KNOWN = {
     "return x + self.half(x)": ["dropout_add"],
     "y, _ = self.end(x)\nx = y + x\nreturn x": ["dropout_add"],
     "y, z = self.end(x, twice=True)\nx = x + y\nreturn x * z": ["dropout_add"],
+    "y = self.plain_end(x)\nx = x + y\nreturn x": ["dropout_add"],
+    # The layer's result is taken apart, so its dropout stays with it.
+    "y, z = self.plain_end(x[:2])\nx = z + y\nreturn z + self.drop(x)": ["dropout_add"],
     # The first is left for its layout: the terms have different strides.
     "return self.dropout(x.transpose(0, 1).contiguous().transpose(0, 1)) + x": [],
 }
@@ -524,6 +554,8 @@ UNKNOWN = [
     "y = self.end(x)\ny = x + y[0]\nreturn y",
     "y, z = self.pair(x)\ny = x + y\nreturn y + z",
     "y, z = self.end(x)\nw = x + y\nreturn y * w",
+    "y, z = self.twice(x)\ny = x + y\nreturn y * z",
+    "return x + self.early(x)",
 ]
 
 
@@ -567,7 +599,10 @@ def test_a_layer_at_whose_end_is_a_dropout(hook, library, calls):
     """A hook on it sees what its dropout made."""
     model, seen = library("y, _ = self.end(x)\nx = y + x\nreturn x"), []
     net = fused(model)
-    assert fd.convert_report(net).layers == {"": "dropout_add: end.drop"}
+    report = fd.convert_report(net)
+    assert report.layers == {"": "dropout_add: end.drop"}
+    assert "end" not in report.unfused
+    assert "no known form" in report.unfused["twice"]
     if hook:
         net.end.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     assert_same_steps(run(net), run(fd.convert(model)))
@@ -575,6 +610,17 @@ def test_a_layer_at_whose_end_is_a_dropout(hook, library, calls):
     if hook:
         assert (seen[0] == 0).any()
         assert "end has hooks" in fd.convert_report(net).unfused["end.drop"]
+
+
+@pytest.mark.parametrize("kind", ["OwnCall", "Checkpointed"])
+def test_a_layer_whose_call_is_more_than_its_forward_is_left(kind, library, calls):
+    model = library("y, _ = self.end(x)\nx = y + x\nreturn x")
+    model.end = getattr(sys.modules["timm.made_up"], kind)()
+    net = fused(model)
+    assert not is_fused(net)
+    assert "end has" in fd.convert_report(net).unfused["end.drop"]
+    assert_same_steps(run(net), run(fd.convert(model)))
+    assert not calls
 
 
 def test_layers_of_others_are_left(library, calls):
