@@ -133,6 +133,8 @@ std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const
   if (bias && (!fits(x, *bias) || bias->dim() != 1 || x.dim() == 0 || bias->size(0) != x.size(-1))) return std::nullopt;
   const bool any = x.requires_grad() || residual.requires_grad() || (bias && bias->requires_grad());
   const bool recorded = at::GradMode::is_enabled() && any;
+  // The two gradients of one tensor are added up in the order of the separate calls.
+  if (recorded && x.is_same(residual)) return std::nullopt;
   const auto shares_memory = [&](const Tensor& other) { return x.storage().is_alias_of(other.storage()); };
   if (inplace && (!is_writable(x, recorded) || shares_memory(residual) || (bias && shares_memory(*bias)))) {
     return std::nullopt;

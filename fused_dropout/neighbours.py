@@ -211,6 +211,8 @@ def _fused_dropout_add(
         return None
     if bias is not None and (bias.dim() != 1 or bias.shape != input.shape[-1:]):
         return None
+    if input is residual and torch.is_grad_enabled() and input.requires_grad:
+        return None  # its two gradients are added up in the order of the separate calls
     own = _key_of(input, p, generator, key)
     window = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

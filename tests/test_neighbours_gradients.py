@@ -68,6 +68,16 @@ def test_saved_in_place(ours, theirs, takes):
     assert sum(t.untyped_storage().nbytes() for t in found) == (16 if takes > 1 else 40 * 40 * 4)
 
 
+def test_residual_that_is_the_input():
+    """Used a third time: its three gradients are added up in the same order."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(2000, requires_grad=True), torch.randn(2000)
+    y = fd.dropout_add(x, x, P, key=KEY) * weight + x * 1e-3
+    want = (x + fd.dropout(x, P, key=KEY)) * weight + x * 1e-3
+    gradient = torch.randn(2000)
+    assert torch.equal(*(torch.autograd.grad(each, x, gradient)[0] for each in (y, want)))
+
+
 @pytest.mark.parametrize(
     ("layers", "bytes_an_element"),
     [((nn.ReLU, nn.Dropout), 12), ((nn.ReLU, fd.Dropout), 8), ((fd.ReLUDropout,), 4)],
