@@ -21,8 +21,8 @@ template <typename T>
 struct Run {
   Streams<T> at;
   int64_t n;
-  int64_t
-      flag;  // where its flag, or that of the first element, stands among those drawn, or its place among the places
+  // Where its flag, or that of the first element, stands among those drawn, or its place among the places.
+  int64_t flag;
   enum class Flags { kOne, kEach, kScattered } flags;
 };
 
