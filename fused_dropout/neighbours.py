@@ -99,7 +99,7 @@ def _takes_fused_path(x: Any, *others: Any) -> bool:
     )
 
 
-def _key_of(x: Tensor, p: float, generator: Generator | None, key: Tensor | None) -> Tensor:
+def _key_of(x: Tensor, generator: Generator | None, key: Tensor | None) -> Tensor:
     if x.is_cuda:
         operators.settle_cuda(x.device)
     return dispatch.key_of_call(x.device, generator, key, None, False, recorded=torch.is_grad_enabled())
@@ -213,7 +213,7 @@ def _fused_dropout_add(
         return None
     if input is residual and torch.is_grad_enabled() and input.requires_grad:
         return None  # its two gradients are added up in the order of the separate calls
-    own = _key_of(input, p, generator, key)
+    own = _key_of(input, generator, key)
     window = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _into(input, _apply_dropout_add(input, residual, bias, p, own, window), inplace)
@@ -282,7 +282,7 @@ def _fused_relu_dropout(
             return output
     if not _takes_fused_path(input):
         return None
-    own, strides = _key_of(input, p, generator, key), reference.index_strides_of(input)
+    own, strides = _key_of(input, generator, key), reference.index_strides_of(input)
     if torch.is_grad_enabled() and input.requires_grad:
         return _into(input, _apply_relu_dropout(input, p, own, strides), inplace)
     if not inplace or dispatch.needs_copy(input):
