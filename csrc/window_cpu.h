@@ -84,8 +84,7 @@ class Walk {
   int64_t next(int64_t n) {
     const Dim& row = args_.dims[0];
     const int64_t length = std::min(n, row.size - at_[0]);
-    const bool packed = is_apart(row, 1);
-    if (packed && row.index <= 1 && length == row.size && args_.dims.size() > 1) {
+    if (packed_ && row.index <= 1 && length == row.size && args_.dims.size() > 1) {
       const Dim& outer = args_.dims[1];
       const bool joined = is_apart(outer, row.size);
       if (joined && outer.index == 0 && length <= kFlags) return visit_repeated(n);
@@ -94,12 +93,12 @@ class Walk {
         return rows_are_groups() ? visit_groups(n) : visit_rows(n);
       }
     }
-    if (packed && row.index == 1 && length >= kLongRow) {
+    if (packed_ && row.index == 1 && length >= kLongRow) {
       kernels_.drop(streams_, index_, length, params_);
       return length;
     }
     if (row.index > 1) return add_scattered(std::min(length, kFlags / kBlock));
-    return add(packed && row.index == 0 && length >= kLongRun ? length : std::min(length, kFlags));
+    return add(packed_ && row.index == 0 && length >= kLongRun ? length : std::min(length, kFlags));
   }
 
   // Draws the flags of the next n indices.
@@ -248,8 +247,8 @@ class Walk {
 
   void advance(int64_t n) {
     const auto& dims = args_.dims;
-    // n is a part of the innermost dimension, or that dimension several times.
-    const int64_t times = n > dims[0].size - at_[0] ? n / dims[0].size : 0;
+    // n is a part of the innermost dimension, or that dimension once or several times.
+    const int64_t times = at_[0] == 0 && dims.size() > 1 ? n / dims[0].size : 0;
     size_t d = times ? 1 : 0;
     const int64_t steps = times ? times : n;
     at_[d] += steps;
@@ -275,20 +274,19 @@ class Walk {
       cpu_kernels().draw_flags(blocks_ + drawn_, flags_ + drawn_ * kBlock, count_ - drawn_, params_);
       drawn_ = count_;
     }
-    const bool packed = is_apart(args_.dims[0], 1);
     for (int64_t i = 0; i < runs_; ++i) {
       const Run<T>& run = run_[i];
       const bool alone = i + 1 == runs_ || run_[i + 1].at.y != run.at.y + run.n;
-      if (packed && run.flags == Flags::kEach && (alone || run.n >= kLongRun)) {
+      if (packed_ && run.flags == Flags::kEach && (alone || run.n >= kLongRun)) {
         kernels_.select(run.at, flags_ + run.flag, run.n, args_.scale);
-      } else if (packed && run.flags == Flags::kOne && run.n >= kLongRun) {
+      } else if (packed_ && run.flags == Flags::kOne && run.n >= kLongRun) {
         if (flags_[run.flag]) {
           kernels_.select(run.at, nullptr, run.n, args_.scale);
         } else {
           write_dropped(run.at, run.n);
         }
       } else {
-        i = lay_out(i, packed);
+        i = lay_out(i);
       }
     }
     runs_ = 0;
@@ -305,7 +303,7 @@ class Walk {
 
   // Puts the flags of runs next to each other, as long as the runs are short and lie next to each other, and applies
   // them in one call. Returns the last of these runs.
-  int64_t lay_out(int64_t i, bool packed) {
+  int64_t lay_out(int64_t i) {
     uint16_t flags[kFlags];
     const Streams<T> first = run_[i].at;
     int64_t n = 0;
@@ -313,7 +311,7 @@ class Walk {
       const Run<T>& run = run_[i];
       lay_out(run, flags + n);
       n += run.n;
-      if (!packed || i + 1 == runs_) break;
+      if (!packed_ || i + 1 == runs_) break;
       const Streams<T>&next = run_[i + 1].at, end = first + n;
       const bool joined = next.x == end.x && next.y == end.y && next.residual == end.residual && next.bias == end.bias;
       if (!joined || n + run_[i + 1].n > kFlags) break;
@@ -337,6 +335,7 @@ class Walk {
   const KernelArgs& args_;
   const MaskParams& params_;
   const TypedKernels<T>& kernels_;
+  const bool packed_ = is_apart(args_.dims[0], 1);
   std::vector<int64_t> at_;
   Streams<T> streams_;
   uint64_t index_;

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int kGroup = kLanes * kBlock;
 
+// A kernel, into which all that it calls is inlined. Left to the compiler, the number of kernels in a file decides, and
+// with the operations beside dropout it kept calls in the loop: 1.5 times the time.
+#define FUSED_DROPOUT_KERNEL __attribute__((flatten))
+
 struct RoundKeys {
   Lanes k[kPhiloxRounds][2];
 };
@@ -238,7 +242,7 @@ inline void drop_part(const Streams<T>& at, const Consecutive& blocks, int64_t s
 
 // A ragged head, whole groups straight from memory, as many at once as there are, and a ragged tail.
 template <Operation operation, typename T, typename Compute>
-void drop(const Streams<T>& all, uint64_t index, int64_t n, const MaskParams& params) {
+FUSED_DROPOUT_KERNEL void drop(const Streams<T>& all, uint64_t index, int64_t n, const MaskParams& params) {
   // Up to here the block numbers have the same upper half.
   constexpr uint64_t kReach = (uint64_t{1} << 32) * kBlock;
   const int64_t reach = static_cast<int64_t>(kReach - index % kReach);
@@ -268,7 +272,7 @@ void drop(const Streams<T>& all, uint64_t index, int64_t n, const MaskParams& pa
 }
 
 template <Operation operation, typename T, typename Compute>
-void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
+FUSED_DROPOUT_KERNEL void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
   constexpr int kAtOnce = Of<Four>::kGroups;
   const Common common(params);
   const Compute scale = static_cast<Compute>(params.scale);
@@ -279,7 +283,7 @@ void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
   for (; n > 0; --n, ++groups) move_groups<operation, Lanes>(unused, Grouped<T>{groups}, common, scale);
 }
 
-void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params) {
+FUSED_DROPOUT_KERNEL void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params) {
   static_assert(kBlockPadding % kLanes == 0, "the last group has to lie within the padding");
   constexpr int kAtOnce = Of<Four>::kGroups * kLanes;
   const Common common(params);
@@ -294,7 +298,7 @@ void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskPa
 }
 
 template <Operation operation, typename T, typename Compute>
-void select(const Streams<T>& all, const uint16_t* flags, int64_t n, double scale) {
+FUSED_DROPOUT_KERNEL void select(const Streams<T>& all, const uint16_t* flags, int64_t n, double scale) {
   constexpr int kAtOnce = kGroup / 2;
   const Compute s = static_cast<Compute>(scale);
   const Streams<T> at = all;  // as in drop
