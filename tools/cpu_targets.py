@@ -1,4 +1,4 @@
-"""``make bench-cpu``: what the CPU kernels have to reach, and what they do on this machine, within five minutes.
+"""``make bench-cpu``: what the CPU kernels have to reach, and what they do on this machine, within ten minutes.
 
 All contenders of a row take turns (ABAB...) in one process, so that whatever slows the machine slows all. A figure is
 the median of the ratios of neighbours. ``--row NAME`` measures one row and prints JSON: rows that need another
