@@ -190,6 +190,7 @@ def around(*kinds: str, sizes: Sequence[int] = (16, 24), backward: bool, **optio
     ]
 
 
+FIVE = around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True)
 OVER_TORCH = {"sizes": (16, 20), "composed": "torch"}
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
 AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
@@ -244,7 +245,7 @@ ROWS = (
         "the same",
         ">=",
         (1.2,),
-        around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True),
+        FIVE,
         AVX2,
         3,
     ),
@@ -254,7 +255,7 @@ ROWS = (
         "the same",
         ">=",
         (1.2,),
-        around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True),
+        FIVE,
         PORTABLE,
         3,
     ),

@@ -26,8 +26,8 @@ MORE = {"0": 0.0, "1": 5.8, "2": 10.8, "3": 4.0}
 OPERATIONS = {"0": "", "1": " + residual", "2": " + residual and bias", "3": " of ReLU"}
 # As many as the number of resident blocks in cuda_kernels.cuh leaves a thread; elsewhere 80.
 REGISTERS = {arch: {"0": 40, "1": 64, "2": 80, "3": 48} for arch in ("sm_80", "sm_90")}
-# Registers and instructions of the kernel for any window: its one draw is not unrolled. Then those with more streams.
-WINDOW_LIMITS, WINDOW_LIMITS_OF_SUMS = (64, 1950), (128, 3100)
+# Registers and instructions of the kernel for any window: its one draw is not unrolled. Then those of the operations that do more.
+WINDOW_LIMITS, WINDOW_LIMITS_OF_MORE = (64, 1900), (128, 3100)
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
     "wide multiply": r"U?IMAD\.WIDE",
@@ -99,14 +99,13 @@ class Kernel:
         emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
         limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
         limit += MORE[self.operation]
+        # Tensors of 2**34 elements and more.
+        known = self.operation != "0" or (self.arch, self.dtype) == ("sm_120", "double")
+        may_spill = known and self.block_bits == 64
         return [
             *([f"{self.registers} registers, more than {registers}"] if self.registers > registers else []),
-            *(["accesses of local memory in the loop"] if self.count("LDL|STL") and self.block_bits == 32 else []),
-            *(
-                [f"{self.stack} bytes of stack"]
-                if self.stack and self.arch in REGISTERS and self.block_bits == 32
-                else []
-            ),
+            *(["accesses of local memory in the loop"] if self.count("LDL|STL") and not may_spill else []),
+            *([f"{self.stack} bytes of stack"] if self.stack and self.arch in REGISTERS and not may_spill else []),
             *(["a division"] if self.divisions else []),
             *(
                 [f"{self.per_element:.2f} instructions an element, more than {limit}"]
@@ -180,10 +179,11 @@ class WindowKernel:
     instructions: int
     local: int
     divisions: int
+    operation: str
 
     def faults(self) -> list[str]:
         counts = {"registers": self.registers, "instructions": self.instructions}
-        limits = WINDOW_LIMITS_OF_SUMS if "+" in self.name else WINDOW_LIMITS
+        limits = WINDOW_LIMITS if self.operation == "0" else WINDOW_LIMITS_OF_MORE
         return [
             *(
                 f"{n} {what}, more than {most}"
@@ -219,7 +219,7 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
             bits = 32 if kind[4] == "int" else 64
             if kind[1] == "window":
                 name = f"{arch} {dtype}{OPERATIONS[operation]}, {bits} bits, any window"
-                windows.append(WindowKernel(name, used["REG"], used["STACK"], len(lines), local, divisions))
+                windows.append(WindowKernel(name, used["REG"], used["STACK"], len(lines), local, divisions, operation))
                 continue
             kernels.append(
                 Kernel(
