@@ -26,7 +26,8 @@ MORE = {"0": 0.0, "1": 5.8, "2": 10.8, "3": 4.0}
 OPERATIONS = {"0": "", "1": " + residual", "2": " + residual and bias", "3": " of ReLU"}
 # As many as the number of resident blocks in cuda_kernels.cuh leaves a thread; elsewhere 80.
 REGISTERS = {arch: {"0": 40, "1": 64, "2": 80, "3": 48} for arch in ("sm_80", "sm_90")}
-# Registers and instructions of the kernel for any window: its one draw is not unrolled. Then those of the operations that do more.
+# Registers and instructions of the kernel for any window, whose one draw is not unrolled; then of operations that do
+# more than dropout.
 WINDOW_LIMITS, WINDOW_LIMITS_OF_MORE = (64, 1900), (128, 3100)
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
