@@ -64,7 +64,7 @@ def _repr(value: object) -> str:
     return f"Generator({value.device})" if isinstance(value, Generator) else repr(value)
 
 
-class _Fused(Keyed, nn.modules.dropout._DropoutNd):
+class Fused(Keyed, nn.modules.dropout._DropoutNd):
     """The arguments of torch's dropout modules, and a generator and a key."""
 
     def __init__(
@@ -74,7 +74,7 @@ class _Fused(Keyed, nn.modules.dropout._DropoutNd):
         self._set(generator, key)
 
 
-class Dropout(_Fused, nn.Dropout):
+class Dropout(Fused, nn.Dropout):
     r"""Sets each element of the input to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
     An :class:`torch.nn.Dropout` that calls :func:`fused_dropout.dropout`.
@@ -132,7 +132,7 @@ class Dropout(_Fused, nn.Dropout):
         )
 
 
-class Dropout1d(_Fused, nn.Dropout1d):
+class Dropout1d(Fused, nn.Dropout1d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
     An :class:`torch.nn.Dropout1d` that calls :func:`fused_dropout.dropout1d`.
@@ -156,7 +156,7 @@ class Dropout1d(_Fused, nn.Dropout1d):
         return functional.dropout1d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
-class Dropout2d(_Fused, nn.Dropout2d):
+class Dropout2d(Fused, nn.Dropout2d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
     An :class:`torch.nn.Dropout2d` that calls :func:`fused_dropout.dropout2d`.
@@ -186,7 +186,7 @@ class Dropout2d(_Fused, nn.Dropout2d):
         return functional.dropout2d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
-class Dropout3d(_Fused, nn.Dropout3d):
+class Dropout3d(Fused, nn.Dropout3d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
     An :class:`torch.nn.Dropout3d` that calls :func:`fused_dropout.dropout3d`.
@@ -210,7 +210,7 @@ class Dropout3d(_Fused, nn.Dropout3d):
         return functional.dropout3d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
-class AlphaDropout(_Fused, nn.AlphaDropout):
+class AlphaDropout(Fused, nn.AlphaDropout):
     r"""Sets elements to SELU's negative saturation with probability ``p`` in training, and keeps mean 0 and variance 1.
 
     An :class:`torch.nn.AlphaDropout` that calls :func:`fused_dropout.alpha_dropout`.
@@ -234,7 +234,7 @@ class AlphaDropout(_Fused, nn.AlphaDropout):
         return functional.alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
-class FeatureAlphaDropout(_Fused, nn.FeatureAlphaDropout):
+class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
     r"""Sets channels to SELU's negative saturation with probability ``p`` in training, and keeps mean 0 and variance 1.
 
     An :class:`torch.nn.FeatureAlphaDropout` that calls :func:`fused_dropout.feature_alpha_dropout`.

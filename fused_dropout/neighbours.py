@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import autograd, dispatch, native, operators, reference
 from .functional import check_key, dropout, noise_strides, out_of_range
-from .modules import Keyed
+from .modules import Fused
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
 
 _eager_dropout_add = native.eager.dropout_add if native.eager else None
@@ -293,7 +293,7 @@ def _fused_relu_dropout(
     return input
 
 
-class DropoutAdd(Keyed):
+class DropoutAdd(Fused):
     r"""``residual + dropout(input + bias)`` in one pass; drops in training only, and adds always.
 
     Args:
@@ -324,12 +324,8 @@ class DropoutAdd(Keyed):
         key: Tensor | None = None,
         noise_shape: Sequence[int | None] | None = None,
     ) -> None:
-        super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise out_of_range(p)
-        self.p, self.inplace = p, inplace
+        super().__init__(p, inplace, generator=generator, key=key)
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
-        self._set(generator, key)
 
     def forward(self, input: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         return dropout_add(
@@ -344,11 +340,8 @@ class DropoutAdd(Keyed):
             noise_shape=self.noise_shape,
         )
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, inplace={self.inplace}" + super().extra_repr()
 
-
-class ReLUDropout(Keyed):
+class ReLUDropout(Fused):
     r"""``dropout(relu(input))`` in one pass, which saves its output alone; ``nn.ReLU`` and ``fd.Dropout`` in one.
 
     Args:
@@ -368,17 +361,5 @@ class ReLUDropout(Keyed):
         torch.Size([4, 8])
     """
 
-    def __init__(
-        self, p: float = 0.5, inplace: bool = False, *, generator: Generator | None = None, key: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        if not 0.0 <= p <= 1.0:
-            raise out_of_range(p)
-        self.p, self.inplace = p, inplace
-        self._set(generator, key)
-
     def forward(self, input: Tensor) -> Tensor:
         return relu_dropout(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, inplace={self.inplace}" + super().extra_repr()

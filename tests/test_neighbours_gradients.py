@@ -346,6 +346,16 @@ def test_modules():
             module(2.0)
 
 
+@pytest.mark.parametrize("module", [fd.DropoutAdd(0.5), fd.ReLUDropout(0.5)], ids=lambda m: type(m).__name__)
+def test_modules_drop_under_mc_dropout(module):
+    x = torch.ones(1000)
+    arguments = (x, x.clone()) if isinstance(module, fd.DropoutAdd) else (x,)
+    module.eval()
+    assert module(*arguments).unique().numel() == 1
+    with fd.mc_dropout(module):
+        assert module(*arguments).unique().numel() == 2
+
+
 def test_examples():
     outcome = doctest.testmod(neighbours, extraglobs={"fd": fd, "torch": torch, "nn": torch.nn})
     assert outcome.failed == 0
