@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -25,7 +24,7 @@ def info(arguments: Sequence[str]) -> int:
     found = backend_info()
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB" for gpu in properties]
-    print(json.dumps({**asdict(found), "gpus": gpus}, indent=1) if as_json else "\n".join([str(found), *gpus]))
+    print(json.dumps({**found._asdict(), "gpus": gpus}, indent=1) if as_json else "\n".join([str(found), *gpus]))
     return 0
 
 

@@ -5,9 +5,8 @@ import platform
 import shlex
 import shutil
 import warnings
-from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
 import torch
@@ -15,8 +14,7 @@ import torch
 from . import __version__, inductor, native
 
 
-@dataclass(frozen=True)
-class BackendInfo:
+class BackendInfo(NamedTuple):
     """Which path serves each device, and why not a better one.
 
     devices: for each device type "native", or "reference", or "compiled reference" where Inductor makes a kernel of
@@ -34,10 +32,10 @@ class BackendInfo:
     backend: str
     devices: dict[str, str]
     eager: bool
-    cpu_isa: str | None = None
-    notes: tuple[str, ...] = ()
-    improve: str | None = None
-    built: dict[str, Any] = field(default_factory=dict)
+    cpu_isa: str | None
+    notes: tuple[str, ...]
+    improve: str | None
+    built: dict[str, Any]
 
     def __str__(self) -> str:
         served = ", ".join(f"{device}: {path}" for device, path in self.devices.items())

@@ -1,20 +1,18 @@
 """``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back.
 
-``pairing.py`` and ``fusing.py`` have what is made of a dropout and its neighbours.
+``pairing.py`` and ``fusing.py`` have what is made of a dropout and its neighbours. ``fusing.py`` is imported at its
+first use, since it takes a sixth of the time of the whole package.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import MethodType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from . import modules
-from .fusing import NO_FORM, FusedLayer, places_of, unfuse
-from .fusing import fuse as fuse_layer
 from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY
 
@@ -32,8 +30,7 @@ def _to_originals() -> dict[type, type]:
     return {fused: original for original, fused in _to_fused().items()} | {PairedDropout: nn.Dropout}
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(NamedTuple):
     """What ``convert`` finds in a model, by module name; a shared module is there under each of its names.
 
     fused: modules on the fused path, and their class. torch: modules of torch's classes, which ``convert`` swaps. left:
@@ -43,13 +40,13 @@ class ConvertReport:
     dropouts of such layers, and why. ``str()`` of it is a table.
     """
 
-    fused: dict[str, str] = field(default_factory=dict)
-    torch: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    paired: dict[str, str] = field(default_factory=dict)
-    unpaired: dict[str, str] = field(default_factory=dict)
-    layers: dict[str, str] = field(default_factory=dict)
-    unfused: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, str]
+    torch: dict[str, str]
+    left: dict[str, str]
+    paired: dict[str, str]
+    unpaired: dict[str, str]
+    layers: dict[str, str]
+    unfused: dict[str, str]
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused, {len(self.torch)} of torch's to swap, {len(self.left)} left alone"]
@@ -148,21 +145,23 @@ def _report_pairs(model: nn.Module) -> dict[str, dict[str, str]]:
 
 def _report_layers(model: nn.Module) -> dict[str, dict[str, str]]:
     """The fields ``layers`` and ``unfused`` of a report."""
+    from . import fusing
+
     layers, unfused, served = {}, {}, set()
     for name, module in model.named_modules(remove_duplicate=False):
-        places = places_of(module, _to_fused())
+        places = fusing.places_of(module, _to_fused())
         prefix = f"{name}." if name else ""
         if places.fused and _is_replaced(module):
             unfused[name] = f"{type(module).__name__} whose forward was replaced on the instance"
             continue
-        if places.fused and isinstance(module, FusedLayer):
+        if places.fused and isinstance(module, fusing.FusedLayer):
             layers[name] = str(places)
             served |= {(prefix + dropout).rpartition(".")[0] for names in places.fused.values() for dropout in names}
         elif places.fused:
             unfused[name] = f"fd.convert(model, fuse=True) fuses {places}"
         unfused |= {(prefix + dropout).rstrip("."): reason for dropout, reason in places.left.items()}
     # The dropout at the end of a layer may be fused with a sum in the layer around it.
-    unfused = {name: reason for name, reason in unfused.items() if reason != NO_FORM or name not in served}
+    unfused = {name: reason for name, reason in unfused.items() if reason != fusing.NO_FORM or name not in served}
     return {"layers": layers, "unfused": unfused}
 
 
@@ -204,9 +203,12 @@ def convert(
         print(convert_report(model))
         return model
     _swap(model, _to_fused())
-    for layer in reversed(list(model.modules())) if fuse else ():  # a layer is seen after those inside it
-        if not _is_replaced(layer):
-            fuse_layer(layer)
+    if fuse:
+        from . import fusing
+
+        for layer in reversed(list(model.modules())):  # a layer is seen after those inside it
+            if not _is_replaced(layer):
+                fusing.fuse(layer)
     for owner in model.modules():
         if lora if is_lora_layer(owner) else pair_linears:
             pair(owner)
@@ -232,9 +234,11 @@ def revert(model: _Model) -> _Model:
         >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
         True
     """
+    from . import fusing
+
     for owner in model.modules():
         unpair(owner)
         if not _is_replaced(owner):
-            unfuse(owner)
+            fusing.unfuse(owner)
     _swap(model, _to_originals())
     return model

@@ -72,7 +72,8 @@ def _why_refused(name: str, library: bytes) -> str:
     """Why not to load this file, read before it is: loading it would register its kernels."""
     if not _is_whole(library):
         return "is truncated"
-    said = re.search(rf"fused_dropout\.{name} ([^;\0]+);(?: for torch ([^;\0]+);)?".encode(), library)
+    mark = f"fused_dropout.{name} ".encode()
+    said = re.compile(rb"([^;\0]+);(?: for torch ([^;\0]+);)?").match(library, library.find(mark) + len(mark))
     version, built_for = (part and part.decode() for part in said.groups()) if said else (None, None)
     if version != __version__:
         return f"is of version {version or 'unknown'}, and this is {__version__}"

@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,5 +30,5 @@ def describe_environment() -> dict[str, object]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "driver": search("/proc/driver/nvidia/version", r"Kernel Module\D.*?\s(\d+\.[\d.]+)\s"),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "backend_info": asdict(info),
+        "backend_info": info._asdict(),
     }
