@@ -28,7 +28,7 @@ SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend
 INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
 	| xargs -r $(1) -m pip install -q
 
-.PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -93,13 +93,15 @@ import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch":
 
 FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
-test-fakegpu: build/installed-fakegpu ## run the tests marked gpu on an interpreter of the built PTX, for two architectures
-	@# Side by side, for the second core.
-	@( export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_window_launches.py test_cuda.py test_mask.py test_noise_shape.py \
-	) >build/test-fakegpu-80.log 2>&1 & \
-	( $(FAKE) $(FAKE_PYTEST) . ); sm_90=$$?; wait $$!; sm_80=$$?; cat build/test-fakegpu-80.log; exit $$((sm_90 | sm_80))
+test-fakegpu: test-fakegpu-90 test-fakegpu-80 ## run the tests marked gpu on an interpreter of the built PTX, for two architectures; with -j2 side by side
+
+test-fakegpu-90: build/installed-fakegpu
+	$(FAKE) $(FAKE_PYTEST) .
 	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
 	$(FAKE) --strict $(FAKE_PYTEST) test_cuda.py -k "not graph"
+
+test-fakegpu-80: build/installed-fakegpu
+	export FAKE_CUDA_ARCH=80; $(FAKE) $(FAKE_PYTEST) test_launches.py test_window_launches.py test_cuda.py test_mask.py test_noise_shape.py
 
 test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulated CPUs: without AVX2, without AVX-512, and aarch64; two minutes
 	@for tool in qemu-x86_64 qemu-aarch64 aarch64-linux-gnu-g++; do command -v $$tool >/dev/null || \
