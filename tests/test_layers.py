@@ -1,19 +1,20 @@
 """All layers, no eager binding, no kernels, none of them: each serves, with the same masks from the same seeds."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 # What a user does: train a step, draw with a generator and a key, in place, several layouts; as a digest of all bits.
 SCRIPT = """
 import hashlib, json, sys, warnings
 hide = sys.argv[1].split(",") if sys.argv[1] else []
+threads = int(sys.argv[2])
 sys.modules.update({f"fused_dropout.{name}": None for name in hide})
 import torch
+torch.set_num_threads(threads or torch.get_num_threads())
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import fused_dropout as fd
@@ -39,13 +40,18 @@ print(json.dumps({"digest": digest.hexdigest(), "cpu": info.devices["cpu"], "eag
 """
 
 
-def run(hide="", code=SCRIPT, **environment):
-    command = [sys.executable, "-c", code, hide]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=Path.home())
+@pytest.fixture(scope="module")
+def run():
+    with Forks(cwd=Path.home()) as forks:
+
+        def run(hide="", code=SCRIPT, threads=0, **environment):
+            return forks.run(code, hide, str(threads), **environment)
+
+        yield run
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(run):
     runs = {
         "all": run(),
         "no eager binding": run("_eager"),
@@ -54,7 +60,7 @@ def outcomes():
         "by environment": run(FUSED_DROPOUT_BACKEND="python"),
         "avx2": run(FUSED_DROPOUT_CPU_ISA="avx2"),
         "portable": run(FUSED_DROPOUT_CPU_ISA="portable"),
-        "one thread": run(OMP_NUM_THREADS="1"),
+        "one thread": run(threads=1),
     }
     for name, done in runs.items():
         assert done.returncode == 0, f"{name}: {done.stderr}"
@@ -90,13 +96,13 @@ def test_what_is_missing_is_said_once(outcomes):
     ("name", "allowed"),
     [("FUSED_DROPOUT_BACKEND", "auto, native, python"), ("FUSED_DROPOUT_CPU_ISA", "auto, avx512, avx2, portable")],
 )
-def test_unknown_setting_is_an_error(name, allowed, value):
+def test_unknown_setting_is_an_error(run, name, allowed, value):
     done = run(code="import fused_dropout", **{name: value})
     assert done.returncode != 0
     assert f"{name} has to be one of {allowed}, but is {value!r}" in done.stderr
 
 
-def test_native_demanded_but_missing_is_an_error():
+def test_native_demanded_but_missing_is_an_error(run):
     hidden = "import sys; sys.modules['fused_dropout._C'] = None; import fused_dropout"
     done = run(code=hidden, FUSED_DROPOUT_BACKEND="native")
     assert "ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built" in done.stderr
@@ -130,7 +136,7 @@ print(json.dumps([error_of(call) for call in (
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 @pytest.mark.parametrize("hide", ["", "_eager"])
-def test_missing_memory_raises_torchs_own_error(hide, info):
+def test_missing_memory_raises_torchs_own_error(run, hide, info):
     if info.devices["cpu"] != "native":
         pytest.skip("no kernels: all allocations are torch's own")
     done = run(hide, OUT_OF_MEMORY)

@@ -5,14 +5,17 @@ Each test imports a copy of the package, with libraries that were tampered with,
 
 import json
 import os
+import runpy
 import shutil
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 import fused_dropout as fd
 from fused_dropout import build_info, native
@@ -45,51 +48,21 @@ def library(package, name):
     return next(package.glob(f"{name}.*so"))
 
 
-# Imports torch once, and forks for each program: a child may die, and takes nothing along.
-FORKS = """
-import json, os, sys, traceback
-import torch
-for line in sys.stdin:
-    task = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.environ.clear()
-        os.environ.update(task["environment"])
-        sys.path.insert(0, task["environment"]["PYTHONPATH"])
-        sys.dont_write_bytecode = True
-        for descriptor in (1, 2):
-            os.dup2(os.open(f"{task['folder']}/{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
-        try:
-            exec(task["code"], {"__name__": "__main__"})
-            sys.stdout.flush()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def forks():
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/") as process:
-        yield process
-        process.stdin.close()
+    with Forks() as started:
+        yield started
 
 
 @pytest.fixture
-def outcome(forks, package, tmp_path_factory):
+def outcome(forks, package):
     """What a process that imports the copy finds. It ends well, and its masks are the contract's, whatever serves."""
 
     def outcome(before="", code=REPORT, inherited=os.environ, **environment):
-        folder = tmp_path_factory.mktemp("outcome")
-        environment = {**inherited, "PYTHONPATH": str(package.parent), **environment}
-        task = {"environment": environment, "folder": str(folder), "code": code.format(before=before)}
-        print(json.dumps(task), file=forks.stdin, flush=True)
-        status = int(forks.stdout.readline())
-        assert status == 0, (status, (folder / "2").read_text())
-        found = json.loads((folder / "1").read_text())
+        environment = {"PYTHONPATH": str(package.parent), **environment}
+        done = forks.run(code.format(before=before), inherited=inherited, **environment)
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        found = json.loads(done.stdout)
         assert Path(found["folder"]) == package
         assert found["kept"] == KEPT
         return found
@@ -199,10 +172,9 @@ def test_floor_of_the_kernels(outcome, package, version, served):
         is_refused(found, "they need torch 2.11", version)
 
 
-def test_torch_that_is_too_old_for_all(package):
+def test_torch_that_is_too_old_for_all(forks, package):
     code = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.7.1'); import fused_dropout"
-    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = forks.run(code, PYTHONPATH=str(package.parent))
     assert "ImportError: fused_dropout needs torch 2.8 or later, and this is 2.7.1" in done.stderr
 
 
@@ -289,7 +261,7 @@ print(json.dumps({"folder": fd.__path__[0], "kept": y.count_nonzero().item()}))
     outcome(code=code.replace("{", "{{").replace("}", "}}"))
 
 
-def test_info_says_what_serves_and_why():
+def test_info_says_what_serves_and_why(capsys, monkeypatch):
     info = fd.backend_info()
     assert set(info.devices.values()) <= {"native", "reference", "compiled reference"}
     for part in (fd.__version__, torch.__version__, *info.notes, *filter(None, [info.improve, info.cpu_isa])):
@@ -299,10 +271,10 @@ def test_info_says_what_serves_and_why():
         [sys.executable, "-W", "ignore", "-m", "fused_dropout", "info"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    as_json = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fused_dropout", "info", "--json"], capture_output=True, text=True
-    )
-    said = json.loads(as_json.stdout)
+    monkeypatch.setattr(sys, "argv", ["fused_dropout", "info", "--json"])
+    with suppress(SystemExit):
+        runpy.run_module("fused_dropout", run_name="__main__")
+    said = json.loads(capsys.readouterr().out)
     assert {"version", "torch", "cuda", "python", "devices", "notes", "improve", "built", "gpus"} <= set(said)
     assert str(said["torch"]) in done.stdout
 
