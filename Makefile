@@ -20,6 +20,11 @@ PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py
 
+# What the second run of make test takes from the first.
+APART := tests/transforms tests/test_bench.py tests/test_examples.py
+# The CPU kernels under a test program, where there is a compiler.
+CPU_KERNELS := $(shell command -v $(firstword $(CXX)) >/dev/null && echo build/cpu-kernels-test)
+
 # Ends with an error if there is a GPU that the kernels do not serve: the reference would be measured in their place.
 SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend_info(); \
 	info.devices.get("cuda", "native") == "native" or sys.exit(f"{info}\nno CUDA kernels serve this GPU")'
@@ -46,14 +51,15 @@ examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and
 
 # Threads that spin while they wait would slow down the run beside them.
 test: export OMP_WAIT_POLICY := passive
-test: $(INSTALLED) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
+test: export CPU_KERNELS_TEST = $(abspath $(CPU_KERNELS))
+test: $(INSTALLED) $(CPU_KERNELS) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
 	@# Side by side, for the second core.
 	@{ \
-		$(PY) -m pytest -q -p no:cacheprovider tests/transforms && \
+		$(PY) -m pytest -q -p no:cacheprovider $(APART) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_eager $(CORE) $(DROP_IN) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py; \
 	} >build/test-layers.log 2>&1 & \
-	$(PY) -m pytest -q --ignore=tests/transforms; whole=$$?; wait $$!; layers=$$?; \
+	$(PY) -m pytest -q $(APART:%=--ignore=%); whole=$$?; wait $$!; layers=$$?; \
 	cat build/test-layers.log; exit $$((whole | layers))
 
 test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap and torch.compile, with and without the compiled part: 2,352 cells each
@@ -184,15 +190,22 @@ build/models$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
 
 # The CPU kernels without torch, under a program that compares them with a scalar loop.
 KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/simd/portable.cpp csrc/simd/avx2.cpp csrc/simd/avx512.cpp
-build/cpu-kernels-test: SANITIZE = -O3
+# GCC warns of the undefined values that its own AVX-512 header makes, and clang of GCC's names for warnings.
+build/cpu-kernels-test: SANITIZE = -O3 -Wall -Wextra -Werror -Wno-unknown-warning-option
 build/cpu-kernels-aarch64: SANITIZE = -O3 -static
 # Inlined kernels would take a sanitizer's build five minutes.
 build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DFUSED_DROPOUT_KERNEL=
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread -DFUSED_DROPOUT_KERNEL=
 
 build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) tests/golden.h $(wildcard csrc/*.h csrc/simd/*.h)
-	$(CXX) -std=c++17 $(SANITIZE) -ffp-contract=off -pthread -Wno-uninitialized -Icsrc $$($(PY) -c \
-		'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))') $(KERNELS_TEST) -o $@
+	@# The sources side by side: if one does not compile, its object is missing in the end.
+	rm -rf $@.objects && mkdir $@.objects
+	headers=$$($(PY) -c 'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))'); \
+	for source in $(KERNELS_TEST); do \
+		$(CXX) -std=c++17 $(SANITIZE) -ffp-contract=off -pthread -Wno-uninitialized -Icsrc $$headers -c $$source \
+			-o $@.objects/$$(basename $$source .cpp).o & \
+	done; wait
+	$(CXX) $(SANITIZE) -pthread $(patsubst %.cpp,$@.objects/%.o,$(notdir $(KERNELS_TEST))) -o $@
 
 build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
 	@$(PY) tools/extra.py dev >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
