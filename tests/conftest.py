@@ -4,11 +4,14 @@
     pytest --hide=_cuda      no CUDA kernels: the reference on CUDA devices
     pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
 
+Without a layer the tests are left out that run the same code as with it: those marked same_without.
+
     pytest --every-cell      tests/transforms: all cells of the matrix, not all pairs of values
 
 On the fake GPU the tests marked gpu run too, but for those in which torch itself copies inside an operator.
 """
 
+import gc
 import sys
 
 import pytest
@@ -41,7 +44,16 @@ def pytest_report_header(config):
 collect_ignore = ["installs"]  # by name alone: make test-install
 
 
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # torch's million objects are not looked through again and again
+    gc.set_threshold(700, 10, 50)  # nor what its compiler leaves
+
+
 def pytest_runtest_setup(item):
+    hidden = set(filter(None, item.config.getoption("--hide").split(",")))
+    if hidden and any(hidden <= set(marker.args) for marker in item.iter_markers("same_without")):
+        pytest.skip("runs the same code without --hide")
     if item.get_closest_marker("gpu"):
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")

@@ -17,7 +17,11 @@ PROBABILITIES += EVEN + [math.nextafter(p, 0) for p in EVEN] + [math.nextafter(p
 
 # The operators and their reference: the same arguments, the same bits.
 OPERATORS = [torch.ops.fused_dropout, reference]
-for_operators = pytest.mark.parametrize("ops", OPERATORS, ids=["operator", "reference"])
+SERVED = [  # the eager binding is beside the operators, and the reference calls nothing that is compiled
+    pytest.param(torch.ops.fused_dropout, id="operator", marks=pytest.mark.same_without("_eager")),
+    pytest.param(reference, id="reference", marks=pytest.mark.same_without("_eager", "_C")),
+]
+for_operators = pytest.mark.parametrize("ops", SERVED)
 for_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -121,6 +121,7 @@ def test_keys_give_masks_apart(device):
     assert correlation.abs().max() < 6 / 64
 
 
+@pytest.mark.same_without("_eager")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
     torch._dynamo.reset()

@@ -404,6 +404,7 @@ class TestGradients:
 
 
 class TestCompile:
+    @pytest.mark.same_without("_eager")
     @pytest.mark.parametrize("compile_as", ["kernel", "fuse"])
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_masks_and_gradients_of_eager(self, backend, compile_as, monkeypatch):

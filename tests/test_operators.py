@@ -20,6 +20,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.same_without("_eager")
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("operator", ["apply", "keep_mask", "apply_", "relu_dropout", "relu_dropout_"])
 def test_opcheck(operator, name, key):
@@ -29,6 +30,7 @@ def test_opcheck(operator, name, key):
     torch.library.opcheck(getattr(OPERATORS, operator).default, (x, 0.3, key), {"start": 5})
 
 
+@pytest.mark.same_without("_eager")
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("operator", ["apply", "apply_", "keep_mask", "relu_dropout", "relu_dropout_"])
 def test_opcheck_index_strides(operator, name, key):

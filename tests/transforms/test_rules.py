@@ -65,15 +65,15 @@ class TestVmap:
         def loss(x, key):
             return (call(x, P, True, key=key) ** 3).sum()
 
+        def both(x, key):
+            return call(x, P, True, key=key), func.grad(loss)(x, key)
+
         for of_x, batch, samples in ((0, x, x), (None, x[0], [x[0]] * 3)):
             if name == "in_place" and of_x is None:
                 continue  # no room for the samples: torch refuses too
-            got = compiled(func.vmap(lambda x, key: call(x, P, True, key=key), (of_x, 0)), compiler)(batch, keys)
-            want = [call(sample, P, True, key=key) for sample, key in zip(samples, keys, strict=True)]
-            torch.testing.assert_close(got, torch.stack(want))
-            got = compiled(func.vmap(func.grad(loss), (of_x, 0)), compiler)(batch, keys)
-            want = [func.grad(loss)(sample, key) for sample, key in zip(samples, keys, strict=True)]
-            torch.testing.assert_close(got, torch.stack(want))
+            got = compiled(func.vmap(both, (of_x, 0)), compiler)(batch, keys)
+            want = zip(*(both(sample, key) for sample, key in zip(samples, keys, strict=True)), strict=True)
+            torch.testing.assert_close(got, tuple(map(torch.stack, want)))
 
     @for_compilers
     @for_calls
