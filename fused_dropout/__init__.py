@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .attention import scaled_dot_product_attention
 from .audit import AuditReport, audit
 from .build_info import BackendInfo, backend_info
 from .convert import ConvertReport, convert, convert_report, revert
@@ -58,6 +59,7 @@ __all__ = [
     "patched",
     "relu_dropout",
     "revert",
+    "scaled_dot_product_attention",
     "split",
     "unpatch",
 ]

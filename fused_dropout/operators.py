@@ -34,6 +34,11 @@ _SCHEMAS = {
     f"relu_dropout(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
     f"relu_dropout_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
     "relu_dropout_backward(Tensor gradient, Tensor output, float scale) -> Tensor": (),
+    # Without gradients of their own: ``attention.py`` has them. The kernels are for the CPU alone.
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, Tensor dropout_key, "
+    "bool is_causal, float scale) -> (Tensor, Tensor)": (),
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor out, Tensor statistics, "
+    "Tensor? attn_mask, float p, Tensor dropout_key, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)": (),
     # For Inductor, which expands it. With index strides given, the mask is the same whatever the layout of x becomes.
     f"apply.{FORM}(Tensor x, float p, Tensor key, SymInt start, SymInt[] index_strides, float? scale=None) -> Tensor": (
         torch.Tag.flexible_layout,
@@ -73,7 +78,8 @@ apply_any = getattr(torch.ops.fused_dropout.apply, f"any_{FORM}")
 after = getattr(torch.ops.fused_dropout.after, FORM)
 
 
-def _implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Gives an operator the kernel of every device that has none of its own, and its fake kernel."""
     _library.impl(name, reference_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
 
@@ -173,18 +179,18 @@ _COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "relu_dropout_backward": (_relu_dropout_backward, _fake_relu_dropout_backward),
 }
 for _name, (_kernel, _fake) in _COMPOSED.items():
-    _implement(_name, _kernel, _fake)
-_implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
-_implement(f"apply.{FORM}", apply, _fake_apply_expanded)
-_implement(f"apply.any_{FORM}", _not_compiled, _fake_apply_any)
-_implement(f"after.{FORM}", _after, _fake_after)
-_implement("apply_", _uncounted(reference.apply_), lambda x, *_: None)
-_implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
+    implement(_name, _kernel, _fake)
+implement("apply", reference.apply, lambda x, *_: torch.empty_like(x))
+implement(f"apply.{FORM}", apply, _fake_apply_expanded)
+implement(f"apply.any_{FORM}", _not_compiled, _fake_apply_any)
+implement(f"after.{FORM}", _after, _fake_after)
+implement("apply_", _uncounted(reference.apply_), lambda x, *_: None)
+implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
 torch.library.register_fake("fused_dropout::draw_keys", _fake_draw_keys, lib=_library)
 if native.eager is None:  # which has it in C++
     _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd")
-_implement(f"draw_keys.{FORM}", lambda count, *, device: draw_keys(count, device=device), _fake_draw_keys)
-_implement(
+implement(f"draw_keys.{FORM}", lambda count, *, device: draw_keys(count, device=device), _fake_draw_keys)
+implement(
     f"draw_keys.named_{FORM}",
     lambda n, device: draw_keys(n, device=torch.device(device)),
     lambda n, device: _fake_draw_keys(n, device=device),

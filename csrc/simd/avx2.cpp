@@ -17,7 +17,7 @@
 #endif
 
 #include "avx2.h"
-#include "algorithm.h"
+#include "tables.h"
 
 namespace fused_dropout {
 

@@ -130,6 +130,14 @@ inline __m256 gate(__m256 x, __m256 by) {
   return _mm256_and_ps(_mm256_cmp_ps(by, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
+// The larger of two. If one is a NaN, the second.
+inline __m256 larger(__m256 a, __m256 b) {
+  return _mm256_max_ps(a, b);
+}
+inline __m256 multiply_add(__m256 a, __m256 b, __m256 c) {
+  return _mm256_add_ps(_mm256_mul_ps(a, b), c);  // not every CPU with AVX2 has FMA
+}
+
 inline __m256d drop(__m256d x, Kept kept, int first, double scale) {
   const __m128i eight = part(kept, first / 8), four = first % 8 ? _mm_unpackhi_epi64(eight, eight) : eight;
   const __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi16_epi64(four));

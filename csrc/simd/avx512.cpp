@@ -20,7 +20,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "avx512.h"
-#include "algorithm.h"
+#include "tables.h"
 
 namespace fused_dropout {
 

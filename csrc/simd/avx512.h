@@ -118,6 +118,14 @@ inline __m512 gate(__m512 x, __m512 by) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
+// The larger of two. If one is a NaN, the second.
+inline __m512 larger(__m512 a, __m512 b) {
+  return _mm512_max_ps(a, b);
+}
+inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+
 inline __m512d drop(__m512d x, Kept kept, int first, double scale) {
   return _mm512_maskz_mul_pd(static_cast<__mmask8>(kept >> first), x, _mm512_set1_pd(scale));
 }

@@ -84,6 +84,29 @@ using KernelTable = std::array<TypedKernels<T>, kOperations>;  // by Operation
 // draw_flags() works on this many blocks at a time: its arrays have room for n rounded up to a multiple of it.
 constexpr int kBlockPadding = 8;
 
+// What the backward pass of attention needs of a row of scores: their maximum, and 1 / the sum of e^(score - maximum).
+// A row that is masked whole has +infinity and 0.
+struct RowStatistics {
+  float maximum, inverse;
+};
+
+// Rows have memory up to a multiple of so many floats.
+constexpr int64_t kRowPadding = 16;
+
+// Attention's steps on a row of n scores, of which the first has an element index. scale > 0.
+struct AttentionKernels {
+  // The scores become their softmax, dropped: scale stands before the exponent, the mask's own scale after it.
+  RowStatistics (*softmax_drop)(float* scores, int64_t n, float scale, uint64_t index, const MaskParams& params);
+  // The scores become the same again. Their gradient takes the place of the dropped weights' gradient, but for the
+  // factor `scale`, which `gradient_scale` has. delta: the sum of the output times its gradient. weights: scratch.
+  void (*softmax_drop_backward)(float* scores, float* gradient, float* weights, int64_t n, float scale,
+                                float gradient_scale, const RowStatistics& statistics, float delta, uint64_t index,
+                                const MaskParams& params);
+  float (*dot)(const float* a, const float* b, int64_t n);
+  void (*widen)(const BFloat16* x, float* y, int64_t n);
+  void (*narrow)(const float* x, BFloat16* y, int64_t n);
+};
+
 struct CpuKernels {
   const char* isa;
   int group;
@@ -94,6 +117,7 @@ struct CpuKernels {
   KernelTable<bool> mask;  // kDrop alone: true where an element is kept; x is not read
   // The flags of n blocks, eight for each, given their numbers in any order.
   void (*draw_flags)(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params);
+  AttentionKernels attention;
 };
 
 extern const CpuKernels kPortableKernels;

@@ -1,6 +1,6 @@
 // The CPU kernels for any CPU.
 #include "portable.h"
-#include "algorithm.h"
+#include "tables.h"
 
 namespace fused_dropout {
 

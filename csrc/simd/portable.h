@@ -152,6 +152,15 @@ inline Floats gate(Floats x, Floats by) {
   return (Floats)((Signed32)x & ~(by <= 0));
 }
 
+// The larger of two. If one is a NaN, the second.
+inline Floats larger(Floats a, Floats b) {
+  const Signed32 first = a > b;
+  return (Floats)(((Signed32)a & first) | ((Signed32)b & ~first));
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+  return a * b + c;
+}
+
 inline Doubles drop(Doubles x, Kept kept, int first, double scale) {
   return (Doubles)((Signed64)(x * scale) & widened<Signed64, 2>(kept, first));
 }

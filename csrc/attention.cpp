@@ -1,0 +1,401 @@
+// Attention with dropout on the CPU, one block of queries at a time: torch's matrix products, and between them the rows
+// of simd/softmax.h. Nothing of the size of the weights is kept for backward, which makes them again.
+#include "operators.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <cmath>
+#include <memory>
+#include <tuple>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fused_dropout {
+namespace {
+
+// Scores that are worked on at once, which fit into a core's second cache with their gradient.
+constexpr int64_t kScores = 1 << 18;
+constexpr int64_t kFewestRows = 32, kMostRows = 256;
+// Below this many scores a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 14;
+
+constexpr auto kFloat = ScalarType::Float, kBFloat = ScalarType::BFloat16;
+
+// Whether torch's products in bfloat16 are faster than those in float32.
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  const bool avx512 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return amx || avx512;
+#else
+  return false;
+#endif
+}
+
+// Matrices of one batch entry, one for each of some heads, in a tensor (batch, heads, rows, columns) or in scratch
+// memory. Strides count elements.
+struct Matrices {
+  char* data;
+  ScalarType dtype;
+  int64_t heads, rows, columns, head_stride, row_stride, column_stride = 1;
+
+  int64_t bytes() const { return dtype == kFloat ? 4 : 2; }
+  template <typename T>
+  T* row(int64_t head, int64_t i) const {
+    return reinterpret_cast<T*>(data) + head * head_stride + i * row_stride;
+  }
+  Matrices part(int64_t first_row, int64_t count) const {
+    Matrices result = *this;
+    result.data += first_row * row_stride * bytes();
+    result.rows = count;
+    return result;
+  }
+  Matrices transposed() const {
+    return {data, dtype, heads, columns, rows, head_stride, column_stride, row_stride};
+  }
+  Tensor tensor() const {
+    const std::array<int64_t, 3> sizes{heads, rows, columns}, strides{head_stride, row_stride, column_stride};
+    AtenTensorHandle handle = nullptr;
+    check_torch(aoti_torch_create_tensor_from_blob(data, 3, sizes.data(), strides.data(), 0, dtype_code(dtype),
+                                                   aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+  }
+};
+
+Matrices heads_of(const Tensor& x, int64_t batch, int64_t head, int64_t heads) {
+  Matrices result{nullptr, x.scalar_type(), heads, x.size(2), x.size(3), x.stride(1), x.stride(2), x.stride(3)};
+  auto* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
+  result.data = data + (batch * x.stride(0) + head * x.stride(1)) * result.bytes();
+  return result;
+}
+
+void multiply(const Matrices& out, const Matrices& a, const Matrices& b) {
+  const Tensor y = out.tensor(), left = a.tensor(), right = b.tensor();
+  check_torch(aoti_torch_cpu_bmm_out(y.get(), left.get(), right.get()));
+}
+
+void multiply_and_add(const Matrices& out, const Matrices& a, const Matrices& b) {
+  const Tensor y = out.tensor(), left = a.tensor(), right = b.tensor();
+  check_torch(aoti_torch_cpu_baddbmm_out(y.get(), y.get(), left.get(), right.get(), 1, 1));
+}
+
+// Memory that a call writes before it reads.
+struct Scratch {
+  explicit Scratch(int64_t bytes) : memory(new char[bytes + kAlignment]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    data = memory.get() + (kAlignment - address % kAlignment);
+  }
+  float* floats() const { return reinterpret_cast<float*>(data); }
+
+  static constexpr int64_t kAlignment = 64;
+  std::unique_ptr<char[]> memory;
+  char* data;
+};
+
+struct Attention {
+  const Tensor &query, &key, &value;  // (B, H, L, E), (B, K, S, E), (B, K, S, Ev): H is a multiple of K
+  const std::optional<Tensor>& bias;  // (B, H, L, S), bool or float32: the attn_mask
+  bool is_causal;
+  float scale;
+  MaskParams params;
+
+  int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
+  int64_t key_heads = key.size(1), shared = heads / key_heads;  // so many heads share a key head
+  int64_t pitch = (keys + kRowPadding - 1) / kRowPadding * kRowPadding;
+  int64_t rows = std::min(queries, std::clamp(kScores / pitch, kFewestRows, kMostRows));
+  int64_t threads = torch::stable::get_num_threads();
+  // Key heads that are worked on at once.
+  int64_t group = shared > 1 ? 1
+                             : std::clamp<int64_t>(std::min(kScores / (rows * pitch), batch * heads / threads), 1,
+                                                   key_heads);
+  const AttentionKernels& kernels = cpu_kernels().attention;
+
+  // Where the scale cannot be left to the kernels: a mask is added after it, and they want a positive one.
+  bool is_prepared() const { return bias || scale <= 0; }
+  float row_scale() const { return is_prepared() ? 1.0f : scale; }
+  int64_t columns(int64_t end_row) const { return is_causal ? std::min(keys, end_row) : keys; }
+  uint64_t index(int64_t entry, int64_t head, int64_t i) const {
+    return static_cast<uint64_t>(((entry * heads + head) * queries + i) * keys);
+  }
+
+  void prepare(float* scores, int64_t n, int64_t entry, int64_t head, int64_t i) const {
+    if (!is_prepared()) return;
+    for (int64_t j = 0; j < n; ++j) scores[j] *= scale;
+    if (!bias) return;
+    const int64_t first = entry * bias->stride(0) + head * bias->stride(1) + i * bias->stride(2), step = bias->stride(3);
+    if (bias->scalar_type() == ScalarType::Bool) {
+      const bool* attends = bias->const_data_ptr<bool>() + first;
+      for (int64_t j = 0; j < n; ++j) scores[j] = attends[j * step] ? scores[j] : -INFINITY;
+    } else {
+      const float* added = bias->const_data_ptr<float>() + first;
+      for (int64_t j = 0; j < n; ++j) scores[j] += added[j * step];
+    }
+  }
+
+  // Calls work(entry, key head, key heads at once) for all groups: side by side if there are enough of them; otherwise
+  // the products, and each_row, use all threads.
+  template <typename Work>
+  void each_group(const Work& work) const {
+    const int64_t groups = (key_heads + group - 1) / group;
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % groups * group;
+        work(i / groups, first, std::min(group, key_heads - first));
+      }
+    };
+    if (batch * groups < threads) return some(0, batch * groups);
+    torch::stable::parallel_for(0, batch * groups, 1, some);
+  }
+
+  // Calls work(head of the group, row, scratch memory for two rows) for all rows.
+  template <typename Work>
+  void each_row(int64_t heads_here, int64_t rows_here, const Work& work) const {
+    const int64_t grain = std::max<int64_t>(1, kGrain / keys);
+    torch::stable::parallel_for(0, heads_here * rows_here, grain, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(3 * pitch * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) work(i / rows_here, i % rows_here, scratch.floats());
+    });
+  }
+
+  Matrices block(const Scratch& scratch, int64_t heads_here, int64_t rows_here, int64_t columns_here) const {
+    return {scratch.data, query.scalar_type(), heads_here, rows_here, columns_here, rows * pitch, pitch};
+  }
+};
+
+// The row that kernels work on: the one in memory, or a copy in float32.
+float* open_row(const Matrices& matrices, int64_t head, int64_t i, int64_t n, float* copy, const AttentionKernels& by) {
+  if (matrices.dtype == kFloat) return matrices.row<float>(head, i);
+  by.widen(matrices.row<BFloat16>(head, i), copy, n);
+  return copy;
+}
+
+// Puts it back, with zeros after the n elements.
+void close_row(const Matrices& matrices, int64_t head, int64_t i, int64_t n, float* row, const AttentionKernels& by) {
+  std::fill(row + n, row + matrices.columns, 0.0f);
+  if (matrices.dtype != kFloat) by.narrow(row, matrices.row<BFloat16>(head, i), matrices.columns);
+}
+
+void forward(const Attention& call, const Tensor& out, const Tensor& statistics) {
+  auto* all_statistics = static_cast<RowStatistics*>(statistics.mutable_data_ptr());
+  call.each_group([&](int64_t entry, int64_t key_head, int64_t count) {
+    const Scratch memory(count * call.rows * call.pitch * sizeof(float));
+    const Matrices key = heads_of(call.key, entry, key_head, count), value = heads_of(call.value, entry, key_head, count);
+    for (int64_t head = key_head * call.shared; head < (key_head + 1) * call.shared; ++head) {
+      const Matrices query = heads_of(call.query, entry, head, count), result = heads_of(out, entry, head, count);
+      for (int64_t first = 0; first < call.queries; first += call.rows) {
+        const int64_t rows = std::min(call.rows, call.queries - first), columns = call.columns(first + rows);
+        const Matrices scores = call.block(memory, count, rows, columns);
+        multiply(scores, query.part(first, rows), key.part(0, columns).transposed());
+        call.each_row(count, rows, [&](int64_t h, int64_t i, float* scratch) {
+          const int64_t n = call.columns(first + i + 1), index = (entry * call.heads + head + h) * call.queries + first + i;
+          float* row = open_row(scores, h, i, n, scratch, call.kernels);
+          call.prepare(row, n, entry, head + h, first + i);
+          all_statistics[index] = call.kernels.softmax_drop(row, n, call.row_scale(),
+                                                            call.index(entry, head + h, first + i), call.params);
+          close_row(scores, h, i, n, row, call.kernels);
+        });
+        multiply(result.part(first, rows), scores, value.part(0, columns));
+      }
+    }
+  });
+}
+
+// The gradients of a group's keys or values, which the blocks of queries add to: in float32.
+class Sum {
+ public:
+  // out: the gradient, zero.
+  explicit Sum(const Matrices& out) : out_(out), memory_(out.dtype == kFloat ? 0 : 6 * size()) {
+    if (out_.dtype != kFloat) std::fill_n(memory_.floats(), size(), 0.0f);
+  }
+  void add(const Matrices& a, const Matrices& b, const AttentionKernels& by) {
+    if (out_.dtype == kFloat) return multiply_and_add(out_.part(0, a.rows), a, b);
+    Matrices product{memory_.data + 4 * size(), out_.dtype, out_.heads, a.rows, out_.columns,
+                     out_.rows * out_.columns,  out_.columns};
+    multiply(product, a, b);
+    const Scratch row(out_.columns * sizeof(float));
+    for (int64_t h = 0; h < out_.heads; ++h) {
+      for (int64_t i = 0; i < a.rows; ++i) {
+        by.widen(product.row<BFloat16>(h, i), row.floats(), out_.columns);
+        float* sum = at(h, i);
+        for (int64_t j = 0; j < out_.columns; ++j) sum[j] += row.floats()[j];
+      }
+    }
+  }
+  void finish(const AttentionKernels& by) {
+    if (out_.dtype == kFloat) return;
+    for (int64_t h = 0; h < out_.heads; ++h) {
+      for (int64_t i = 0; i < out_.rows; ++i) by.narrow(at(h, i), out_.row<BFloat16>(h, i), out_.columns);
+    }
+  }
+
+ private:
+  int64_t size() const { return out_.heads * out_.rows * out_.columns; }
+  float* at(int64_t head, int64_t i) const { return memory_.floats() + (head * out_.rows + i) * out_.columns; }
+
+  Matrices out_;
+  Scratch memory_;
+};
+
+void backward(const Attention& call, const Tensor& gradient, const Tensor& out, const Tensor& statistics,
+              const Tensor& dquery, const Tensor& dkey, const Tensor& dvalue) {
+  const auto* all_statistics = static_cast<const RowStatistics*>(statistics.const_data_ptr());
+  const int64_t width = out.size(3);
+  call.each_group([&](int64_t entry, int64_t key_head, int64_t count) {
+    const int64_t bytes = count * call.rows * call.pitch * sizeof(float);
+    const Scratch scores_memory(bytes), gradients_memory(bytes);
+    const Matrices key = heads_of(call.key, entry, key_head, count), value = heads_of(call.value, entry, key_head, count);
+    Sum key_sum(heads_of(dkey, entry, key_head, count)), value_sum(heads_of(dvalue, entry, key_head, count));
+    for (int64_t head = key_head * call.shared; head < (key_head + 1) * call.shared; ++head) {
+      const Matrices query = heads_of(call.query, entry, head, count), result = heads_of(out, entry, head, count);
+      const Matrices dresult = heads_of(gradient, entry, head, count), dq = heads_of(dquery, entry, head, count);
+      for (int64_t first = 0; first < call.queries; first += call.rows) {
+        const int64_t rows = std::min(call.rows, call.queries - first), columns = call.columns(first + rows);
+        const Matrices scores = call.block(scores_memory, count, rows, columns);
+        const Matrices gradients = call.block(gradients_memory, count, rows, columns);
+        const Matrices q = query.part(first, rows), g = dresult.part(first, rows), y = result.part(first, rows);
+        multiply(scores, q, key.part(0, columns).transposed());
+        multiply(gradients, g, value.part(0, columns).transposed());
+        call.each_row(count, rows, [&](int64_t h, int64_t i, float* scratch) {
+          const int64_t n = call.columns(first + i + 1), index = (entry * call.heads + head + h) * call.queries + first + i;
+          float delta = 0;
+          if (g.dtype == kFloat) {
+            delta = call.kernels.dot(g.row<float>(h, i), y.row<float>(h, i), width);
+          } else {
+            const Scratch wide(2 * width * sizeof(float));
+            delta = call.kernels.dot(open_row(g, h, i, width, wide.floats(), call.kernels),
+                                     open_row(y, h, i, width, wide.floats() + width, call.kernels), width);
+          }
+          float* row = open_row(scores, h, i, n, scratch, call.kernels);
+          float* drow = open_row(gradients, h, i, n, scratch + call.pitch, call.kernels);
+          call.prepare(row, n, entry, head + h, first + i);
+          call.kernels.softmax_drop_backward(row, drow, scratch + 2 * call.pitch, n, call.row_scale(), call.scale,
+                                             all_statistics[index], delta, call.index(entry, head + h, first + i),
+                                             call.params);
+          close_row(scores, h, i, n, row, call.kernels);
+          close_row(gradients, h, i, n, drow, call.kernels);
+        });
+        value_sum.add(scores.transposed(), g, call.kernels);
+        key_sum.add(gradients.transposed(), q, call.kernels);
+        multiply(dq.part(first, rows), gradients, key.part(0, columns));
+      }
+    }
+    key_sum.finish(call.kernels);
+    value_sum.finish(call.kernels);
+  });
+}
+
+void check(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, double p,
+           const Tensor& dropout_key) {
+  for (const Tensor* x : {&query, &key, &value}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->scalar_type() == query.scalar_type() && x->is_cpu() && x->numel() > 0,
+                    "attention takes tensors (batch, heads, rows, columns) of one dtype, none of them empty");
+  }
+  const ScalarType dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == kFloat || dtype == kBFloat || dtype == ScalarType::Half,
+                  "attention takes float32, bfloat16 and float16, but got ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) && key.size(3) == query.size(3) &&
+                      value.size(1) == key.size(1) && value.size(2) == key.size(2) &&
+                      query.size(1) % key.size(1) == 0,
+                  "the sizes of query, key and value do not fit");
+  STD_TORCH_CHECK(!bias || ((bias->scalar_type() == ScalarType::Bool || bias->scalar_type() == kFloat) &&
+                            bias->dim() == 4 && bias->size(0) == query.size(0) && bias->size(1) == query.size(1) &&
+                            bias->size(2) == query.size(2) && bias->size(3) == key.size(2)),
+                  "the mask has to be bool or float32 and of the weights' shape");
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout probability has to be at least 0 and below 1, but got ", p);
+  STD_TORCH_CHECK(dropout_key.scalar_type() == ScalarType::UInt64 && dropout_key.dim() == 1 &&
+                      dropout_key.size(0) == 2 && dropout_key.is_cpu() && dropout_key.is_contiguous(),
+                  "a key is a uint64 tensor of shape (2,): [seed, offset]");
+}
+
+Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
+                       double p, const Tensor& dropout_key, bool is_causal, double scale_of_scores) {
+  const uint64_t* words = dropout_key.const_data_ptr<uint64_t>();
+  return {query, key, value, bias, is_causal, static_cast<float>(scale_of_scores),
+          {{words[0], words[1]}, threshold(p), scale(p)}};
+}
+
+// A new tensor of x's shape. In memory the heads stand inside the rows, where a projection to all heads has them.
+Tensor new_heads(const Tensor& x, int64_t columns) {
+  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), x.size(2), columns};
+  const std::array<int64_t, 4> strides{sizes[1] * sizes[2] * columns, columns, sizes[1] * columns, 1};
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype_code(x.scalar_type()),
+                                       aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor zero_heads(const Tensor& x) {
+  Tensor result = new_heads(x, x.size(3));
+  if (x.scalar_type() == kFloat) std::fill_n(static_cast<float*>(result.mutable_data_ptr()), x.numel(), 0.0f);
+  return result;
+}
+
+// Float16, and bfloat16 where the CPU does not multiply it, go through float32.
+bool widens(const Tensor& x) {
+  static const bool has_bfloat16 = multiplies_bfloat16();
+  return x.scalar_type() == ScalarType::Half || (x.scalar_type() == kBFloat && !has_bfloat16);
+}
+
+// The rows' elements next to each other, which a row's sum needs.
+Tensor with_rows(const Tensor& x) {
+  return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const std::optional<Tensor>& bias, double p, const Tensor& dropout_key,
+                                     bool is_causal, double scale_of_scores) {
+  using torch::stable::to;
+  check(query, key, value, bias, p, dropout_key);
+  if (widens(query)) {
+    const auto [out, statistics] = attention(to(query, kFloat), to(key, kFloat), to(value, kFloat), bias, p,
+                                             dropout_key, is_causal, scale_of_scores);
+    return {to(out, query.scalar_type()), statistics};
+  }
+  const Attention call = attention_of(query, key, value, bias, p, dropout_key, is_causal, scale_of_scores);
+  const Tensor out = new_heads(query, value.size(3));
+  const std::array<int64_t, 4> sizes{call.batch, call.heads, call.queries, 2};
+  const Tensor statistics = torch::stable::empty({sizes.data(), 4}, kFloat);
+  forward(call, out, statistics);
+  return {out, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& gradient, const Tensor& query, const Tensor& key,
+                                                      const Tensor& value, const Tensor& out, const Tensor& statistics,
+                                                      const std::optional<Tensor>& bias, double p,
+                                                      const Tensor& dropout_key, bool is_causal,
+                                                      double scale_of_scores) {
+  using torch::stable::to;
+  check(query, key, value, bias, p, dropout_key);
+  for (const Tensor* x : {&gradient, &out}) {
+    STD_TORCH_CHECK(x->dim() == 4 && x->scalar_type() == query.scalar_type() && x->is_cpu() &&
+                        x->size(0) == query.size(0) && x->size(1) == query.size(1) && x->size(2) == query.size(2) &&
+                        x->size(3) == value.size(3),
+                    "the output and its gradient need the sizes of the query and the last one of the value");
+  }
+  STD_TORCH_CHECK(statistics.scalar_type() == kFloat && statistics.is_contiguous() && statistics.is_cpu() &&
+                      statistics.numel() == 2 * query.size(0) * query.size(1) * query.size(2),
+                  "the statistics are those of the forward pass");
+  if (widens(query)) {
+    const auto dtype = query.scalar_type();
+    const auto [dquery, dkey, dvalue] =
+        attention_backward(to(gradient, kFloat), to(query, kFloat), to(key, kFloat), to(value, kFloat), to(out, kFloat),
+                           statistics, bias, p, dropout_key, is_causal, scale_of_scores);
+    return {to(dquery, dtype), to(dkey, dtype), to(dvalue, dtype)};
+  }
+  const Attention call = attention_of(query, key, value, bias, p, dropout_key, is_causal, scale_of_scores);
+  const Tensor dquery = new_heads(query, query.size(3)), dkey = zero_heads(key), dvalue = zero_heads(value);
+  backward(call, with_rows(gradient), with_rows(out), statistics, dquery, dkey, dvalue);
+  return {dquery, dkey, dvalue};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+}  // namespace fused_dropout

@@ -1,0 +1,230 @@
+"""Attention with dropout that saves nothing of the size of its weights: ``scaled_dot_product_attention``.
+
+The weights of a block of queries are made, dropped and used, and made again in backward, as flash attention does. The
+mask is that of all weights as one tensor, whatever the blocks are.
+"""
+
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from . import attention_blocks, autograd, dispatch, operators
+from .functional import check_key, dropout
+from .torch_internals import apply_without_functorch, is_compiling, is_recorded
+
+_torchs_own = F.scaled_dot_product_attention  # whatever stands at this name later
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+operators.implement("attention", attention_blocks.attention, attention_blocks.fake_attention)
+operators.implement("attention_backward", attention_blocks.attention_backward, attention_blocks.fake_attention_backward)
+_attention = torch.ops.fused_dropout.attention.default
+_attention_backward = torch.ops.fused_dropout.attention_backward.default
+
+
+class _Attention(torch.autograd.Function):
+    """Saves the three inputs, the output, two numbers for each row of the weights, the mask and the key."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        p: float,
+        dropout_key: Tensor,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        out, statistics = _attention(query, key, value, _expanded(attn_mask, query, key), p, dropout_key, is_causal, scale)
+        ctx.save_for_backward(query, key, value, out, statistics, attn_mask, dropout_key)
+        ctx.p, ctx.is_causal, ctx.scale = p, is_causal, scale
+        ctx.words = autograd.words_of(dropout_key)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, statistics, attn_mask, saved_key = ctx.saved_tensors
+        dropout_key = autograd.key_for_backward(ctx.words, saved_key)
+        if torch.is_grad_enabled() and not is_compiling():
+            inputs = [x for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False) if needed]
+            result = _compose(query, key, value, attn_mask, ctx.p, ctx.is_causal, ctx.scale, None, dropout_key)
+            gradients = iter(torch.autograd.grad(result, inputs, gradient, create_graph=True))
+            three = [next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]]
+        else:
+            mask = _expanded(attn_mask, query, key)
+            arguments = (query, key, value, out, statistics, mask, ctx.p, dropout_key, ctx.is_causal, ctx.scale)
+            three = _attention_backward(gradient, *arguments)
+        return *three, None, None, None, None, None
+
+
+_apply_eager = apply_without_functorch(_Attention)
+
+
+def _expanded(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask as the operators take it: bool or float32, of the weights' shape."""
+    if attn_mask is None:
+        return None
+    attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float()
+    return attn_mask.expand(*query.shape[:3], key.shape[2])
+
+
+def _compose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    p: float,
+    is_causal: bool,
+    scale: float,
+    generator: Generator | None,
+    dropout_key: Tensor | None,
+) -> Tensor:
+    """Attention in torch's operations, with all its weights in memory: for every transform and derivative."""
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    if query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        masked = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        # A row that is masked whole has no softmax: torch gives it weights of 0.
+        whole = (masked == -torch.inf).all(-1, keepdim=True)
+        weights = masked.masked_fill(whole, 0.0).softmax(-1).masked_fill(whole, 0.0)
+    else:
+        weights = scores.softmax(-1)
+    return (dropout(weights, p, generator=generator, key=dropout_key) @ value).to(dtype)
+
+
+def _is_covered(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool
+) -> bool:
+    """Whether the operators take the call. Whatever is wrong in it, torch's own function says so."""
+    tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
+    if p >= 1 or is_recorded() or any(map(autograd.must_compose, tensors)) or (is_causal and attn_mask is not None):
+        return False
+    if not all(x.is_cpu and x.layout is torch.strided and not x.is_nested for x in tensors):
+        return False
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype or any(map(dispatch.is_empty, tensors)):
+        return False
+    if query.dim() not in (3, 4) or not query.dim() == key.dim() == value.dim():
+        return False
+    if key.shape[:-1] != value.shape[:-1] or query.shape[-1] != key.shape[-1] or query.shape[:-3] != key.shape[:-3]:
+        return False
+    heads, key_heads = query.shape[-3], key.shape[-3]
+    if heads != key_heads and (not enable_gqa or heads % key_heads):
+        return False
+    if attn_mask is None:
+        return True
+    if attn_mask.requires_grad or attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return False
+    weights = (*query.shape[:-1], key.shape[-2])
+    sizes = attn_mask.shape
+    return len(sizes) <= len(weights) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(weights), strict=False)
+    )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """In four dimensions, the elements of a row next to each other."""
+    x = x if x.dim() == 4 else x.unsqueeze(0)
+    return x.resolve_neg() if x.stride(-1) == 1 else x.contiguous()
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    generator: Generator | None = None,
+    dropout_key: Tensor | None = None,
+) -> Tensor:
+    r"""``dropout(softmax(query @ key.T * scale + attn_mask), dropout_p) @ value``, without the weights in memory.
+
+    Takes the place of :func:`torch.nn.functional.scaled_dot_product_attention`. On a CPU with dropout torch keeps the
+    weights, their mask and the dropped weights for backward; this keeps two numbers for each row of the weights. The
+    mask is ``fd.keep_mask`` of the weights, a tensor of shape (..., L, S), whatever the layout of the inputs.
+
+    Fused are calls on a CPU with 0 < ``dropout_p`` < 1, in float32, bfloat16 or float16 and three or four dimensions.
+    All others go to torch's own function as they are: without dropout, on a GPU, in other dtypes, under ``torch.func``,
+    dispatch modes and ``torch.export``, and for tensor subclasses. With a generator or a key, which torch's function
+    does not take, these are composed of torch's operations and ``fd.dropout``; so is an ``attn_mask`` that requires
+    grad. A second derivative has the weights in memory.
+
+    Args:
+        query: shape (..., L, E).
+        key: shape (..., S, E).
+        value: shape (..., S, Ev).
+        attn_mask: broadcasts to (..., L, S); bool, ``True`` where a query attends to a key, or floating point, which is
+            added to the scores. Default: ``None``
+        dropout_p: probability of a weight to be zeroed, between 0 and 1. Default: 0.0
+        is_causal: query i attends to the keys up to i. Default: ``False``
+        scale: what the scores are multiplied by. Default: :math:`1 / \sqrt{E}`
+        enable_gqa: the heads (dimension -3) of key and value are shared by as many heads of the query each, if they are
+            fewer. Default: ``False``
+        generator: where the key of the mask is drawn from, in place of the default generator.
+        dropout_key: the key of the mask, uint64, shape (2,), as in :func:`dropout`. No generator is touched then.
+
+    Returns:
+        Shape (..., L, Ev).
+
+    Raises:
+        ValueError: the key has another shape, dtype or device; key and generator both.
+        RuntimeError: as torch's function, for instance if ``dropout_p`` is not between 0 and 1, or shapes do not fit.
+
+    Example::
+
+        >>> query, key, value = torch.zeros(1, 2, 1), torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
+        >>> fd.scaled_dot_product_attention(query, key, value, dropout_p=0.5, dropout_key=fd.key(1)).squeeze()
+        tensor([1.3333, 0.6667])
+        >>> fd.keep_mask(torch.empty(1, 2, 3), 0.5, fd.key(1))
+        tensor([[[ True, False,  True],
+                 [False,  True, False]]])
+    """
+    keyed = generator is not None or dropout_key is not None
+    if dropout_key is not None:
+        check_key(dropout_key, query, generator)
+    if dropout_p == 0 or not 0 < dropout_p <= 1:
+        return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    composed = keyed or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad and query.is_cpu)
+    if not _is_covered(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+        if not composed or not dispatch.is_covered(query, generator, dropout_key):
+            return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if is_causal and attn_mask is not None:
+            raise RuntimeError("scaled_dot_product_attention: attn_mask has to be None if is_causal is True")
+        factor = 1 / sqrt(query.shape[-1]) if scale is None else scale
+        return _compose(query, key, value, attn_mask, dropout_p, is_causal, factor, generator, dropout_key)
+    factor = 1 / sqrt(query.shape[-1]) if scale is None else float(scale)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    own = dispatch.key_of_call(query.device, generator, dropout_key, None, is_compiling(), needs_grad)
+    mask = attn_mask if attn_mask is None or query.dim() == 4 else attn_mask[(None,) * (attn_mask.dim() == 3)]
+    arguments = (_as_rows(query), _as_rows(key), _as_rows(value), mask, float(dropout_p), own, is_causal, factor)
+    if needs_grad:
+        out = (_Attention.apply if is_compiling() else _apply_eager)(*arguments)
+    else:
+        q, k, v, _, *rest = arguments
+        out = _attention(q, k, v, _expanded(mask, q, k), *rest)[0]
+    return out if query.dim() == 4 else out.squeeze(0)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast hands them to torch's function."""
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
+
+    return tuple(map(cast, tensors))
