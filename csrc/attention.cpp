@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <tuple>
 
@@ -84,7 +85,8 @@ void multiply_and_add(const Matrices& out, const Matrices& a, const Matrices& b)
 
 // Memory that a call writes before it reads.
 struct Scratch {
-  explicit Scratch(int64_t bytes) : memory(new char[bytes + kAlignment]) {
+  explicit Scratch(int64_t bytes)
+      : memory(new char[bytes + kAlignment]) {
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     data = memory.get() + (kAlignment - address % kAlignment);
   }
@@ -93,6 +95,22 @@ struct Scratch {
   static constexpr int64_t kAlignment = 64;
   std::unique_ptr<char[]> memory;
   char* data;
+};
+
+// Matrices without gaps, as which products read them faster: worth a copy if several blocks of queries read them.
+struct Packed {
+  Packed(const Matrices& x, bool worth) : memory(worth ? x.heads * x.rows * x.columns * x.bytes() : 0), matrices(x) {
+    if (!worth) return;
+    matrices = {memory.data, x.dtype, x.heads, x.rows, x.columns, x.rows * x.columns, x.columns};
+    for (int64_t h = 0; h < x.heads; ++h) {
+      for (int64_t i = 0; i < x.rows; ++i) {
+        std::memcpy(memory.data + (h * x.rows + i) * x.columns * x.bytes(),
+                    x.data + (h * x.head_stride + i * x.row_stride) * x.bytes(), x.columns * x.bytes());
+      }
+    }
+  }
+  Scratch memory;
+  Matrices matrices;
 };
 
 struct Attention {
@@ -116,6 +134,7 @@ struct Attention {
   // Where the scale cannot be left to the kernels: a mask is added after it, and they want a positive one.
   bool is_prepared() const { return bias || scale <= 0; }
   float row_scale() const { return is_prepared() ? 1.0f : scale; }
+  bool is_one_block() const { return queries == rows && shared == 1; }
   int64_t columns(int64_t end_row) const { return is_causal ? std::min(keys, end_row) : keys; }
   uint64_t index(int64_t entry, int64_t head, int64_t i) const {
     return static_cast<uint64_t>(((entry * heads + head) * queries + i) * keys);
@@ -182,7 +201,9 @@ void forward(const Attention& call, const Tensor& out, const Tensor& statistics)
   auto* all_statistics = static_cast<RowStatistics*>(statistics.mutable_data_ptr());
   call.each_group([&](int64_t entry, int64_t key_head, int64_t count) {
     const Scratch memory(count * call.rows * call.pitch * sizeof(float));
-    const Matrices key = heads_of(call.key, entry, key_head, count), value = heads_of(call.value, entry, key_head, count);
+    const Packed key_copy(heads_of(call.key, entry, key_head, count), !call.is_one_block());
+    const Packed value_copy(heads_of(call.value, entry, key_head, count), !call.is_one_block());
+    const Matrices &key = key_copy.matrices, &value = value_copy.matrices;
     for (int64_t head = key_head * call.shared; head < (key_head + 1) * call.shared; ++head) {
       const Matrices query = heads_of(call.query, entry, head, count), result = heads_of(out, entry, head, count);
       for (int64_t first = 0; first < call.queries; first += call.rows) {
@@ -203,40 +224,54 @@ void forward(const Attention& call, const Tensor& out, const Tensor& statistics)
   });
 }
 
-// The gradients of a group's keys or values, which the blocks of queries add to: in float32.
+// The gradient of a group's keys or values, which the blocks of queries add to: in float32, a column for each row of the
+// keys, since the products are faster so.
 class Sum {
  public:
-  // out: the gradient, zero.
-  explicit Sum(const Matrices& out) : out_(out), memory_(out.dtype == kFloat ? 0 : 6 * size()) {
-    if (out_.dtype != kFloat) std::fill_n(memory_.floats(), size(), 0.0f);
+  // out: where finish() writes it. alone: there is one product, which covers all of it.
+  Sum(const Matrices& out, bool alone)
+      : out_(out),
+        alone_(alone), pitch_(out.rows + (out.rows % 256 == 0 ? kRowPadding : 0)), sum_(alone ? 0 : bytes(kFloat)), product_(alone || out.dtype == kFloat ? 0 : bytes(out.dtype)) {
+    if (!alone) std::fill_n(sum_.floats(), out.heads * out.columns * pitch_, 0.0f);
   }
+  // Adds the product of the transposed a and b, whose columns are the first rows of the keys.
   void add(const Matrices& a, const Matrices& b, const AttentionKernels& by) {
-    if (out_.dtype == kFloat) return multiply_and_add(out_.part(0, a.rows), a, b);
-    Matrices product{memory_.data + 4 * size(), out_.dtype, out_.heads, a.rows, out_.columns,
-                     out_.rows * out_.columns,  out_.columns};
-    multiply(product, a, b);
-    const Scratch row(out_.columns * sizeof(float));
-    for (int64_t h = 0; h < out_.heads; ++h) {
-      for (int64_t i = 0; i < a.rows; ++i) {
-        by.widen(product.row<BFloat16>(h, i), row.floats(), out_.columns);
-        float* sum = at(h, i);
-        for (int64_t j = 0; j < out_.columns; ++j) sum[j] += row.floats()[j];
+    if (alone_) return multiply(out_, b.transposed(), a);
+    if (out_.dtype == kFloat) return multiply_and_add(part_of(sum_, b.columns), a.transposed(), b);
+    const Matrices product = part_of(product_, b.columns), sum = part_of(sum_, b.columns, kFloat);
+    multiply(product, a.transposed(), b);
+    const Scratch wide(b.columns * sizeof(float));
+    for (int64_t h = 0; h < sum.heads; ++h) {
+      for (int64_t i = 0; i < sum.rows; ++i) {
+        by.widen(product.row<BFloat16>(h, i), wide.floats(), sum.columns);
+        float* row = sum.row<float>(h, i);
+        for (int64_t j = 0; j < sum.columns; ++j) row[j] += wide.floats()[j];
       }
     }
   }
   void finish(const AttentionKernels& by) {
-    if (out_.dtype == kFloat) return;
+    if (alone_) return;
+    const Matrices sum = part_of(sum_, out_.rows, kFloat);
+    const Scratch copy(out_.columns * sizeof(float));
     for (int64_t h = 0; h < out_.heads; ++h) {
-      for (int64_t i = 0; i < out_.rows; ++i) by.narrow(at(h, i), out_.row<BFloat16>(h, i), out_.columns);
+      for (int64_t i = 0; i < out_.rows; ++i) {
+        float* row = out_.dtype == kFloat ? out_.row<float>(h, i) : copy.floats();
+        for (int64_t j = 0; j < out_.columns; ++j) row[j] = sum.row<float>(h, j)[i];
+        if (out_.dtype != kFloat) by.narrow(row, out_.row<BFloat16>(h, i), out_.columns);
+      }
     }
   }
 
  private:
-  int64_t size() const { return out_.heads * out_.rows * out_.columns; }
-  float* at(int64_t head, int64_t i) const { return memory_.floats() + (head * out_.rows + i) * out_.columns; }
+  int64_t bytes(ScalarType dtype) const { return out_.heads * out_.columns * pitch_ * (dtype == kFloat ? 4 : 2); }
+  Matrices part_of(const Scratch& memory, int64_t columns, std::optional<ScalarType> dtype = std::nullopt) const {
+    return {memory.data, dtype.value_or(out_.dtype), out_.heads, out_.columns, columns, out_.columns * pitch_, pitch_};
+  }
 
   Matrices out_;
-  Scratch memory_;
+  bool alone_;
+  int64_t pitch_;  // not a power of two: its columns would share one place in the cache
+  Scratch sum_, product_;
 };
 
 void backward(const Attention& call, const Tensor& gradient, const Tensor& out, const Tensor& statistics,
@@ -246,8 +281,12 @@ void backward(const Attention& call, const Tensor& gradient, const Tensor& out, 
   call.each_group([&](int64_t entry, int64_t key_head, int64_t count) {
     const int64_t bytes = count * call.rows * call.pitch * sizeof(float);
     const Scratch scores_memory(bytes), gradients_memory(bytes);
-    const Matrices key = heads_of(call.key, entry, key_head, count), value = heads_of(call.value, entry, key_head, count);
-    Sum key_sum(heads_of(dkey, entry, key_head, count)), value_sum(heads_of(dvalue, entry, key_head, count));
+    const Packed key_copy(heads_of(call.key, entry, key_head, count), !call.is_one_block());
+    const Packed value_copy(heads_of(call.value, entry, key_head, count), !call.is_one_block());
+    const Matrices &key = key_copy.matrices, &value = value_copy.matrices;
+    const bool alone = call.is_one_block() && call.columns(call.queries) == call.keys;
+    Sum key_sum(heads_of(dkey, entry, key_head, count), alone);
+    Sum value_sum(heads_of(dvalue, entry, key_head, count), alone);
     for (int64_t head = key_head * call.shared; head < (key_head + 1) * call.shared; ++head) {
       const Matrices query = heads_of(call.query, entry, head, count), result = heads_of(out, entry, head, count);
       const Matrices dresult = heads_of(gradient, entry, head, count), dq = heads_of(dquery, entry, head, count);
@@ -277,8 +316,8 @@ void backward(const Attention& call, const Tensor& gradient, const Tensor& out, 
           close_row(scores, h, i, n, row, call.kernels);
           close_row(gradients, h, i, n, drow, call.kernels);
         });
-        value_sum.add(scores.transposed(), g, call.kernels);
-        key_sum.add(gradients.transposed(), q, call.kernels);
+        value_sum.add(g, scores, call.kernels);
+        key_sum.add(q, gradients, call.kernels);
         multiply(dq.part(first, rows), gradients, key.part(0, columns));
       }
     }
@@ -325,12 +364,6 @@ Tensor new_heads(const Tensor& x, int64_t columns) {
   check_torch(aoti_torch_empty_strided(4, sizes.data(), strides.data(), dtype_code(x.scalar_type()),
                                        aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
-}
-
-Tensor zero_heads(const Tensor& x) {
-  Tensor result = new_heads(x, x.size(3));
-  if (x.scalar_type() == kFloat) std::fill_n(static_cast<float*>(result.mutable_data_ptr()), x.numel(), 0.0f);
-  return result;
 }
 
 // Float16, and bfloat16 where the CPU does not multiply it, go through float32.
@@ -386,7 +419,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& gradient, co
     return {to(dquery, dtype), to(dkey, dtype), to(dvalue, dtype)};
   }
   const Attention call = attention_of(query, key, value, bias, p, dropout_key, is_causal, scale_of_scores);
-  const Tensor dquery = new_heads(query, query.size(3)), dkey = zero_heads(key), dvalue = zero_heads(value);
+  const Tensor dquery = new_heads(query, query.size(3)), dkey = new_heads(key, key.size(3));
+  const Tensor dvalue = new_heads(value, value.size(3));
   backward(call, with_rows(gradient), with_rows(out), statistics, dquery, dkey, dvalue);
   return {dquery, dkey, dvalue};
 }

@@ -122,6 +122,13 @@ inline __m512 gate(__m512 x, __m512 by) {
 inline __m512 larger(__m512 a, __m512 b) {
   return _mm512_max_ps(a, b);
 }
+// The same of all elements of a vector, and their sum.
+inline float largest_of(__m512 x) {
+  return _mm512_reduce_max_ps(x);
+}
+inline float sum_of(__m512 x) {
+  return _mm512_reduce_add_ps(x);
+}
 inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
   return _mm512_fmadd_ps(a, b, c);
 }

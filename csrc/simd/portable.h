@@ -157,6 +157,14 @@ inline Floats larger(Floats a, Floats b) {
   const Signed32 first = a > b;
   return (Floats)(((Signed32)a & first) | ((Signed32)b & ~first));
 }
+// The same of all elements of a vector, and their sum.
+inline float largest_of(Floats x) {
+  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+  return a > b ? a : b;
+}
+inline float sum_of(Floats x) {
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
   return a * b + c;
 }

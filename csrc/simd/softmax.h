@@ -40,13 +40,6 @@ constexpr float kLog2E = 1.44269504088896340736f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline float sum_of(Float32s x) {
-  float lanes[kFloats], sum = 0;
-  store(lanes, x);
-  for (const float lane : lanes) sum += lane;
-  return sum;
-}
-
 // The largest scale * score of a row. A NaN may be passed over.
 FUSED_DROPOUT_KERNEL float row_maximum(const float* scores, int64_t n, float scale) {
   Float32s largest[4];
@@ -56,11 +49,7 @@ FUSED_DROPOUT_KERNEL float row_maximum(const float* scores, int64_t n, float sca
     for (int k = 0; k < 4; ++k) largest[k] = larger(largest[k], load(scores + i + k * kFloats) * scale);
   }
   for (; i < n; i += kFloats) largest[0] = larger(largest[0], load(scores + i) * scale);
-  const Float32s all = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
-  float lanes[kFloats], most = -kInfinity;
-  store(lanes, all);
-  for (const float lane : lanes) most = lane > most ? lane : most;
-  return most;
+  return largest_of(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
 }
 
 // e^(scale * score - maximum), times `factor`. Returns the sum.
