@@ -19,7 +19,12 @@ sys.path.append("build_backend")
 from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_nothing
 
 SOURCES = {
-    "_C": ["csrc/library.cpp", "csrc/dropout_cpu.cpp", "csrc/attention.cpp", *map(str, sorted(Path("csrc/simd").glob("*.cpp")))],
+    "_C": [
+        "csrc/library.cpp",
+        "csrc/dropout_cpu.cpp",
+        "csrc/attention.cpp",
+        *map(str, sorted(Path("csrc/simd").glob("*.cpp"))),
+    ],
     "_cuda": ["csrc/dropout_cuda.cu"],
     "_eager": ["csrc/eager.cpp", "csrc/dropout_linear.cpp", "csrc/neighbours.cpp"],
 }

@@ -54,9 +54,7 @@ struct Matrices {
     result.rows = count;
     return result;
   }
-  Matrices transposed() const {
-    return {data, dtype, heads, columns, rows, head_stride, column_stride, row_stride};
-  }
+  Matrices transposed() const { return {data, dtype, heads, columns, rows, head_stride, column_stride, row_stride}; }
   Tensor tensor() const {
     const std::array<int64_t, 3> sizes{heads, rows, columns}, strides{head_stride, row_stride, column_stride};
     AtenTensorHandle handle = nullptr;
@@ -85,8 +83,7 @@ void multiply_and_add(const Matrices& out, const Matrices& a, const Matrices& b)
 
 // Memory that a call writes before it reads.
 struct Scratch {
-  explicit Scratch(int64_t bytes)
-      : memory(new char[bytes + kAlignment]) {
+  explicit Scratch(int64_t bytes) : memory(new char[bytes + kAlignment]) {
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     data = memory.get() + (kAlignment - address % kAlignment);
   }
@@ -126,9 +123,8 @@ struct Attention {
   int64_t rows = std::min(queries, std::clamp(kScores / pitch, kFewestRows, kMostRows));
   int64_t threads = torch::stable::get_num_threads();
   // Key heads that are worked on at once.
-  int64_t group = shared > 1 ? 1
-                             : std::clamp<int64_t>(std::min(kScores / (rows * pitch), batch * heads / threads), 1,
-                                                   key_heads);
+  int64_t group =
+      shared > 1 ? 1 : std::clamp<int64_t>(std::min(kScores / (rows * pitch), batch* heads / threads), 1, key_heads);
   const AttentionKernels& kernels = cpu_kernels().attention;
 
   // Where the scale cannot be left to the kernels: a mask is added after it, and they want a positive one.
@@ -144,7 +140,8 @@ struct Attention {
     if (!is_prepared()) return;
     for (int64_t j = 0; j < n; ++j) scores[j] *= scale;
     if (!bias) return;
-    const int64_t first = entry * bias->stride(0) + head * bias->stride(1) + i * bias->stride(2), step = bias->stride(3);
+    const int64_t first = entry * bias->stride(0) + head * bias->stride(1) + i * bias->stride(2),
+                  step = bias->stride(3);
     if (bias->scalar_type() == ScalarType::Bool) {
       const bool* attends = bias->const_data_ptr<bool>() + first;
       for (int64_t j = 0; j < n; ++j) scores[j] = attends[j * step] ? scores[j] : -INFINITY;
@@ -211,11 +208,12 @@ void forward(const Attention& call, const Tensor& out, const Tensor& statistics)
         const Matrices scores = call.block(memory, count, rows, columns);
         multiply(scores, query.part(first, rows), key.part(0, columns).transposed());
         call.each_row(count, rows, [&](int64_t h, int64_t i, float* scratch) {
-          const int64_t n = call.columns(first + i + 1), index = (entry * call.heads + head + h) * call.queries + first + i;
+          const int64_t n = call.columns(first + i + 1),
+                        index = (entry * call.heads + head + h) * call.queries + first + i;
           float* row = open_row(scores, h, i, n, scratch, call.kernels);
           call.prepare(row, n, entry, head + h, first + i);
-          all_statistics[index] = call.kernels.softmax_drop(row, n, call.row_scale(),
-                                                            call.index(entry, head + h, first + i), call.params);
+          all_statistics[index] =
+              call.kernels.softmax_drop(row, n, call.row_scale(), call.index(entry, head + h, first + i), call.params);
           close_row(scores, h, i, n, row, call.kernels);
         });
         multiply(result.part(first, rows), scores, value.part(0, columns));
@@ -224,14 +222,17 @@ void forward(const Attention& call, const Tensor& out, const Tensor& statistics)
   });
 }
 
-// The gradient of a group's keys or values, which the blocks of queries add to: in float32, a column for each row of the
-// keys, since the products are faster so.
+// The gradient of a group's keys or values, which the blocks of queries add to: in float32, a column for each row of
+// the keys, since the products are faster so.
 class Sum {
  public:
   // out: where finish() writes it. alone: there is one product, which covers all of it.
   Sum(const Matrices& out, bool alone)
       : out_(out),
-        alone_(alone), pitch_(out.rows + (out.rows % 256 == 0 ? kRowPadding : 0)), sum_(alone ? 0 : bytes(kFloat)), product_(alone || out.dtype == kFloat ? 0 : bytes(out.dtype)) {
+        alone_(alone),
+        pitch_(out.rows + (out.rows % 256 == 0 ? kRowPadding : 0)),
+        sum_(alone ? 0 : bytes(kFloat)),
+        product_(alone || out.dtype == kFloat ? 0 : bytes(out.dtype)) {
     if (!alone) std::fill_n(sum_.floats(), out.heads * out.columns * pitch_, 0.0f);
   }
   // Adds the product of the transposed a and b, whose columns are the first rows of the keys.
@@ -298,7 +299,8 @@ void backward(const Attention& call, const Tensor& gradient, const Tensor& out, 
         multiply(scores, q, key.part(0, columns).transposed());
         multiply(gradients, g, value.part(0, columns).transposed());
         call.each_row(count, rows, [&](int64_t h, int64_t i, float* scratch) {
-          const int64_t n = call.columns(first + i + 1), index = (entry * call.heads + head + h) * call.queries + first + i;
+          const int64_t n = call.columns(first + i + 1),
+                        index = (entry * call.heads + head + h) * call.queries + first + i;
           float delta = 0;
           if (g.dtype == kFloat) {
             delta = call.kernels.dot(g.row<float>(h, i), y.row<float>(h, i), width);
@@ -336,8 +338,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const st
   STD_TORCH_CHECK(dtype == kFloat || dtype == kBFloat || dtype == ScalarType::Half,
                   "attention takes float32, bfloat16 and float16, but got ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) && key.size(3) == query.size(3) &&
-                      value.size(1) == key.size(1) && value.size(2) == key.size(2) &&
-                      query.size(1) % key.size(1) == 0,
+                      value.size(1) == key.size(1) && value.size(2) == key.size(2) && query.size(1) % key.size(1) == 0,
                   "the sizes of query, key and value do not fit");
   STD_TORCH_CHECK(!bias || ((bias->scalar_type() == ScalarType::Bool || bias->scalar_type() == kFloat) &&
                             bias->dim() == 4 && bias->size(0) == query.size(0) && bias->size(1) == query.size(1) &&
@@ -352,7 +353,12 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const st
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
                        double p, const Tensor& dropout_key, bool is_causal, double scale_of_scores) {
   const uint64_t* words = dropout_key.const_data_ptr<uint64_t>();
-  return {query, key, value, bias, is_causal, static_cast<float>(scale_of_scores),
+  return {query,
+          key,
+          value,
+          bias,
+          is_causal,
+          static_cast<float>(scale_of_scores),
           {{words[0], words[1]}, threshold(p), scale(p)}};
 }
 

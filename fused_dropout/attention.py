@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from . import attention_blocks, autograd, dispatch, operators
-from .functional import check_key, dropout
-from .torch_internals import apply_without_functorch, is_compiling, is_recorded
+from .functional import check_key, dropout, out_of_range
+from .torch_internals import apply_without_functorch, is_compiling, is_recorded, is_traced_ahead
 
 _torchs_own = F.scaled_dot_product_attention  # whatever stands at this name later
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 operators.implement("attention", attention_blocks.attention, attention_blocks.fake_attention)
 operators.implement("attention_backward", attention_blocks.attention_backward, attention_blocks.fake_attention_backward)
@@ -39,7 +39,9 @@ class _Attention(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> Tensor:
-        out, statistics = _attention(query, key, value, _expanded(attn_mask, query, key), p, dropout_key, is_causal, scale)
+        out, statistics = _attention(
+            query, key, value, _expanded(attn_mask, query, key), p, dropout_key, is_causal, scale
+        )
         ctx.save_for_backward(query, key, value, out, statistics, attn_mask, dropout_key)
         ctx.p, ctx.is_causal, ctx.scale = p, is_causal, scale
         ctx.words = autograd.words_of(dropout_key)
@@ -87,12 +89,17 @@ def _compose(
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
-    if query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3] != 1:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    heads = query.shape[-3] if query.dim() > 2 else 1
+    # enable_gqa: several heads of the query for one of the keys.
+    key, value = (
+        x.repeat_interleave(heads // x.shape[-3], -3) if x.dim() > 2 and 1 < x.shape[-3] < heads else x
+        for x in (key, value)
+    )
     scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
+        attn_mask = attn_mask.expand(scores.shape)
         masked = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         # A row that is masked whole has no softmax: torch gives it weights of 0.
         whole = (masked == -torch.inf).all(-1, keepdim=True)
@@ -107,11 +114,13 @@ def _is_covered(
 ) -> bool:
     """Whether the operators take the call. Whatever is wrong in it, torch's own function says so."""
     tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-    if p >= 1 or is_recorded() or any(map(autograd.must_compose, tensors)) or (is_causal and attn_mask is not None):
+    if p >= 1 or is_recorded() or (is_causal and attn_mask is not None):
+        return False
+    if any(autograd.must_compose(x) and not (is_compiling() and is_traced_ahead(x)) for x in tensors):
         return False
     if not all(x.is_cpu and x.layout is torch.strided and not x.is_nested for x in tensors):
         return False
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype or any(map(dispatch.is_empty, tensors)):
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype or any(map(dispatch.is_empty, tensors)):
         return False
     if query.dim() not in (3, 4) or not query.dim() == key.dim() == value.dim():
         return False
@@ -129,6 +138,14 @@ def _is_covered(
     return len(sizes) <= len(weights) and all(
         size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(weights), strict=False)
     )
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> None:
+    """Raises what torch's function raises for tensors that do not fit: it is called without values."""
+    tensors = (None if x is None else x.new_empty(x.shape, device="meta") for x in (query, key, value, attn_mask))
+    _torchs_own(*tensors, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -180,8 +197,8 @@ def scaled_dot_product_attention(
         Shape (..., L, Ev).
 
     Raises:
-        ValueError: the key has another shape, dtype or device; key and generator both.
-        RuntimeError: as torch's function, for instance if ``dropout_p`` is not between 0 and 1, or shapes do not fit.
+        ValueError: ``dropout_p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both.
+        RuntimeError: as torch's function, for instance if shapes do not fit.
 
     Example::
 
@@ -195,16 +212,17 @@ def scaled_dot_product_attention(
     keyed = generator is not None or dropout_key is not None
     if dropout_key is not None:
         check_key(dropout_key, query, generator)
-    if dropout_p == 0 or not 0 < dropout_p <= 1:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise out_of_range(dropout_p)
+    if dropout_p == 0:
         return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     composed = keyed or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad and query.is_cpu)
     if not _is_covered(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         if not composed or not dispatch.is_covered(query, generator, dropout_key):
             return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if is_causal and attn_mask is not None:
-            raise RuntimeError("scaled_dot_product_attention: attn_mask has to be None if is_causal is True")
+        _check(query, key, value, attn_mask, is_causal, enable_gqa)
         factor = 1 / sqrt(query.shape[-1]) if scale is None else scale
         return _compose(query, key, value, attn_mask, dropout_p, is_causal, factor, generator, dropout_key)
     factor = 1 / sqrt(query.shape[-1]) if scale is None else float(scale)

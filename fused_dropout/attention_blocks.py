@@ -48,7 +48,9 @@ def _for_each_head(x: Tensor, heads: int) -> Tensor:
 
 def _new_heads(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Of x's shape but for the last size. In memory the heads stand inside the rows."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], columns, dtype=dtype).transpose(1, 2)
+    batch, heads, rows, _ = x.shape
+    strides = (heads * rows * columns, columns, heads * columns, 1)
+    return x.new_empty_strided((batch, heads, rows, columns), strides, dtype=dtype)
 
 
 def attention(
@@ -109,8 +111,11 @@ def attention_backward(
         dscores.sub_(weights.mul_(delta[:, :, rows])).mul_(scale)
         dquery[:, :, rows] = torch.matmul(dscores, key).to(dtype)
         dkey += torch.matmul(dscores.transpose(-2, -1), query[:, :, rows])
-    shared = heads // key_heads
-    dkey, dvalue = (x.unflatten(1, (key_heads, shared)).sum(2).to(dtype) for x in (dkey, dvalue))
+    results = [dquery]
+    for total in (dkey, dvalue):
+        each = total.unflatten(1, (key_heads, heads // key_heads)).sum(2)
+        results.append(_new_heads(each, each.shape[3], dtype).copy_(each))
+    dquery, dkey, dvalue = results
     return dquery, dkey, dvalue
 
 

@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import functional
+from . import attention, functional
 from .build_info import backend_info
 from .dispatch import is_covered
 from .patching import FAMILY, meet_torchs_own
@@ -26,6 +26,7 @@ _TORCHS_CODE: set[CodeType | None] = {getattr(getattr(F, name), "__code__", None
 _DRAWS = {"bernoulli", "bernoulli_", "native_dropout", "rand", "rand_like", "uniform_", "_cudnn_rnn", "miopen_rnn"}
 _OFF_BY_DEFAULT = {"alpha_dropout", "feature_alpha_dropout", "drop_path"}
 _OUT_OF_REACH = "torch, out of reach"
+_IN_CUDA_KERNEL = f"{_OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash attention draws
 
 
 @dataclass
@@ -62,7 +63,7 @@ class AuditReport:
     @property
     def out_of_reach(self) -> tuple[Site, ...]:
         """The sites inside torch's own kernels, where neither ``patch`` nor ``convert`` gets to."""
-        return tuple(site for site in self.sites if site.path == _OUT_OF_REACH)
+        return tuple(site for site in self.sites if site.path.startswith(_OUT_OF_REACH))
 
     def __str__(self) -> str:
         rows = [("site", "p", "train", "eval", "saved", "path")]
@@ -177,10 +178,19 @@ class _Recorder(TorchDispatchMode):
             if self.inside is not None or p == 0:
                 return function(*args, **kwargs)
             self.inside, _, _ = self.site()
-            self.record(self.inside, float(p), _OUT_OF_REACH)
-            self.inside.saved = None
+            query: Any = args[0] if args else kwargs.get("query")
+            on_cpu = isinstance(query, Tensor) and query.is_cpu
+            takes = function is attention.scaled_dot_product_attention and is_covered(query)
+            takes = takes and on_cpu and query.dtype in attention.DTYPES
+            path = _fused_path(query) if takes else _OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
+            self.record(self.inside, float(p), path)
+            saved, self.inside.saved = self.inside.saved, None
             try:
-                return function(*args, **kwargs)
+                with _disable_current_modes() if takes else contextlib.nullcontext():
+                    result = function(*args, **kwargs)
+                if takes and saved is not None:  # besides its inputs and its result: a key, and two numbers a row
+                    self.inside.saved = saved + (16 + 8 * result[..., 0].numel()) * result.requires_grad
+                return result
             finally:
                 self.inside = None
 
@@ -198,15 +208,17 @@ class _Recorder(TorchDispatchMode):
         ]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}
-        attention = F.scaled_dot_product_attention
+        attentions = {module: module.scaled_dot_product_attention for module in (F, fused_dropout)}
         try:
             for (module, name), function in before.items():
                 ours = (getattr(function, "__module__", None) or "").startswith("fused_dropout")
                 setattr(module, name, self.watched(name, function, ours))
-            F.scaled_dot_product_attention = self.watched_attention(attention)  # type: ignore[assignment]
+            for module, function in attentions.items():
+                module.scaled_dot_product_attention = self.watched_attention(function)
             yield
         finally:
-            F.scaled_dot_product_attention = attention
+            for module, function in attentions.items():
+                module.scaled_dot_product_attention = function
             for (module, name), function in before.items():
                 setattr(module, name, function)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from . import functional
+from . import attention, functional
 
 # The family: the function and the module of each kind, here named as in torch.
 FAMILY = {
@@ -52,6 +52,10 @@ def _replacements() -> dict[tuple[Any, str], Callable[..., Tensor]]:
         # What torch.jit.script compiles in place of ours: keyword-only defaults are beyond it.
         fused.__prepare_scriptable__ = lambda original=original: original
         found[F, name] = fused
+    fused = attention.scaled_dot_product_attention
+    with suppress(AttributeError):  # scripting is deprecated
+        torch.jit._builtins._register_builtin(fused, "aten::scaled_dot_product_attention")
+    found[F, "scaled_dot_product_attention"] = fused
     short: dict[str, Any] = {name: getattr(functional, name) for name in FAMILY}
     short["feature_dropout"] = {3: functional.dropout1d, 4: functional.dropout2d, 5: functional.dropout3d}
     for name, fused in short.items():

@@ -79,6 +79,13 @@ def is_fake(x: object) -> bool:
     return module is not None and isinstance(x, module.FakeTensor)
 
 
+def is_traced_ahead(x: object) -> bool:
+    """Whether AOTAutograd traces x, inside a function of torch that Dynamo left whole, such as multi-head attention.
+    Without the class such calls go to torch's own function, and their masks are not eager's."""
+    module = sys.modules.get("torch._subclasses.functional_tensor")
+    return module is not None and isinstance(x, module.FunctionalTensor)
+
+
 def wraps_tensors(x: Tensor) -> bool:
     """Whether x is of a subclass that sees each operation (``__torch_dispatch__``), and leaves functions alone. Without
     the name for a subclass that sees no functions the first call with a subclass raises AttributeError."""

@@ -103,8 +103,7 @@ def test_out_of_reach():
             x, _ = self.attention(x, x, x, need_weights=False)
             return F.scaled_dot_product_attention(x, x, x, None, 0.1)
 
-    with fd.patched():
-        report = fd.audit(Model(), torch.randn(3, 4, 8))
+    report = fd.audit(Model(), torch.randn(3, 4, 8))
     assert [(s.module, s.p, s.train, s.eval) for s in report.out_of_reach] == [
         ("rnn", 0.25, True, False),
         ("attention", 0.3, True, False),
@@ -112,6 +111,28 @@ def test_out_of_reach():
     ]
     assert report.sites == report.out_of_reach
     assert "nobody can reach: rnn [LSTM], attention [MultiheadAttention], (model) [test_audit.py:" in str(report)
+
+
+def test_attention(fused):
+    """Saved besides the inputs and the result: the key, and two numbers for each row of the weights."""
+
+    class Calls(nn.Module):
+        def forward(self, x):
+            x = F.scaled_dot_product_attention(x, x, x, None, 0.1)
+            return fd.scaled_dot_product_attention(x, x, x, dropout_p=0.2)
+
+    x = torch.randn(3, 2, 4, 8, requires_grad=True)
+    sites = [(line(Calls.forward, f"0.{p}"), p / 10, True, True) for p in (1, 2)]
+    ours = [("", *site, 16 + 8 * 3 * 2 * 4, fused) for site in sites]
+    with fd.patched():
+        assert rows(fd.audit(Calls(), x)) == ours
+        heads = nn.MultiheadAttention(8, 2, dropout=0.3)
+        report = fd.audit(heads, *[x[:, 0]] * 3, need_weights=False)
+    assert rows(report) == [("", "MultiheadAttention", 0.3, True, False, 16 + 8 * 4 * 2 * 3, fused)]
+    assert not report.out_of_reach
+    assert rows(fd.audit(Calls(), x))[1:] == ours[1:]
+    assert fd.audit(Calls(), x.detach()).sites[1].saved == 0
+    assert fd.audit(Calls(), x.double()).sites[1].path == "torch, out of reach"
 
 
 def test_attention_with_weights(fused):
