@@ -144,8 +144,9 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     """Raises what torch's function raises for tensors that do not fit: it is called without values."""
-    tensors = (None if x is None else x.new_empty(x.shape, device="meta") for x in (query, key, value, attn_mask))
-    _torchs_own(*tensors, is_causal=is_causal, enable_gqa=enable_gqa)
+    query, key, value = (x.new_empty(x.shape, device="meta") for x in (query, key, value))
+    mask = None if attn_mask is None else attn_mask.new_empty(attn_mask.shape, device="meta")
+    _torchs_own(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -197,7 +198,8 @@ def scaled_dot_product_attention(
         Shape (..., L, Ev).
 
     Raises:
-        ValueError: ``dropout_p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both.
+        ValueError: ``dropout_p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator
+            both.
         RuntimeError: as torch's function, for instance if shapes do not fit.
 
     Example::

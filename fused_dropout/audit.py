@@ -25,6 +25,7 @@ _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "f
 _TORCHS_CODE: set[CodeType | None] = {getattr(getattr(F, name), "__code__", None) for name in FAMILY}
 _DRAWS = {"bernoulli", "bernoulli_", "native_dropout", "rand", "rand_like", "uniform_", "_cudnn_rnn", "miopen_rnn"}
 _OFF_BY_DEFAULT = {"alpha_dropout", "feature_alpha_dropout", "drop_path"}
+_ATTENTION = "scaled_dot_product_attention"
 _OUT_OF_REACH = "torch, out of reach"
 _IN_CUDA_KERNEL = f"{_OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash attention draws
 
@@ -208,17 +209,17 @@ class _Recorder(TorchDispatchMode):
         ]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}
-        attentions = {module: module.scaled_dot_product_attention for module in (F, fused_dropout)}
+        attentions = {module: getattr(module, _ATTENTION) for module in (F, fused_dropout)}
         try:
             for (module, name), function in before.items():
                 ours = (getattr(function, "__module__", None) or "").startswith("fused_dropout")
                 setattr(module, name, self.watched(name, function, ours))
             for module, function in attentions.items():
-                module.scaled_dot_product_attention = self.watched_attention(function)
+                setattr(module, _ATTENTION, self.watched_attention(function))
             yield
         finally:
             for module, function in attentions.items():
-                module.scaled_dot_product_attention = function
+                setattr(module, _ATTENTION, function)
             for (module, name), function in before.items():
                 setattr(module, name, function)
 
