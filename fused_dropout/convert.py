@@ -77,7 +77,7 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
     if isinstance(module, tuple(table)):
         return f"{type(module).__module__}.{kind}, a subclass"
     if isinstance(module, nn.MultiheadAttention) and module.dropout:
-        return f"{kind}: calls torch's functions, which fd.patch() reaches where weights are asked for"
+        return f"{kind}: calls torch's functions, which fd.patch() reaches"
     if isinstance(module, nn.RNNBase) and module.dropout:
         return f"{kind}: drops inside torch's own kernel"
     if isinstance(module, nn.Identity):

@@ -94,14 +94,14 @@ def _update() -> None:
 def patch() -> None:
     """Sends torch's dropout functions to the fused path, in the whole process, until ``unpatch()``.
 
-    Replaced are the family in ``torch.nn.functional`` and its short forms in ``torch`` (``torch.dropout``,
-    ``torch.dropout_``, ...). So every ``nn.Dropout`` is reached, ``nn.TransformerEncoderLayer``, attention that returns
-    weights, and every functional call; types, pickles, FX graphs and scripted modules stay torch's. Calling it again
-    changes nothing. Compiled models are compiled again where they need it, and both versions are kept. The first call
-    imports ``torch._dynamo``, as the first optimizer does.
+    Replaced are the family in ``torch.nn.functional``, its short forms in ``torch`` (``torch.dropout``,
+    ``torch.dropout_``, ...) and ``scaled_dot_product_attention``. So every ``nn.Dropout`` is reached, attention and
+    ``nn.TransformerEncoderLayer``, and every functional call; types, pickles, FX graphs and scripted modules stay
+    torch's. Calling it again changes nothing. Compiled models are compiled again where they need it, and both versions
+    are kept. The first call imports ``torch._dynamo``, as the first optimizer does.
 
     Not reached: a function bound to another name before (``from torch.nn.functional import dropout``), and dropout
-    inside torch's own kernels (``scaled_dot_product_attention``, ``nn.LSTM`` and ``nn.GRU``); ``fd.audit`` shows it.
+    inside torch's own kernels (``nn.LSTM`` and ``nn.GRU``, attention on a GPU); ``fd.audit`` shows it.
 
     Example::
 

@@ -233,7 +233,7 @@ def test_transformer():
     fd.convert(model)
     assert len(fd.convert_report(model).fused) == sites
     assert set(fd.convert_report(model).left.values()) == {
-        "MultiheadAttention: calls torch's functions, which fd.patch() reaches where weights are asked for"
+        "MultiheadAttention: calls torch's functions, which fd.patch() reaches"
     }
     assert torch.equal(model(source, target), output)
     model.train()(source, target).sum().backward()

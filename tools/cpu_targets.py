@@ -190,6 +190,28 @@ def around(*kinds: str, sizes: Sequence[int] = (16, 24), backward: bool, **optio
     ]
 
 
+def attention(batch: int, tokens: int, dtype: str, causal: bool, against: float, threads: int) -> list[Contender]:
+    """A step of 12 heads of 64, with dropout in ours; against: p in torch's."""
+    torch.set_num_threads(threads)
+    inputs = [torch.randn(batch, tokens, 12, 64).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(4)]
+    *leaves, gradient = inputs
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run(function: Callable[..., Tensor], p: float) -> None:
+        torch.autograd.grad(function(*leaves, dropout_p=p, is_causal=causal), leaves, gradient)
+
+    ours, torchs = fd.scaled_dot_product_attention, F.scaled_dot_product_attention
+    return [Contender(partial(run, ours, P)), Contender(partial(run, torchs, against))]
+
+
+def attentions(dtype: str = "float32", causal: bool = False, against: float = P, threads: int = 1) -> list[partial]:
+    more = {"dtype": dtype, "causal": causal, "against": against, "threads": threads}
+    return [partial(attention, batch, tokens, **more) for batch, tokens in ((2, 128), (2, 512), (1, 2048))]
+
+
+TOKENS = "128, 512, 2,048"
+DROPPING, PLAIN = "torch's, dropping", "torch's, p = 0"
 FIVE = around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True)
 OVER_TORCH = {"sizes": (16, 20), "composed": "torch"}
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
@@ -277,6 +299,15 @@ ROWS = (
         around("add", "bias", "relu", backward=True, **OVER_TORCH),
         seconds=3,
     ),
+    Row("attention", f"attention, {TOKENS} tokens, forward + backward", DROPPING, ">=", (1.3, 1.6, 2.4), attentions()),
+    Row("attention-plain", "the same", PLAIN, "<=", (1.1, 1.1, 1.12), attentions(against=0.0)),
+    Row("attention-causal", "causal: 512, 2,048", DROPPING, ">=", (2.2, 4.5), attentions(causal=True)[1:]),
+    Row("attention-causal-plain", "the same", PLAIN, "<=", (0.8, 0.95), attentions(causal=True, against=0.0)[1:]),
+    Row("attention-bfloat16", f"in bfloat16: {TOKENS}", DROPPING, ">=", (1.7, 2.4, 4.0), attentions(dtype="bfloat16")),
+    Row("attention-float16", f"in float16: {TOKENS}", DROPPING, ">=", (1.2,), attentions(dtype="float16")),
+    Row("attention-threads", "two threads: 512, 2,048", PLAIN, "<=", (1.1,), attentions(against=0.0, threads=2)[1:]),
+    Row("attention-avx2", f"AVX2 forced: {TOKENS}", DROPPING, ">=", (1.0,), attentions(), AVX2),
+    Row("attention-portable", f"portable forced: {TOKENS}", DROPPING, ">=", (1.0,), attentions(), PORTABLE),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )
 

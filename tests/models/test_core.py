@@ -97,9 +97,9 @@ CASES = {
         OTHERS.flip(1),
         *[(f"transformer.encoder.layers.0.dropout{i}", "module") for i in ("", 1, 2)],
         *[(f"transformer.decoder.layers.0.dropout{i}", "module") for i in ("", 1, 2, 3)],
-        ("transformer.encoder.layers.0.self_attn", "kernel"),
-        ("transformer.decoder.layers.0.self_attn", "kernel"),
-        ("transformer.decoder.layers.0.multihead_attn", "kernel"),
+        ("transformer.encoder.layers.0.self_attn", "attention"),
+        ("transformer.decoder.layers.0.self_attn", "attention"),
+        ("transformer.decoder.layers.0.multihead_attn", "attention"),
     ),
     "lstm": case(
         LanguageModel, {"ids": IDS}, IDS.roll(1, 1), ("dropout", "module"), ("", "call"), ("top", "kernel"), lr=3e-2

@@ -42,7 +42,7 @@ def vit(fused_attention):
     sites = [("pos_drop", "module"), ("blocks.1.drop_path1", "path"), ("blocks.1.drop_path2", "path")]
     for i in range(2):
         sites += [(f"blocks.{i}.{name}", "module") for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
-        sites.append((f"blocks.{i}.attn", "kernel") if fused_attention else (f"blocks.{i}.attn.attn_drop", "module"))
+        sites.append((f"blocks.{i}.attn", "attention") if fused_attention else (f"blocks.{i}.attn.attn_drop", "module"))
     images = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(6) % 4
     return Case(make, {"x": images}, sites, lambda y: F.cross_entropy(y, labels), lr=3e-3, output=lambda y: y)

@@ -44,7 +44,7 @@ def bert(attention):
     sites = [("bert.embeddings.dropout", "module"), ("dropout", "module")]
     for i in range(2):
         sites += [(f"bert.encoder.layer.{i}.{name}.dropout", "module") for name in ("attention.output", "output")]
-        sites.append((f"bert.encoder.layer.{i}.attention.self", "call" if attention == "eager" else "kernel"))
+        sites.append((f"bert.encoder.layer.{i}.attention.self", "call" if attention == "eager" else "attention"))
     inputs = {"input_ids": IDS, "labels": LABELS}
     return Case(lambda: hf.BertForSequenceClassification(config), inputs, sites, lr=3e-3)
 
@@ -66,7 +66,7 @@ def gpt2(attention):
     sites = [("transformer.drop", "module")]
     for i in range(2):
         sites += [(f"transformer.h.{i}.{name}", "module") for name in ("attn.resid_dropout", "mlp.dropout")]
-        sites.append((f"transformer.h.{i}.attn", "call" if attention == "eager" else "kernel"))
+        sites.append((f"transformer.h.{i}.attn", "call" if attention == "eager" else "attention"))
     return Case(lambda: hf.GPT2LMHeadModel(config), {"input_ids": IDS, "labels": IDS}, sites)
 
 
@@ -175,7 +175,16 @@ for_some = pytest.mark.parametrize("case", [CASES[name] for name in ("bert", "gp
 
 @for_cases
 class TestPromises(Promises):
-    """Eager attention drops in a functional call, which patch reaches; that of torch's kernel is out of reach."""
+    """Attention drops in a functional call, which patch reaches: F.dropout, or all of it in one function."""
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_both_kinds_of_attention_have_the_same_masks(make):
+    """The weights of eager attention, which F.dropout drops, are the weights that no tensor holds in the other."""
+    with fd.patched():
+        eager, whole = (case.step(case.model(), 1) for case in (make("eager"), make("sdpa")))
+    assert_close(whole, eager)
+    assert not same(make("sdpa").step(make("sdpa").model(), 1), whole)
 
 
 @for_some
