@@ -57,7 +57,7 @@ test: $(INSTALLED) $(CPU_KERNELS) ## the whole suite, and beside it the core wit
 	@{ \
 		$(PY) -m pytest -q -p no:cacheprovider $(APART) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_eager $(CORE) $(DROP_IN) && \
-		$(PY) -m pytest -q -p no:cacheprovider --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py; \
+		$(PY) -m pytest -q -p no:cacheprovider --hide=_C $(CORE) $(DROP_IN) tests/test_compile.py tests/test_attention.py; \
 	} >build/test-layers.log 2>&1 & \
 	$(PY) -m pytest -q $(APART:%=--ignore=%); whole=$$?; wait $$!; layers=$$?; \
 	cat build/test-layers.log; exit $$((whole | layers))
@@ -75,12 +75,12 @@ test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, a
 	cd tests && ../$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE:tests/%=%) test_dropin.py
 
 test-oldest: build/installed-oldest ## build and test under the oldest torch that the kernels serve
-	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py
+	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py test_attention.py test_attention_compiled.py
 
 test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one torch under another: masks and gradients
 	$(CUDA_PY) -W ignore -c 'import fused_dropout as fd, torch; i = fd.backend_info(); print(i); \
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
-	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE)
+	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE) tests/test_attention.py
 
 test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")

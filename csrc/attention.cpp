@@ -19,6 +19,7 @@ namespace {
 // Scores that are worked on at once, which fit into a core's second cache with their gradient.
 constexpr int64_t kScores = 1 << 18;
 constexpr int64_t kFewestRows = 32, kMostRows = 256;
+constexpr int64_t kMostCausalRows = 128;  // a block also multiplies what lies beyond the diagonal within it
 // Below this many scores a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -120,7 +121,7 @@ struct Attention {
   int64_t batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
   int64_t key_heads = key.size(1), shared = heads / key_heads;  // so many heads share a key head
   int64_t pitch = (keys + kRowPadding - 1) / kRowPadding * kRowPadding;
-  int64_t rows = std::min(queries, std::clamp(kScores / pitch, kFewestRows, kMostRows));
+  int64_t rows = std::min(queries, std::clamp(kScores / pitch, kFewestRows, is_causal ? kMostCausalRows : kMostRows));
   int64_t threads = torch::stable::get_num_threads();
   // Key heads that are worked on at once.
   int64_t group =

@@ -152,7 +152,7 @@ def _check(
 def _as_rows(x: Tensor) -> Tensor:
     """In four dimensions, the elements of a row next to each other."""
     x = x if x.dim() == 4 else x.unsqueeze(0)
-    return x.resolve_neg() if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def scaled_dot_product_attention(
