@@ -24,7 +24,7 @@ from .memory import measure_memory, measure_saved_bytes
 from .quality import measure_drop_rate, measure_training
 from .speed import CASES, DTYPES, FULL_SIZES, IDLE_CASES, SIZES, measure_model, measure_speed
 from .tables import describe, power
-from .workloads import MEMORY_WORKLOADS, MODULES, WORKLOADS
+from .workloads import MEMORY_WORKLOADS, MODULES, OF_TRANSFORMERS, WORKLOADS
 
 KINDS = ("speed", "saved_bytes", "drop_rate", "training", "memory", "model")  # of records
 _SPEED_SECONDS = {"quick": 3, "usual": 65, "full": 240}  # for all the speeds together, whatever the number of devices
@@ -59,6 +59,8 @@ def plan(device: str, form: str, share: float) -> Iterator[Task]:
         for workload in MEMORY_WORKLOADS:
             yield Task("memory", f"{device} memory of {workload}", partial(measure_memory, device, workload))
         for workload, compiled in product(WORKLOADS, (False, True)):
+            if compiled and workload in OF_TRANSFORMERS:  # a minute to compile, each
+                continue
             model = partial(measure_model, device, workload, share * _MODEL_SECONDS / 2, compiled)
             yield Task("model", f"{device} {'compiled ' * compiled}{workload}", model)
 

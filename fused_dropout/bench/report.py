@@ -20,7 +20,7 @@ from ..testing.statistics import correlations
 from .tables import Record, describe, mebibytes
 
 TORCH, OURS, PAIRED, FLOOR = "#D55E00", "#0072B2", "#009E73", "#999999"
-COLOURS = {"nn.Dropout": TORCH, "fd.Dropout": OURS, "fd, paired": PAIRED, "p = 0": FLOOR}
+COLOURS = {"nn.Dropout": TORCH, "fd.Dropout": OURS, "fd, paired": PAIRED, "fd, patched": PAIRED, "p = 0": FLOOR}
 THEMES = {"light": ("#ffffff", "#222222"), "dark": ("#16181d", "#dddddd")}
 SIDE, LAGS = 96, 2**20
 
@@ -129,21 +129,23 @@ def plot_models(result: Result, device: str) -> Figure | None:
     if not records:
         return None
     figure, axes = _figure(2, 10, 3.6)
+    workloads = list(dict.fromkeys(r["workload"] for r in records))
     for axis, compiled in zip(axes, (False, True), strict=True):
         here = [r for r in records if r["compiled"] == compiled]
-        workloads = list(dict.fromkeys(r["workload"] for r in here))
-        for i, name in enumerate(("fd.Dropout", "p = 0")):
-            of = [next(r for r in here if r["workload"] == w and r["module"] == name) for w in workloads]
+        for i, name in enumerate(("fd.Dropout", "fd, patched", "p = 0")):
+            of = [r for r in here if r["module"] == name]
+            if not of:
+                continue
             spread = _error_bars(of)
-            places = [j + (i - 0.5) * 0.38 for j in range(len(workloads))]
+            places = [workloads.index(r["workload"]) + (i - 1) * 0.28 for r in of]
             axis.barh(
-                places, [r["ratio"] for r in of], 0.36, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name
+                places, [r["ratio"] for r in of], 0.26, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name
             )
         axis.axvline(1, color=TORCH, linewidth=1.5, label="nn.Dropout")
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
-        axis.invert_yaxis()
+        axis.set_ylim(len(workloads) - 0.5, -0.5)
         axis.set(title="compiled" if compiled else "eager", xlabel="times the speed with nn.Dropout")
-    _legend_below(figure, axes[1])
+    _legend_below(figure, axes[0])
     return figure
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..patching import patched
 from .timing import Contender, Speed, clock_of, rounds
-from .workloads import MODULES, WORKLOADS, P, step, swap, without_dropout
+from .workloads import MODULES, OF_TRANSFORMERS, WORKLOADS, P, step, swap, without_dropout
 
 SIZES = {"cpu": (2**10, 2**16, 2**20), "cuda": (2**12, 2**20, 2**26)}
 FULL_SIZES = {"cpu": tuple(2**k for k in range(6, 27, 2)), "cuda": tuple(2**k for k in range(10, 31, 2))}
@@ -43,7 +44,7 @@ class Comparison:
 class Model:
     device: str
     workload: str
-    module: str  # "nn.Dropout", "fd.Dropout" or "p = 0"
+    module: str  # "nn.Dropout", "fd.Dropout", "p = 0" or "fd, patched"
     compiled: bool
     seconds: float  # a step, forward and backward: median
     ratio: float  # of nn.Dropout's time, equally compiled, to this: median, 10th and 90th percentile
@@ -88,14 +89,22 @@ def measure_speed(device: str, dtype: str, numel: int, case: str, seconds: float
     return [Comparison(device, dtype, numel, case, p, *medians, *ours.ratio, ours.samples, floor_ns)]
 
 
+def _patched(call: Callable[[], object]) -> None:
+    with patched():
+        call()
+
+
 def measure_model(device: str, workload: str, seconds: float, compiled: bool) -> list[Model]:
     model, x = WORKLOADS[workload]()
     model, x = model.to(device), x.to(device)
     models = {"nn.Dropout": model, "fd.Dropout": swap(deepcopy(model)), "p = 0": without_dropout(deepcopy(model))}
+    if workload in OF_TRANSFORMERS:
+        models["fd, patched"] = model
     contenders = {}
     for name, module in models.items():
         run = torch.compile(module) if compiled else module
-        contenders[name] = Contender(partial(step, run, list(module.parameters()), x), clock_of(device))
+        call = partial(step, run, list(module.parameters()), x)
+        contenders[name] = Contender(partial(_patched, call) if name == "fd, patched" else call, clock_of(device))
         for _ in range(2):
             contenders[name].sample()
     records = []

@@ -4,6 +4,7 @@ Each function gives a model and its input, dropout modules of torch's in place; 
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -126,12 +127,44 @@ def lstm(p: float = P) -> tuple[nn.Module, Tensor]:
     return Recurrent(256, p), torch.randn(32, 64, 256)
 
 
+class Logits(nn.Module):
+    """A language model of transformers as a function of token numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits
+
+
+def bert_base(p: float = P) -> tuple[nn.Module, Tensor]:
+    """Two layers of BERT base's shape, with transformers' default attention; two sequences of 512."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(num_hidden_layers=2, vocab_size=1000, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    return Logits(BertForMaskedLM(config)), torch.randint(1000, (2, 512))
+
+
+def gpt2(p: float = P) -> tuple[nn.Module, Tensor]:
+    """Two layers of GPT-2 small's shape, likewise."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    special = {"bos_token_id": None, "eos_token_id": None}  # which lie beyond so few tokens
+    config = GPT2Config(n_layer=2, vocab_size=1000, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, **special)
+    return Logits(GPT2LMHeadModel(config)), torch.randint(1000, (2, 512))
+
+
+# Their attention is a function, which ``patch`` reaches.
+OF_TRANSFORMERS = {"BERT base, 2 layers": bert_base, "GPT-2 small, 2 layers": gpt2}
 WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
     "MLP 784-512-256-128-10": mlp,
     "GPT-2 small block": gpt2_block,
     "BERT large layer": bert_large_layer,
     "TransformerEncoderLayer": encoder_layer,
     "2-layer LSTM": lstm,
+    **(OF_TRANSFORMERS if find_spec("transformers") else {}),
 }
 
 
