@@ -351,6 +351,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const st
                   "a key is a uint64 tensor of shape (2,): [seed, offset]");
 }
 
+// The tensors have to live as long as the result.
 Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
                        double p, const Tensor& dropout_key, bool is_causal, double scale_of_scores) {
   const uint64_t* words = dropout_key.const_data_ptr<uint64_t>();
@@ -379,7 +380,7 @@ bool widens(const Tensor& x) {
   return x.scalar_type() == ScalarType::Half || (x.scalar_type() == kBFloat && !has_bfloat16);
 }
 
-// The rows' elements next to each other, which a row's sum needs.
+// A tensor whose rows' elements are next to each other. A compiler may hand over others.
 Tensor with_rows(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
 }
@@ -394,7 +395,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                              dropout_key, is_causal, scale_of_scores);
     return {to(out, query.scalar_type()), statistics};
   }
-  const Attention call = attention_of(query, key, value, bias, p, dropout_key, is_causal, scale_of_scores);
+  const Tensor q = with_rows(query), k = with_rows(key), v = with_rows(value);
+  const Attention call = attention_of(q, k, v, bias, p, dropout_key, is_causal, scale_of_scores);
   const Tensor out = new_heads(query, value.size(3));
   const std::array<int64_t, 4> sizes{call.batch, call.heads, call.queries, 2};
   const Tensor statistics = torch::stable::empty({sizes.data(), 4}, kFloat);
@@ -425,7 +427,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& gradient, co
                            statistics, bias, p, dropout_key, is_causal, scale_of_scores);
     return {to(dquery, dtype), to(dkey, dtype), to(dvalue, dtype)};
   }
-  const Attention call = attention_of(query, key, value, bias, p, dropout_key, is_causal, scale_of_scores);
+  const Tensor q = with_rows(query), k = with_rows(key), v = with_rows(value);
+  const Attention call = attention_of(q, k, v, bias, p, dropout_key, is_causal, scale_of_scores);
   const Tensor dquery = new_heads(query, query.size(3)), dkey = new_heads(key, key.size(3));
   const Tensor dvalue = new_heads(value, value.size(3));
   backward(call, with_rows(gradient), with_rows(out), statistics, dquery, dkey, dvalue);

@@ -149,12 +149,6 @@ def _check(
     _torchs_own(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """In four dimensions, the elements of a row next to each other."""
-    x = x if x.dim() == 4 else x.unsqueeze(0)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -231,12 +225,12 @@ def scaled_dot_product_attention(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     own = dispatch.key_of_call(query.device, generator, dropout_key, None, is_compiling(), needs_grad)
     mask = attn_mask if attn_mask is None or query.dim() == 4 else attn_mask[(None,) * (attn_mask.dim() == 3)]
-    arguments = (_as_rows(query), _as_rows(key), _as_rows(value), mask, float(dropout_p), own, is_causal, factor)
+    q, k, v = (x if x.dim() == 4 else x.unsqueeze(0) for x in (query, key, value))
+    drop = (float(dropout_p), own, is_causal, factor)
     if needs_grad:
-        out = (_Attention.apply if is_compiling() else _apply_eager)(*arguments)
+        out = (_Attention.apply if is_compiling() else _apply_eager)(q, k, v, mask, *drop)
     else:
-        q, k, v, _, *rest = arguments
-        out = _attention(q, k, v, _expanded(mask, q, k), *rest)[0]
+        out = _attention(q, k, v, _expanded(mask, q, k), *drop)[0]
     return out if query.dim() == 4 else out.squeeze(0)
 
 

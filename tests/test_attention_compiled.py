@@ -399,3 +399,33 @@ def test_fake_tensors():
 def test_meta_tensors():
     q, k, v = (torch.empty(t.shape, device="meta") for t in tensors(Ev=4))
     assert fd.scaled_dot_product_attention(q, k, v, dropout_p=P).shape == (2, 3, 5, 4)
+
+
+OPERATOR_INPUTS = {
+    "rows": lambda *shape: torch.randn(shape),
+    "columns": lambda *shape: torch.randn(*shape[:2], shape[3], shape[2]).mT,
+    "every other": lambda *shape: torch.randn(*shape[:3], 2 * shape[3])[..., ::2],
+    "heads inside": lambda *shape: torch.randn(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", OPERATOR_INPUTS)
+@pytest.mark.parametrize("shared", [1, 2])
+def test_operators(layout, shared):
+    """A compiler may hand over inputs of any strides. opcheck: schema, fake kernels, tracing."""
+    make = OPERATOR_INPUTS[layout]
+    query, key, value = make(2, 4, 5, 8), make(2, 4 // shared, 7, 8), make(2, 4 // shared, 7, 6)
+    mask = (torch.rand(2, 1, 1, 7) < 0.8).expand(2, 4, 5, 7)
+    options = (mask, P, KEY, False, 0.3)
+    forward = torch.ops.fused_dropout.attention.default
+    backward = torch.ops.fused_dropout.attention_backward.default
+    out, statistics = forward(query, key, value, *options)
+    gradient = make(2, 4, 5, 6)
+    want = forward(*(t.contiguous() for t in (query, key, value)), *options)
+    torch.testing.assert_close((out, statistics), want)
+    saved = (query, key, value, out, statistics)
+    plain = [t.contiguous() for t in (gradient, *saved)]
+    torch.testing.assert_close(backward(gradient, *saved, *options), backward(*plain, *options))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(forward, (query, key, value, *options), test_utils=tests)
+    torch.library.opcheck(backward, (gradient, *saved, *options), test_utils=tests)
