@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cinttypes>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -625,6 +626,83 @@ int64_t side_by_side(const CpuKernels& kernels) {
   return static_cast<int64_t>(cuts.size()) - 1;
 }
 
+// ---------------------------------------------------------------------------------------------- attention
+
+// A row's memory, up to a page that cannot be touched.
+struct RowMemory {
+  explicit RowMemory(int64_t n) : all(static_cast<size_t>(n + kRowPadding) * sizeof(float)) {
+    const int64_t padded = (n + kRowPadding - 1) / kRowPadding * kRowPadding;
+    row = reinterpret_cast<float*>(all.begin + all.size) - padded;
+  }
+  Guarded all;
+  float* row;
+};
+
+void near(double got, double wanted, double tolerance, const char* what, int64_t i) {
+  if (!(std::abs(got - wanted) <= tolerance)) fail("%s %" PRId64 " is %.9g, not %.9g", what, i, got, wanted);
+}
+
+// A row of scores against a loop in float64.
+void attention_row(const CpuKernels& kernels, int64_t n, uint64_t index, float scale, float step) {
+  const MaskParams params = params_of(0.3);
+  const RowMemory scores(n), gradient(n), weights(n);
+  current = {kernels.isa, "float32", "attention", index, n, params, scores.row, gradient.row};
+  std::vector<double> of_scores(static_cast<size_t>(n)), of_gradient(of_scores), softmax(of_scores), kept(of_scores);
+  double maximum = -1e300, sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    of_scores[i] = static_cast<float>(step * static_cast<float>(static_cast<int64_t>(value<Half>(i) % 2001) - 1000));
+    of_gradient[i] = static_cast<float>(value<Half>(i + n) % 2001) / 1000.0f - 1;
+    scores.row[i] = static_cast<float>(of_scores[i]);
+    gradient.row[i] = static_cast<float>(of_gradient[i]);
+    const uint64_t element = index + static_cast<uint64_t>(i);
+    kept[i] = keep(block_words(params.key, element / kBlock), element % kBlock, params.threshold) ? params.scale : 0;
+    maximum = std::max<double>(maximum, static_cast<float>(of_scores[i]) * scale);
+  }
+  for (int64_t i = 0; i < n; ++i) sum += softmax[i] = std::exp(of_scores[i] * scale - maximum);
+  const RowStatistics statistics = kernels.attention.softmax_drop(scores.row, n, scale, index, params);
+  near(statistics.maximum, maximum, 1e-5 * (1 + std::abs(maximum)), "the maximum", 0);
+  near(statistics.inverse * sum, 1, 1e-5, "the sum", 0);
+  const float delta = 0.25f, outer = 0.5f;
+  for (int64_t i = 0; i < n; ++i) near(scores.row[i], kept[i] * softmax[i] / sum, 1e-5, "weight", i);
+  for (int64_t i = 0; i < n; ++i) scores.row[i] = static_cast<float>(of_scores[i]);
+  kernels.attention.softmax_drop_backward(scores.row, gradient.row, weights.row, n, scale, outer, statistics, delta,
+                                          index, params);
+  double dot = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double weight = softmax[i] / sum;
+    near(scores.row[i], kept[i] * weight, 1e-5, "weight in backward", i);
+    near(gradient.row[i], outer * weight * (kept[i] * of_gradient[i] - delta), 1e-5, "gradient", i);
+    dot += static_cast<double>(scores.row[i]) * gradient.row[i];
+  }
+  near(kernels.attention.dot(scores.row, gradient.row, n), dot, 1e-5, "dot", 0);
+}
+
+int64_t attention_rows(const CpuKernels& kernels) {
+  int64_t rows = 0;
+  for (const int64_t n : {1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 200, 1000}) {
+    for (const uint64_t index : {uint64_t{0}, uint64_t{13}, two_to(35) - 9}) {
+      for (const float step : {0.0f, 0.01f, 1.0f}) attention_row(kernels, n, index, 0.125f, step), ++rows;
+    }
+    // Masked whole.
+    const RowMemory masked(n);
+    std::fill_n(masked.row, n, -std::numeric_limits<float>::infinity());
+    const RowStatistics statistics = kernels.attention.softmax_drop(masked.row, n, 1.0f, 0, params_of(0.3));
+    if (!(statistics.maximum > 1e38f) || statistics.inverse != 0) fail("the statistics of a masked row");
+    for (int64_t i = 0; i < n; ++i) near(masked.row[i], 0, 0, "masked weight", i);
+    // All of bfloat16 there and back.
+    std::vector<BFloat16> half(static_cast<size_t>(n)), back(half);
+    for (int64_t i = 0; i < n; ++i) half[i].bits = static_cast<uint16_t>(value<BFloat16>(i));
+    const RowMemory wide(n);
+    kernels.attention.widen(half.data(), wide.row, n);
+    kernels.attention.narrow(wide.row, back.data(), n);
+    for (int64_t i = 0; i < n; ++i) {
+      const bool both_nan = is_nan<BFloat16>(half[i].bits) && is_nan<BFloat16>(back[i].bits);
+      if (half[i].bits != back[i].bits && !both_nan) fail("bfloat16 %" PRId64 " changes", i);
+    }
+  }
+  return rows;
+}
+
 // ---------------------------------------------------------------------------------------------- main
 
 struct Set {
@@ -654,7 +732,7 @@ int64_t run(const CpuKernels& kernels, bool threads) {
            side_by_side<BFloat16>(kernels) + side_by_side<bool>(kernels);
   }
   return Tester<float>(kernels).run() + Tester<double>(kernels).run() + Tester<Half>(kernels).run() +
-         Tester<BFloat16>(kernels).run() + Tester<bool>(kernels).run();
+         Tester<BFloat16>(kernels).run() + Tester<bool>(kernels).run() + attention_rows(kernels);
 }
 
 }  // namespace
