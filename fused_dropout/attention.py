@@ -44,7 +44,7 @@ class _Attention(torch.autograd.Function):
         )
         ctx.save_for_backward(query, key, value, out, statistics, attn_mask, dropout_key)
         ctx.p, ctx.is_causal, ctx.scale = p, is_causal, scale
-        ctx.words = autograd.words_of(dropout_key)
+        ctx.words = None if is_traced_ahead(query) else autograd.words_of(dropout_key)
         return out
 
     @staticmethod
@@ -116,7 +116,7 @@ def _is_covered(
     tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
     if p >= 1 or is_recorded() or (is_causal and attn_mask is not None):
         return False
-    if any(autograd.must_compose(x) and not (is_compiling() and is_traced_ahead(x)) for x in tensors):
+    if any(autograd.must_compose(x) and not is_traced_ahead(x) for x in tensors):
         return False
     if not all(x.is_cpu and x.layout is torch.strided and not x.is_nested for x in tensors):
         return False
@@ -223,12 +223,13 @@ def scaled_dot_product_attention(
         return _compose(query, key, value, attn_mask, dropout_p, is_causal, factor, generator, dropout_key)
     factor = 1 / sqrt(query.shape[-1]) if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    own = dispatch.key_of_call(query.device, generator, dropout_key, None, is_compiling(), needs_grad)
+    traced = is_compiling() or is_traced_ahead(query)
+    own = dispatch.key_of_call(query.device, generator, dropout_key, None, traced, needs_grad)
     mask = attn_mask if attn_mask is None or query.dim() == 4 else attn_mask[(None,) * (attn_mask.dim() == 3)]
     q, k, v = (x if x.dim() == 4 else x.unsqueeze(0) for x in (query, key, value))
     drop = (float(dropout_p), own, is_causal, factor)
     if needs_grad:
-        out = (_Attention.apply if is_compiling() else _apply_eager)(q, k, v, mask, *drop)
+        out = (_Attention.apply if traced else _apply_eager)(q, k, v, mask, *drop)
     else:
         out = _attention(q, k, v, _expanded(mask, q, k), *drop)[0]
     return out if query.dim() == 4 else out.squeeze(0)

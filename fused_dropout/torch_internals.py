@@ -81,9 +81,10 @@ def is_fake(x: object) -> bool:
 
 def is_traced_ahead(x: object) -> bool:
     """Whether AOTAutograd traces x, inside a function of torch that Dynamo left whole, such as multi-head attention.
-    Without the class such calls go to torch's own function, and their masks are not eager's."""
+    ``is_compiling`` says so only in later versions. Without the class such calls go to torch's own function, and their
+    masks are not eager's."""
     module = sys.modules.get("torch._subclasses.functional_tensor")
-    return module is not None and isinstance(x, module.FunctionalTensor)
+    return module is not None and isinstance(x, module.FunctionalTensor) and forward_ad._current_level < 0
 
 
 def wraps_tensors(x: Tensor) -> bool:
