@@ -83,7 +83,7 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
     if isinstance(module, nn.Identity):
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
     looks_like_dropout = any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth"))
-    if looks_like_dropout and type(module) is not modules.DropPath:
+    if looks_like_dropout and not type(module).__module__.startswith("fused_dropout."):
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
 

@@ -245,3 +245,14 @@ def test_examples_of_the_docstrings():
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "nn": nn})
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+def test_modules_of_ours_are_not_reported_as_left():
+    ours = [fd.DropoutAdd(0.1), fd.ReLUDropout(0.1), fd.DropoutLinear(3, 3), fd.DropPath(0.1)]
+
+    class MyDropout(nn.Module):
+        pass
+
+    left = fd.convert_report(nn.Sequential(*ours, MyDropout())).left
+    assert list(left) == ["4"]
+    assert left["4"].endswith("MyDropout, not torch's")
