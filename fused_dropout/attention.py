@@ -52,6 +52,8 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, statistics, attn_mask, saved_key = ctx.saved_tensors
         dropout_key = autograd.key_for_backward(ctx.words, saved_key)
         if torch.is_grad_enabled() and not is_compiling():
+            # Views, so that each gets its own gradient alone, also if one was made of another, or is another.
+            query, key, value = (x.view_as(x) for x in (query, key, value))
             inputs = [x for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False) if needed]
             result = _compose(query, key, value, attn_mask, ctx.p, ctx.is_causal, ctx.scale, None, dropout_key)
             gradients = iter(torch.autograd.grad(result, inputs, gradient, create_graph=True))

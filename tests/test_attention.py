@@ -898,3 +898,35 @@ def test_encoder_layer(patched, norm_first):
         found.append((y, *torch.autograd.grad(y, [leaf, *layer.parameters()], gradient_for(y))))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+RELATED = {
+    "one tensor": lambda x, m: (x, x, x),
+    "keys and values": lambda x, m: (x, m, m),
+    "one of another": lambda x, m: (x, 2 * x, x.sin()),
+    "siblings": lambda x, m: ((x + m).cos(), x + m, x * m),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (1, 2, 5, 4)], ids=str)
+@pytest.mark.parametrize("related", RELATED)
+def test_inputs_that_are_made_of_each_other(related, shape):
+    """Each path is counted once, with a graph of the gradient and without, and in the second derivative."""
+    x, m = (torch.randn(shape, requires_grad=True) for _ in range(2))
+
+    def derivatives(attention):
+        y = attention(*RELATED[related](x, m)).square().sum() + m.sum()
+        plain = torch.autograd.grad(y, (x, m), retain_graph=True)
+        first = torch.autograd.grad(y, (x, m), create_graph=True)
+        return [*plain, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, m), allow_unused=True)]
+
+    def composed_here(q, k, v):
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return fd.dropout(weights, P, key=KEY) @ v
+
+    got = derivatives(lambda *of: fd.scaled_dot_product_attention(*of, dropout_p=P, dropout_key=KEY))
+    for a, b in zip(got, derivatives(composed_here), strict=True):
+        if b is None:
+            assert a is None or not a.any()
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
