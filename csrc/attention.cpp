@@ -167,12 +167,12 @@ struct Attention {
     torch::stable::parallel_for(0, batch * groups, 1, some);
   }
 
-  // Calls work(head of the group, row, scratch memory for two rows) for all rows.
+  // Calls work(head of the group, row, scratch memory for three rows of scores and two of values) for all rows.
   template <typename Work>
   void each_row(int64_t heads_here, int64_t rows_here, const Work& work) const {
     const int64_t grain = std::max<int64_t>(1, kGrain / keys);
     torch::stable::parallel_for(0, heads_here * rows_here, grain, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(3 * pitch * sizeof(float));
+      const Scratch scratch((3 * pitch + 2 * value.size(3)) * sizeof(float));
       for (int64_t i = begin; i < end; ++i) work(i / rows_here, i % rows_here, scratch.floats());
     });
   }
@@ -306,9 +306,9 @@ void backward(const Attention& call, const Tensor& gradient, const Tensor& out, 
           if (g.dtype == kFloat) {
             delta = call.kernels.dot(g.row<float>(h, i), y.row<float>(h, i), width);
           } else {
-            const Scratch wide(2 * width * sizeof(float));
-            delta = call.kernels.dot(open_row(g, h, i, width, wide.floats(), call.kernels),
-                                     open_row(y, h, i, width, wide.floats() + width, call.kernels), width);
+            float* wide = scratch + 3 * call.pitch;
+            delta = call.kernels.dot(open_row(g, h, i, width, wide, call.kernels),
+                                     open_row(y, h, i, width, wide + width, call.kernels), width);
           }
           float* row = open_row(scores, h, i, n, scratch, call.kernels);
           float* drow = open_row(gradients, h, i, n, scratch + call.pitch, call.kernels);

@@ -1,10 +1,16 @@
 """Shared by the bit-exact tests: inputs, and the contract's answer for any layout."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import contract
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dropout import reference
 
@@ -63,3 +69,33 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     got = got.detach().cpu()
     same = (got.view(BITS[got.dtype]) == want.view(BITS[want.dtype])) | (got.isnan() & want.isnan())
     assert same.all(), f"{int((~same).sum())} of {same.numel()} differ, the first at {(~same).nonzero()[0].tolist()}"
+
+
+def run_on(isa: str, module: str) -> None:
+    """``compact()`` of a test module in a process that uses the CPU kernels of an instruction set, and hides what is
+    hidden here. It has to print which ones served."""
+    hidden = [name for name in ("_C", "_eager") if sys.modules.get(f"fused_dropout.{name}", 0) is None]
+    code = f"import sys; sys.modules.update({dict.fromkeys(['fused_dropout.' + name for name in hidden])})"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}; import {module}; {module}.compact()"],
+        env={**os.environ, "FUSED_DROPOUT_CPU_ISA": isa},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa] or isa != "portable"
+
+
+class Passing(TorchDispatchMode):
+    """Sees each operation, and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+class PassingFunctions(TorchFunctionMode):
+    """The same of torch's functions."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})

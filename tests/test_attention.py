@@ -2,16 +2,12 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, key_tensor
+from helpers import assert_same, key_tensor, run_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -548,17 +544,7 @@ def compact():
 def test_instruction_sets(isa, info):
     if info.devices["cpu"] != "native":
         pytest.skip("no kernels")
-    hidden = [name for name in ("_C", "_eager") if sys.modules.get(f"fused_dropout.{name}", 0) is None]
-    code = f"import sys; sys.modules.update({dict.fromkeys(['fused_dropout.' + name for name in hidden])})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{code}; import test_attention; test_attention.compact()"],
-        env={**os.environ, "FUSED_DROPOUT_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa] or isa != "portable"
+    run_on(isa, "test_attention")
 
 
 # ------------------------------------------------------------------------------------------- key, generator and errors

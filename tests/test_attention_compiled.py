@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ON_FAKE_GPU
-from helpers import assert_same
+from helpers import Passing, PassingFunctions, assert_same
 from test_attention import (
     HALF,
     KEY,
@@ -26,8 +26,6 @@ from test_attention import (
 )
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dropout as fd
 
@@ -326,16 +324,6 @@ def test_autocast_without_dropout():
 
 
 # ---------------------------------------------------------------------------------------------------------------- modes
-
-
-class Passing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **kwargs or {})
-
-
-class PassingFunctions(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **kwargs or {})
 
 
 class Plain(torch.Tensor):

@@ -1,15 +1,11 @@
 """``fd.dropout_add`` and ``fd.relu_dropout`` against the separate calls, bit for bit."""
 
 import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same, for_dtypes
+from helpers import DTYPES, Passing, PassingFunctions, assert_same, for_dtypes, run_on
 from separate_calls import (
     KEY,
     P,
@@ -20,8 +16,6 @@ from separate_calls import (
     separate_relu,
     two_calls_add,
 )
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_dropout as fd
 
@@ -173,17 +167,7 @@ def compact():
 def test_instruction_sets(isa, info):
     if info.devices["cpu"] != "native":
         pytest.skip("no kernels")
-    hidden = [name for name in ("_C", "_eager") if sys.modules.get(f"fused_dropout.{name}", 0) is None]
-    code = f"import sys; sys.modules.update({dict.fromkeys(['fused_dropout.' + name for name in hidden])})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{code}; import test_neighbours; test_neighbours.compact()"],
-        env={**os.environ, "FUSED_DROPOUT_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa] or isa != "portable"
+    run_on(isa, "test_neighbours")
 
 
 @for_dtypes
@@ -306,16 +290,6 @@ def test_wrapped_tensors(ours, theirs, takes, wrap, place):
     tensors = [torch.randn(6, 6), torch.randn(6, 6), torch.randn(6)][:takes]
     for ends in ENDS[:4]:
         assert_drawn_alike(ours, theirs, tensors, views=views, **ends)
-
-
-class Passing(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **kwargs or {})
-
-
-class PassingFunctions(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **kwargs or {})
 
 
 CONTEXTS = {

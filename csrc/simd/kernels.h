@@ -97,8 +97,8 @@ constexpr int64_t kRowPadding = 16;
 struct AttentionKernels {
   // The scores become their softmax, dropped: scale stands before the exponent, the mask's own scale after it.
   RowStatistics (*softmax_drop)(float* scores, int64_t n, float scale, uint64_t index, const MaskParams& params);
-  // The scores become the same again. Their gradient takes the place of the dropped weights' gradient, but for the
-  // factor `scale`, which `gradient_scale` has. delta: the sum of the output times its gradient. weights: scratch.
+  // The scores become the same again. `gradient` holds the gradient of the dropped weights, and then that of the scores
+  // times gradient_scale. delta: the sum of the output times its gradient. weights: memory to work in.
   void (*softmax_drop_backward)(float* scores, float* gradient, float* weights, int64_t n, float scale,
                                 float gradient_scale, const RowStatistics& statistics, float delta, uint64_t index,
                                 const MaskParams& params);
