@@ -35,14 +35,14 @@ Tensor apply(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
                            std::optional<double>)>("fused_dropout::apply");
-  return with_torchs_error(x, [&] { return op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale); });
+  return with_torchs_error(x, [&] { return op.call(x, mask.p, mask.key, mask.start, strides_of(mask), mask.scale); });
 }
 
 void apply_(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
                          std::optional<double>)>("fused_dropout::apply_");
-  op.call(x, mask.p, mask.key, 0, strides_of(mask), mask.scale);
+  op.call(x, mask.p, mask.key, mask.start, strides_of(mask), mask.scale);
 }
 
 #ifdef FUSED_DROPOUT_CUDA
@@ -204,7 +204,8 @@ Tensor compose(const Tensor& x, const Mask& mask) {
     if ((*mask.index_strides)[d] == 0) shape[d] = 1;
   }
   const Tensor like = at::empty(shape, at::TensorOptions().dtype(at::kBool).device(x.device()));
-  const Tensor kept = with_torchs_error(like, [&] { return op.call(like, mask.p, mask.key, 0, strides_of(mask)); });
+  const Tensor kept =
+      with_torchs_error(like, [&] { return op.call(like, mask.p, mask.key, mask.start, strides_of(mask)); });
   const double scale = mask.scale ? *mask.scale : mask.p < 1 ? 1.0 / (1.0 - mask.p) : 0.0;
   const Tensor zero = at::zeros({}, at::TensorOptions().dtype(x.scalar_type()).device(x.device()));
   return at::where(kept, x.mul(scale), zero);
@@ -255,6 +256,7 @@ Tensor key_for_backward(const Tensor& of_forward, const Tensor& saved) {
 void save_mask(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask) {
   ctx->saved_data["p"] = mask.p;
   ctx->saved_data["key"] = mask.key;
+  ctx->saved_data["start"] = mask.start;
   if (mask.scale) ctx->saved_data["scale"] = *mask.scale;
   if (mask.index_strides) {
     ctx->saved_data["index_strides"] = *mask.index_strides;
@@ -265,7 +267,7 @@ void save_mask(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mas
 
 Mask saved_mask(torch::autograd::AutogradContext* ctx, const Tensor& gradient) {
   const auto& saved = ctx->saved_data;
-  Mask mask{saved.at("p").toDouble(), Tensor(), std::nullopt, std::nullopt};
+  Mask mask{saved.at("p").toDouble(), Tensor(), std::nullopt, std::nullopt, saved.at("start").toInt()};
   mask.key = key_for_backward(saved.at("key").toTensor(), ctx->get_saved_variables()[0]);
   if (const auto found = saved.find("scale"); found != saved.end()) mask.scale = found->second.toDouble();
   if (const auto found = saved.find("index_strides"); found != saved.end()) {
@@ -365,17 +367,18 @@ namespace {
 // The result, or None where Python has to look: another kind of tensor, a transform, a mode.
 std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
                            const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
-                           std::optional<double> scale) {
+                           std::optional<double> scale, int64_t start) {
   if (!takes_fast_path(x)) return std::nullopt;
   if (x.numel() == 0) return x;
   const bool recorded = at::GradMode::is_enabled() && x.requires_grad();
   if (inplace && !is_writable(x, recorded)) return std::nullopt;
-  Mask mask{p, Tensor(), std::move(index_strides), scale};
+  Mask mask{p, Tensor(), std::move(index_strides), scale, start};
   if (!key && p == 1) {
     mask.key = at::zeros({2}, at::kUInt64);
   } else {
     set_key(mask, x, generator, key, recorded);
   }
+  if (start != 0) write_captured_key(mask);  // the kernel that draws begins at index 0
   const Tensor y = recorded ? Dropout::apply(x, mask, inplace) : run_kernel(x, mask, inplace);
   return inplace ? finish_in_place(x, y, recorded) : y;
 }

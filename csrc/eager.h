@@ -14,13 +14,14 @@ namespace fused_dropout::eager {
 
 using at::Tensor;
 
-// Which elements an operator drops, and what it multiplies the others by: its arguments besides x. The indices start at
-// 0; without index strides they follow the memory order of a dense x, and are row-major otherwise.
+// Which elements an operator drops, and what it multiplies the others by: its arguments besides x. Without index
+// strides the indices follow the memory order of a dense x, and are row-major otherwise.
 struct Mask {
   double p;
   Tensor key;
   std::optional<std::vector<int64_t>> index_strides;
   std::optional<double> scale;
+  int64_t start = 0;
   // Under CUDA graph capture: the addresses of the generator's seed and offset, and what the capture had drawn before.
   // The kernel then draws the key and stores it in `key`.
   std::optional<std::array<int64_t, 3>> captured = std::nullopt;
@@ -92,7 +93,8 @@ std::optional<Tensor> dropout_linear(const Tensor& x, const Tensor& weight, cons
 // dropout_add and relu_dropout likewise, for fused_dropout/neighbours.py.
 std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, double p,
                                   bool inplace, const std::optional<at::Generator>& generator,
-                                  const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides);
+                                  const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
+                                  int64_t start);
 std::optional<Tensor> relu_dropout(const Tensor& x, double p, bool inplace,
                                    const std::optional<at::Generator>& generator, const std::optional<Tensor>& key);
 

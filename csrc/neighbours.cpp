@@ -20,9 +20,10 @@ Tensor run_dropout_add(const Tensor& x, const Tensor& residual, const std::optio
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto strides = strides_of(mask);
   if (!inplace) {
-    return with_torchs_error(x, [&] { return op.call(x, residual, bias, mask.p, mask.key, 0, strides, mask.scale); });
+    return with_torchs_error(
+        x, [&] { return op.call(x, residual, bias, mask.p, mask.key, mask.start, strides, mask.scale); });
   }
-  in_place.call(x, residual, bias, mask.p, mask.key, 0, strides, mask.scale);
+  in_place.call(x, residual, bias, mask.p, mask.key, mask.start, strides, mask.scale);
   return x;
 }
 
@@ -128,7 +129,8 @@ bool fits(const Tensor& x, const Tensor& other) {
 
 std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, double p,
                                   bool inplace, const std::optional<at::Generator>& generator,
-                                  const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides) {
+                                  const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
+                                  int64_t start) {
   if (!takes_fast_path(x) || x.numel() == 0 || !fits(x, residual) || residual.sizes() != x.sizes()) return std::nullopt;
   if (bias && (!fits(x, *bias) || bias->dim() != 1 || x.dim() == 0 || bias->size(0) != x.size(-1))) return std::nullopt;
   const bool any = x.requires_grad() || residual.requires_grad() || (bias && bias->requires_grad());
@@ -139,7 +141,7 @@ std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const
   if (inplace && (!is_writable(x, recorded) || shares_memory(residual) || (bias && shares_memory(*bias)))) {
     return std::nullopt;
   }
-  Mask mask{p, Tensor(), std::move(index_strides), std::nullopt};
+  Mask mask{p, Tensor(), std::move(index_strides), std::nullopt, start};
   set_key(mask, x, generator, key, recorded);
   write_captured_key(mask);
   const Tensor y = recorded ? DropoutAdd::apply(x, residual, bias, mask, inplace)

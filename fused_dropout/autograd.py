@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from . import operators, reference
+from .distributed import is_distributed
 from .torch_internals import apply_without_functorch, functorch_randomness, is_compiling, is_fake, is_watched
 
 _PLAIN = (Tensor, Parameter)
@@ -24,13 +25,13 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+        ctx: Any, x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
     ) -> Tensor:
         ctx.save_for_backward(key)
-        ctx.p, ctx.scale, ctx.index_strides = p, scale, index_strides
+        ctx.p, ctx.scale, ctx.start, ctx.index_strides = p, scale, start, index_strides
         if index_strides is None and not x.is_contiguous() and reference.is_dense(x):
             ctx.index_strides = x.stride()
-        return operators.apply_as_served(x, p, key, index_strides, scale)
+        return operators.apply_as_served(x, p, key, start, index_strides, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,10 +44,10 @@ class DropoutEager(Dropout):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+        ctx: Any, x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
     ) -> Tensor:
         ctx.words = words_of(key)
-        return Dropout.forward(ctx, x, p, key, index_strides, scale)
+        return Dropout.forward(ctx, x, p, key, start, index_strides, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +63,7 @@ def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, .
     index_strides = ctx.index_strides
     if index_strides is None and not gradient.is_contiguous():
         index_strides = reference.row_major(gradient.shape)
-    return apply(gradient, ctx.p, key, index_strides, ctx.scale), None, None, None, None
+    return apply(gradient, ctx.p, key, ctx.start, index_strides, ctx.scale), None, None, None, None, None
 
 
 def words_of(key: Tensor) -> list[int] | None:
@@ -97,10 +98,16 @@ def must_compose(x: Tensor) -> bool:
     return functorch_randomness() is not None or is_watched() or type(x) not in _PLAIN
 
 
+def takes_operator(x: Tensor) -> bool:
+    """Whether the operator serves x, for which ``must_compose`` may be true: a DTensor has a rule for it."""
+    return not must_compose(x) or (is_distributed(x) and functorch_randomness() is None and not is_watched())
+
+
 def compose(
     x: Tensor,
     p: float,
     key: Tensor,
+    start: int,
     index_strides: Sequence[int] | None,
     scale: float | None,
     inplace: bool = False,
@@ -111,7 +118,18 @@ def compose(
     # the layout of the mask first.
     if x.dim() == 0:
         # A number times a tensor without dimensions has a tangent of float64 in torch.
-        return compose(x.reshape(1), p, key, index_strides and [0], scale, inplace).reshape(())
+        return compose(x.reshape(1), p, key, start, index_strides and [0], scale, inplace).reshape(())
+    factor = reference.scale(p) if scale is None else scale
+    kept = _keep_mask(x, p, key, start, index_strides)
+    if inplace:
+        return x.mul_(factor).masked_fill_(~kept, 0.0)
+    return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _keep_mask(x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None) -> Tensor:
+    """The mask of x as a tensor that no transform wraps, or a DTensor placed as x is."""
+    if is_distributed(x):
+        return operators.keep_mask_as_served(x.detach(), p, key, start, index_strides)
     shape, order = list(x.shape), reference.order_by_stride(x)
     in_order = order == sorted(order)
     if index_strides is not None:
@@ -122,27 +140,30 @@ def compose(
     like = empty(shape if in_order else [shape[d] for d in order], dtype=torch.bool, device=x.device)
     if not in_order:
         like = like.permute([order.index(d) for d in range(x.dim())])
-    kept = operators.keep_mask_as_served(like, p, key, 0, index_strides)
-    factor = reference.scale(p) if scale is None else scale
-    if inplace:
-        return x.mul_(factor).masked_fill_(~kept, 0.0)
-    return torch.where(kept, x * factor, torch.zeros((), dtype=x.dtype, device=x.device))
+    return operators.keep_mask_as_served(like, p, key, start, index_strides)
 
 
 def apply(
-    x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None = None, scale: float | None = None
+    x: Tensor,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Dropout of x with probability p and the mask of the key, with derivatives of every kind.
 
-    x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). index_strides and scale: as
-    in the operator. Returns a tensor with the strides of ``torch.empty_like(x)``.
+    x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). start, index_strides and
+    scale: as in the operator. Returns a tensor with the strides of ``torch.empty_like(x)``.
     """
-    serve = compose if must_compose(x) else apply_plain
-    return serve(x, p, key, index_strides, scale)
+    serve = apply_plain if takes_operator(x) else compose
+    return serve(x, p, key, start, index_strides, scale)
 
 
-def apply_plain(x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None) -> Tensor:
-    """``apply`` for callers that know that ``must_compose`` is false, a compiler among them."""
+def apply_plain(
+    x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
+) -> Tensor:
+    """``apply`` for callers that know that ``takes_operator`` is true, a compiler among them."""
     if x.requires_grad and torch.is_grad_enabled():
-        return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, index_strides, scale)
-    return operators.apply_as_served(x, p, key, index_strides, scale)
+        return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, start, index_strides, scale)
+    return operators.apply_as_served(x, p, key, start, index_strides, scale)

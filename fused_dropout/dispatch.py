@@ -10,7 +10,6 @@
 A tensor that none of them takes is left to torch's own dropout, and ``drop`` returns None for it.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.parameter import Parameter
 
-from . import autograd, keys, native, operators, reference
+from . import autograd, keys, native, operators, reference, windows
+from .autograd import must_compose
+from .distributed import agree, has_part_in, is_distributed, register_rules
 from .torch_internals import functorch_randomness, is_compiling, is_recorded, is_watched, known_zero, wraps_tensors
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -33,25 +34,26 @@ def drop(
     key: Tensor | None = None,
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
+    start: int = 0,
 ) -> Tensor | None:
     """Dropout in training, 0 < p <= 1, with arguments that ``functional.py`` has checked.
 
-    index_strides, scale: as in the operator. Returns None if torch's own dropout has to serve.
+    index_strides, scale, start: as in the operator. Returns None if torch's own dropout has to serve.
 
     Raises:
         TypeError: a key or a generator is given, and the fused path does not take x.
         RuntimeError: in place on memory that elements share.
     """
     if _eager_drop is not None and not is_compiling() and isinstance(x, Tensor):
-        output = _eager_drop(x, p, inplace, generator, key, index_strides, scale)
+        output = _eager_drop(x, p, inplace, generator, key, index_strides, scale, start)
         if output is not None:
             return output
     if not is_covered(x, generator, key):
         return None
     if x.is_cuda:
         operators.settle_cuda(x.device)
-    compiling = is_compiling()
-    if is_empty(x):
+    compiling, sharded = is_compiling(), is_distributed(x)
+    if is_empty(x) or (sharded and not has_part_in(x)):
         return x
     p, given = float(p), key
     randomness = functorch_randomness()
@@ -59,26 +61,61 @@ def drop(
     if key is None and p == 1:
         key = keys.no_key()
     else:
+        if sharded and key is None:
+            agree(x.device_mesh, generator)
         key = key_of_call(x.device, generator, key, randomness, compiling or watched, x.requires_grad)
-    if inplace:
+    if sharded:
+        register_rules()
+    elif inplace:
         check_no_overlap(x)
-    if not watched and (type(x) is Tensor or type(x) is Parameter):
+    if not watched and (type(x) is Tensor or type(x) is Parameter or sharded):
         if inplace and not compiling and not needs_copy(x):
-            operators.apply_(x, p, key, 0, index_strides, scale)
+            operators.apply_(x, p, key, start, index_strides, scale)
             torch.autograd.graph.increment_version(x)
             return x
-        output = autograd.apply_plain(x, p, key, index_strides, scale)
+        output = autograd.apply_plain(x, p, key, start, index_strides, scale)
     else:
         try:
             # Compiled code must not call copy_: AOTAutograd turns it into aten.copy, which has no forward-mode
             # derivative.
-            output = autograd.compose(x, p, key, index_strides, scale, inplace and compiling)
+            output = autograd.compose(x, p, key, start, index_strides, scale, inplace and compiling)
         except NotImplementedError:
             if not wraps_tensors(x):
                 raise
             _refuse_for_torch(x, False, generator, given)
             return None  # a subclass without a rule for the composition
     return x.copy_(output) if inplace and output is not x else output
+
+
+def drop_part(
+    x: Tensor,
+    part: windows.Part,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    index_strides: Sequence[int],
+    scale: float | None = None,
+) -> Tensor:
+    """``drop`` of a part of a tensor, which itself has these index strides. Where the part is empty, the whole is not,
+    and so a key is drawn: all ranks that hold parts draw alike.
+
+    Raises:
+        TypeError: also where the fused path does not take x, and for DTensors.
+    """
+    if not is_covered(x, generator, key, part) or is_distributed(x):
+        raise TypeError("shard is for plain tensors: a DTensor knows its own")
+    if key is None and p < 1 and (is_empty(x) or any(len(own) > 1 for own in part.runs)) and 0 not in part.whole:
+        randomness, watched = functorch_randomness(), is_compiling() or must_compose(x)
+        key = key_of_call(x.device, generator, None, randomness, watched, False)
+
+    def on_window(window: Tensor, start: int, strides: list[int]) -> Tensor:
+        output = drop(window, p, inplace, generator if key is None else None, key, strides, scale, start)
+        assert output is not None  # is_covered said so
+        return output
+
+    output = windows.over_runs(on_window, x, part.runs, 0, index_strides)
+    return x if inplace or is_empty(x) else output
 
 
 def is_empty(x: Tensor) -> bool:
@@ -104,34 +141,35 @@ def key_of_call(
     return key.clone() if recorded and not watched else key
 
 
-def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None) -> bool:
+def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None, shard: object = None) -> bool:
     """Whether the fused path, or its composition, takes x.
 
     Raises:
-        TypeError: it does not, and a key or generator asks for it.
+        TypeError: it does not, and a key, a generator or a shard asks for it.
     """
     recorded = is_recorded()
     taken = type(x) is Tensor or type(x) is Parameter
-    taken = taken or (isinstance(x, Tensor) and wraps_tensors(x) and not _is_distributed(x))
+    taken = taken or (isinstance(x, Tensor) and wraps_tensors(x))
     taken = taken and x.dtype in _DTYPES and (x.is_cpu or x.is_cuda) and x.layout is torch.strided and not x.is_nested
     if taken and (not recorded or key is not None):
         return True
-    _refuse_for_torch(x, recorded, generator, key)
+    _refuse_for_torch(x, recorded, generator, key, shard)
     return False
 
 
-def _refuse_for_torch(x: Any, recorded: bool, generator: Generator | None, key: Tensor | None) -> None:
+def _refuse_for_torch(
+    x: Any, recorded: bool, generator: Generator | None, key: Tensor | None, shard: object = None
+) -> None:
     """Refuses the arguments that torch's own dropout does not know."""
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
-    if key is not None or generator is not None:
+    if shard is not None and recorded:
+        raise TypeError("shard is not recorded by torch.export and torch.jit.trace without a key")
+    if key is not None or generator is not None or shard is not None:
         kind = f" of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else ""
-        raise TypeError(f"key and generator are for the fused path, which does not take a {type(x).__name__}{kind}")
-
-
-def _is_distributed(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+        raise TypeError(
+            f"key, generator and shard are for the fused path, which does not take a {type(x).__name__}{kind}"
+        )
 
 
 def needs_copy(x: Tensor) -> bool:

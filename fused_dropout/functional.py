@@ -1,6 +1,7 @@
 """``dropout``, its family and ``keep_mask``: what they accept, and what they mean. ``dispatch.py`` serves them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import sqrt
 from operator import index
 from typing import Any
@@ -13,8 +14,11 @@ from torch.utils._device import DeviceContext
 
 from . import operators, reference
 from .autograd import must_compose
-from .dispatch import drop, is_covered
+from .dispatch import drop, drop_part, is_covered
+from .distributed import is_distributed, register_rules
+from .reference import row_major
 from .torch_internals import function_mode, wraps_tensors
+from .windows import Shard, over_runs, part_of
 
 # torch's own, whatever stands at these names later.
 _torch_dropout = F.dropout
@@ -34,6 +38,7 @@ def dropout(
     generator: Generator | None = None,
     key: Tensor | None = None,
     noise_shape: Sequence[int | None] | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Sets each element to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
@@ -52,15 +57,22 @@ def dropout(
         noise_shape: the mask's shape, in place of the input's; it is broadcast over the dimensions where it has 1, so
             that elements there are dropped together. Each entry is 1 or the input's size there, for which ``None``
             may stand. The mask is ``keep_mask(noise_shape, p, key)``, and never expanded in memory.
+        shard: ``(global_shape, offsets)`` if ``input`` is a part of a larger tensor, held by this process: the shape of
+            that tensor, and for each dimension where the part begins in it. The mask is then the part's own of
+            ``keep_mask(global_shape, p, key)``, so that all parts are dropped as one tensor would be. An offset may be
+            a tuple: the beginnings of runs of equal length, one after the other in ``input``. ``noise_shape`` then is
+            the global tensor's. Processes have to use one key, or generators in one state; see the documentation on
+            distributed training. For plain tensors: a DTensor is dropped by the global mask anyway.
 
     Returns:
         A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``; ``input`` itself if
         ``p`` is 0, ``training`` is ``False`` or it is empty, or if ``inplace`` is ``True``.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both.
-        TypeError: ``p`` is not a number; the key is not a tensor; a key or generator for a tensor that the fused path
-            does not cover.
+        ValueError: ``p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both;
+            ``input`` does not lie in the tensor that ``shard`` describes.
+        TypeError: ``p`` is not a number; the key is not a tensor; a key, generator or shard for a tensor that the fused
+            path does not cover.
         RuntimeError: the generator is of another device; in place on a leaf that requires grad, or on shared memory;
             ``noise_shape`` does not broadcast to the input's shape.
 
@@ -77,7 +89,7 @@ def dropout(
                 [0., 0., 0.]])
     """
     if has_torch_function_unary(input) and _is_overridden(input):
-        more = {"generator": generator, "key": key, "noise_shape": noise_shape}
+        more = {"generator": generator, "key": key, "noise_shape": noise_shape, "shard": shard}
         return _hand_over(dropout, _torch_dropout, input, p, training, inplace, more)
     if not 0.0 <= p <= 1.0:
         raise out_of_range(p)
@@ -85,26 +97,44 @@ def dropout(
         check_key(key, input, generator)
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
-    strides = None if noise_shape is None else noise_strides(noise_shape, input)
+    if shard is not None:
+        number = row_major if noise_shape is None else partial(noise_strides, noise_shape)
+        return _drop_shard(input, p, inplace, generator, key, shard, number)
+    strides = None if noise_shape is None else noise_strides(noise_shape, input.shape)
     output = drop(input, p, inplace, generator, key, strides)
     if output is not None:
         return output
     return _torch_dropout(input, p, training, inplace) if strides is None else _noisy(input, p, inplace, strides)
 
 
-def noise_strides(noise_shape: Sequence[int | None], x: Tensor) -> list[int]:
-    """The index strides of a mask of this shape, numbered row-major, and 0 where it is broadcast.
+def _drop_shard(
+    input: Tensor,
+    p: float,
+    inplace: bool,
+    generator: Generator | None,
+    key: Tensor | None,
+    shard: Shard,
+    number: Callable[[Sequence[int]], Sequence[int]],
+    scale: float | None = None,
+) -> Tensor:
+    """``drop`` of a part. number: gives the index strides for the shape of the whole."""
+    part = part_of(input.shape, shard)
+    return drop_part(input, part, p, inplace, generator, key, number(part.whole), scale)
+
+
+def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> list[int]:
+    """The index strides of a mask that is broadcast to this shape: numbered row-major, 0 where it is broadcast.
 
     Raises:
-        RuntimeError: the shape does not broadcast to x's.
+        RuntimeError: it does not broadcast.
     """
-    strides, stride, missing = [0] * x.dim(), 1, x.dim() - len(noise_shape)
-    for d in range(x.dim() - 1, missing - 1, -1):
-        size = x.shape[d] if d < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
-        if missing < 0 or size not in (1, x.shape[d]):
+    strides, stride, missing = [0] * len(shape), 1, len(shape) - len(noise_shape)
+    for d in range(len(shape) - 1, missing - 1, -1):
+        size = shape[d] if d < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
+        if missing < 0 or size not in (1, shape[d]):
             raise RuntimeError(
                 f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
-                f"Input sizes: {list(x.shape)}.  Noise sizes: {list(noise_shape)}"
+                f"Input sizes: {list(shape)}.  Noise sizes: {list(noise_shape)}"
             )
         if size != 1:
             strides[d] = stride
@@ -129,6 +159,7 @@ def dropout1d(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
@@ -137,7 +168,7 @@ def dropout1d(
 
     Args:
         input: shape (N, C, L) or (C, L); dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, training, inplace, generator, key: as in :func:`dropout`.
+        p, training, inplace, generator, key, shard: as in :func:`dropout`.
 
     Returns:
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
@@ -145,7 +176,7 @@ def dropout1d(
     Raises:
         RuntimeError: the input has another number of dimensions. Otherwise as :func:`dropout`.
     """
-    return _channelwise(dropout1d, _torch_dropout1d, (2, 3), 3, input, p, training, inplace, generator, key)
+    return _channelwise(dropout1d, _torch_dropout1d, (2, 3), 3, input, p, training, inplace, generator, key, shard)
 
 
 def dropout2d(
@@ -156,6 +187,7 @@ def dropout2d(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
@@ -164,7 +196,7 @@ def dropout2d(
     Args:
         input: shape (N, C, H, W), or (N, C, L) with torch's warning; dtypes and devices as in :func:`dropout`, else
             torch's own function serves. Other numbers of dimensions from 2 on are taken as (N, C, \*), with a warning.
-        p, training, inplace, generator, key: as in :func:`dropout`.
+        p, training, inplace, generator, key, shard: as in :func:`dropout`.
 
     Returns:
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
@@ -172,7 +204,7 @@ def dropout2d(
     Raises:
         RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
     """
-    return _channelwise(dropout2d, _torch_dropout2d, (4,), None, input, p, training, inplace, generator, key)
+    return _channelwise(dropout2d, _torch_dropout2d, (4,), None, input, p, training, inplace, generator, key, shard)
 
 
 def dropout3d(
@@ -183,6 +215,7 @@ def dropout3d(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
@@ -192,7 +225,7 @@ def dropout3d(
     Args:
         input: shape (N, C, D, H, W) or (C, D, H, W); dtypes and devices as in :func:`dropout`, else torch's own
             function serves. Other numbers of dimensions are taken as (C, \*), with torch's warning.
-        p, training, inplace, generator, key: as in :func:`dropout`.
+        p, training, inplace, generator, key, shard: as in :func:`dropout`.
 
     Returns:
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
@@ -200,7 +233,7 @@ def dropout3d(
     Raises:
         RuntimeError: the input has no dimension. Otherwise as :func:`dropout`.
     """
-    return _channelwise(dropout3d, _torch_dropout3d, (4, 5), 5, input, p, training, inplace, generator, key)
+    return _channelwise(dropout3d, _torch_dropout3d, (4, 5), 5, input, p, training, inplace, generator, key, shard)
 
 
 def _channelwise(
@@ -214,11 +247,14 @@ def _channelwise(
     inplace: bool,
     generator: Generator | None,
     key: Tensor | None,
+    shard: Shard | None,
 ) -> Tensor:
     """One draw a channel. ranks: the numbers of dimensions that torch does not comment on; batched: the one that has
     samples before channels, None if all have."""
     if has_torch_function_unary(input) and _is_overridden(input):
-        return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+        return _hand_over(
+            ours, theirs, input, p, training, inplace, {"generator": generator, "key": key, "shard": shard}
+        )
     if not 0.0 <= p <= 1.0:
         raise out_of_range(p)
     if key is not None:
@@ -227,12 +263,18 @@ def _channelwise(
     lead = 2 if batched is None or dims == batched else 1
     if not training or p == 0 or dims < lead:
         return theirs(input, p, training, inplace)
-    if dims not in ranks and is_covered(input, generator, key):
+    if dims not in ranks and is_covered(input, generator, key, shard):
         theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
-    output = drop(
-        input, p, inplace, generator, key, [input.shape[1] if lead == 2 else 1, 1][:lead] + [0] * (dims - lead)
-    )
+    number = partial(_lead_strides, lead)
+    if shard is not None:
+        return _drop_shard(input, p, inplace, generator, key, shard, number)
+    output = drop(input, p, inplace, generator, key, number(input.shape))
     return theirs(input, p, training, inplace) if output is None else output
+
+
+def _lead_strides(lead: int, shape: Sequence[int]) -> list[int]:
+    """Row-major index strides of the first dimensions, one or two, for a mask that is broadcast over the others."""
+    return [shape[1] if lead == 2 else 1, 1][:lead] + [0] * (len(shape) - lead)
 
 
 def alpha_dropout(
@@ -243,6 +285,7 @@ def alpha_dropout(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""Sets each element to SELU's negative saturation with probability ``p``, then restores mean 0 and variance 1.
 
@@ -253,7 +296,7 @@ def alpha_dropout(
 
     Args:
         input: a tensor of any shape; dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, inplace, generator, key: as in :func:`dropout`; the mask is the one that it applies.
+        p, inplace, generator, key, shard: as in :func:`dropout`; the mask is the one that it applies.
         training: return ``input`` itself if ``False``. Default: ``False``, as in torch
 
     Returns:
@@ -262,7 +305,7 @@ def alpha_dropout(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`dropout`.
     """
-    return _alpha(alpha_dropout, _torch_alpha_dropout, None, input, p, training, inplace, generator, key)
+    return _alpha(alpha_dropout, _torch_alpha_dropout, None, input, p, training, inplace, generator, key, shard)
 
 
 def feature_alpha_dropout(
@@ -273,6 +316,7 @@ def feature_alpha_dropout(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""``alpha_dropout`` of whole channels: the mask of :func:`dropout` with a ``noise_shape`` of (N, C, 1, ...).
 
@@ -280,7 +324,7 @@ def feature_alpha_dropout(
 
     Args:
         input: shape (N, C, \*); dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, training, inplace, generator, key: as in :func:`alpha_dropout`.
+        p, training, inplace, generator, key, shard: as in :func:`alpha_dropout`.
 
     Returns:
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
@@ -288,7 +332,9 @@ def feature_alpha_dropout(
     Raises:
         RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
     """
-    return _alpha(feature_alpha_dropout, _torch_feature_alpha_dropout, 2, input, p, training, inplace, generator, key)
+    return _alpha(
+        feature_alpha_dropout, _torch_feature_alpha_dropout, 2, input, p, training, inplace, generator, key, shard
+    )
 
 
 def _alpha(
@@ -301,33 +347,39 @@ def _alpha(
     inplace: bool,
     generator: Generator | None,
     key: Tensor | None,
+    shard: Shard | None,
 ) -> Tensor:
     """Alpha dropout of elements (lead None), or of all that share the first ``lead`` indices.
 
     It is dropout of x + alpha between two affine maps, so that its mask, its gradient and what they save are dropout's.
     """
     if has_torch_function_unary(input) and _is_overridden(input):
-        return _hand_over(ours, theirs, input, p, training, inplace, {"generator": generator, "key": key})
+        return _hand_over(
+            ours, theirs, input, p, training, inplace, {"generator": generator, "key": key, "shard": shard}
+        )
     if not 0.0 <= p <= 1.0:
         raise out_of_range(p)
     if key is not None:
         check_key(key, input, generator)
-    dropping = training and p != 0 and is_covered(input, generator, key)
+    dropping = training and p != 0 and is_covered(input, generator, key, shard)
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
+    output: Tensor | None
     if p == 1:
         output = drop(input, p, inplace)
         return theirs(input, p, training, inplace) if output is None else output
     if input.dim() == 0:  # see autograd.compose
-        output = _alpha(ours, theirs, lead, input.reshape(1), p, training, False, generator, key).reshape(())
+        output = _alpha(ours, theirs, lead, input.reshape(1), p, training, False, generator, key, None).reshape(())
         return input.copy_(output) if inplace else output
-    # The mask is numbered as input is, which need not have the layout of the sum.
-    if lead:
-        strides: Any = [input.shape[1], 1] + [0] * (input.dim() - 2)
-    else:
-        strides = None if input.is_contiguous() else reference.index_strides_of(input)
     shifted = input + _SELU_SATURATION
-    output = drop(shifted, p, False, generator, key, strides)
+    if shard is not None:
+        number = row_major if lead is None else partial(_lead_strides, lead)
+        output = _drop_shard(shifted, p, False, generator, key, shard, number)
+    elif lead:
+        output = drop(shifted, p, False, generator, key, _lead_strides(lead, input.shape))
+    else:  # numbered as input is, which need not have the layout of the sum
+        strides = None if input.is_contiguous() else reference.index_strides_of(input)
+        output = drop(shifted, p, False, generator, key, strides)
     if output is None:
         return theirs(input, p, training, inplace)
     if output is shifted:  # it is empty
@@ -348,6 +400,7 @@ def drop_path(
     *,
     generator: Generator | None = None,
     key: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Stochastic depth: sets each sample to zero with probability ``drop_prob`` (Huang et al., "Deep Networks with
     Stochastic Depth", ECCV'16), with timm's arguments and defaults.
@@ -357,7 +410,7 @@ def drop_path(
         drop_prob: probability of a sample to be zeroed, between 0 and 1. Default: 0
         training: return ``x`` itself if ``False``. Default: ``False``
         scale_by_keep: multiply the other samples by ``1 / (1 - drop_prob)``. Default: ``True``
-        generator, key: as in :func:`dropout`; the mask is that of ``noise_shape=(N, 1, ..., 1)``.
+        generator, key, shard: as in :func:`dropout`; the mask is that of ``noise_shape=(N, 1, ..., 1)``.
 
     Returns:
         A tensor of x's shape and dtype; ``x`` itself if ``drop_prob`` is 0 or ``training`` is ``False``.
@@ -374,7 +427,7 @@ def drop_path(
                 [0., 0.]])
     """
     if has_torch_function_unary(x) and _is_overridden(x):
-        more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key}
+        more: dict[str, Any] = {"scale_by_keep": scale_by_keep, "generator": generator, "key": key, "shard": shard}
         return handle_torch_function(drop_path, (x,), x, drop_prob=drop_prob, training=training, **more)
     if not 0.0 <= drop_prob <= 1.0:
         raise out_of_range(drop_prob)
@@ -382,8 +435,11 @@ def drop_path(
         check_key(key, x, generator)
     if not training or drop_prob == 0:
         return x
-    strides = [1] + [0] * (x.dim() - 1)
-    output = drop(x, drop_prob, False, generator, key, strides, None if scale_by_keep else 1.0)
+    number, scale = partial(_lead_strides, 1), None if scale_by_keep else 1.0
+    if shard is not None:
+        return _drop_shard(x, drop_prob, False, generator, key, shard, number, scale)
+    strides = number(x.shape)
+    output = drop(x, drop_prob, False, generator, key, strides, scale)
     return _noisy(x, drop_prob, False, strides, scale_by_keep) if output is None else output
 
 
@@ -432,6 +488,7 @@ def keep_mask(
     key: Tensor,
     device: torch.device | str | None = None,
     start: int = 0,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The mask that ``dropout(x, p, key=key)`` applies: True where an element is kept.
 
@@ -441,13 +498,15 @@ def keep_mask(
         p: probability of an element to be dropped, between 0 and 1.
         key: a uint64 tensor of shape (2,), ``[seed, offset]``.
         device: where the mask is made. Default: the tensor's device, or the CPU for a shape.
-        start: the index of the first element, 0 or more.
+        start: the index of the first element, 0 or more; with ``shard``, of the global tensor's first.
+        shard: as in :func:`dropout`: the mask is that part of ``keep_mask(global_shape, p, key)``.
 
     Returns:
         A bool tensor of that shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1; ``start`` is negative; the key has another shape, dtype or device.
+        ValueError: ``p`` is not between 0 and 1; ``start`` is negative; the key has another shape, dtype or device;
+            the shape does not lie in the tensor that ``shard`` describes.
         TypeError: ``start`` is not an integer; the key is not a tensor.
 
     Example::
@@ -468,4 +527,13 @@ def keep_mask(
         # One element stands for all: only shape, layout and device are looked at.
         like = torch.empty((), dtype=torch.bool, device=device or "cpu").expand(tuple(shape))
     check_key(key, like)
-    return operators.keep_mask_as_served(like, float(p), key, index(start))
+    if is_distributed(like):
+        register_rules()
+    if shard is None:
+        return operators.keep_mask_as_served(like, float(p), key, index(start))
+    part = part_of(like.shape, shard)
+
+    def on_window(window: Tensor, start: int, strides: list[int]) -> Tensor:
+        return operators.keep_mask_as_served(window, float(p), key, start, strides)
+
+    return over_runs(on_window, like, part.runs, index(start), row_major(part.whole))

@@ -29,7 +29,7 @@ class _DropoutLinear(torch.autograd.Function):
         ctx.p, ctx.dtype, ctx.column_major = p, dtype, _is_column_major(weight.t())
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         ctx.words = autograd.words_of(key)
-        dropped = operators.apply_as_served(x.to(dtype), p, key, reference.index_strides_of(x), None)
+        dropped = operators.apply_as_served(x.to(dtype), p, key, 0, reference.index_strides_of(x), None)
         return F.linear(dropped, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod

@@ -16,6 +16,7 @@ from . import autograd, dispatch, native, operators, reference
 from .functional import check_key, dropout, noise_strides, out_of_range
 from .modules import Fused
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
+from .windows import Shard, part_of
 
 _eager_dropout_add = native.eager.dropout_add if native.eager else None
 _eager_relu_dropout = native.eager.relu_dropout if native.eager else None
@@ -26,12 +27,19 @@ class _DropoutAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, bias: Tensor | None, p: float, key: Tensor, strides: Sequence[int]
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        bias: Tensor | None,
+        p: float,
+        key: Tensor,
+        start: int,
+        strides: Sequence[int],
     ) -> Tensor:
         ctx.save_for_backward(key)
         ctx.words = autograd.words_of(key)
-        ctx.p, ctx.strides = p, strides
-        return operators.dropout_add(x, residual, bias, p, key, 0, strides)
+        ctx.p, ctx.start, ctx.strides = p, start, strides
+        return operators.dropout_add(x, residual, bias, p, key, start, strides)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,10 +47,10 @@ class _DropoutAdd(torch.autograd.Function):
         of_input = of_bias = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
             key = autograd.key_for_backward(ctx.words, saved)
-            of_input = autograd.apply(gradient, ctx.p, key, ctx.strides)
+            of_input = autograd.apply(gradient, ctx.p, key, ctx.start, ctx.strides)
         if of_input is not None and ctx.needs_input_grad[2]:
             of_bias = of_input.sum_to_size(of_input.shape[-1])
-        return of_input, gradient, of_bias, None, None, None
+        return of_input, gradient, of_bias, None, None, None, None
 
 
 class _ReluDropout(torch.autograd.Function):
@@ -124,14 +132,15 @@ def _drop_as_numbered(
     generator: Generator | None,
     key: Tensor | None,
     noise_shape: Sequence[int | None] | None = None,
+    shard: Shard | None = None,
 ) -> Any:
     """Dropout of x, whose elements are numbered as those of ``input``: what lies between may have another layout."""
     own_layout = isinstance(x, Tensor) and x is not input and x.shape == input.shape and not input.is_contiguous()
-    if training and p > 0 and noise_shape is None and own_layout:
+    if training and p > 0 and noise_shape is None and shard is None and own_layout:
         output = dispatch.drop(x, p, False, generator, key, reference.index_strides_of(input))
         if output is not None:
             return output
-    return dropout(x, p, training, generator=generator, key=key, noise_shape=noise_shape)
+    return dropout(x, p, training, generator=generator, key=key, noise_shape=noise_shape, shard=shard)
 
 
 def dropout_add(
@@ -145,6 +154,7 @@ def dropout_add(
     generator: Generator | None = None,
     key: Tensor | None = None,
     noise_shape: Sequence[int | None] | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""``residual + fd.dropout(input + bias, p, training)`` in one pass.
 
@@ -160,7 +170,7 @@ def dropout_add(
         inplace: overwrite ``input``, never ``residual``, and return it if the result has its shape and dtype.
             Default: ``False``
         bias: what is added before dropout, such as a linear layer's; shape (input.shape[-1],) for the fused path.
-        generator, key, noise_shape: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
+        generator, key, noise_shape, shard: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
             ``noise_shape=(N, 1, ..., 1)`` is stochastic depth: ``residual + fd.drop_path(input, p, training)``.
 
     Returns:
@@ -180,11 +190,11 @@ def dropout_add(
     if key is not None:
         check_key(key, input, generator)
     if training and 0 < p < 1:
-        output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, noise_shape)
+        output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, noise_shape, shard)
         if output is not None:
             return output
     shifted = input if bias is None else input + bias
-    dropped = _drop_as_numbered(shifted, input, p, training, generator, key, noise_shape)
+    dropped = _drop_as_numbered(shifted, input, p, training, generator, key, noise_shape, shard)
     return _into(input, residual + dropped, inplace)
 
 
@@ -197,13 +207,20 @@ def _fused_dropout_add(
     generator: Generator | None,
     key: Tensor | None,
     noise_shape: Sequence[int | None] | None,
+    shard: Shard | None,
 ) -> Tensor | None:
     """The result, or None where the separate calls have to serve."""
     if is_compiling() or not isinstance(input, Tensor) or has_torch_function((input, residual, bias)):
         return None
-    strides = None if noise_shape is None else noise_strides(noise_shape, input)
+    start, strides = 0, None if noise_shape is None or shard is not None else noise_strides(noise_shape, input.shape)
+    if shard is not None:
+        whole, runs = part_of(input.shape, shard)
+        if any(len(own) != 1 for own in runs):
+            return None
+        strides = reference.row_major(whole) if noise_shape is None else noise_strides(noise_shape, whole)
+        start = sum(own[0][0] * stride for own, stride in zip(runs, strides, strict=True))
     if _eager_dropout_add is not None:
-        output = _eager_dropout_add(input, residual, bias, p, inplace, generator, key, strides)
+        output = _eager_dropout_add(input, residual, bias, p, inplace, generator, key, strides, start)
         if output is not None:
             return output
     tensors = (input, residual) if bias is None else (input, residual, bias)
@@ -216,11 +233,11 @@ def _fused_dropout_add(
     own = _key_of(input, generator, key)
     window = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _into(input, _apply_dropout_add(input, residual, bias, p, own, window), inplace)
+        return _into(input, _apply_dropout_add(input, residual, bias, p, own, start, window), inplace)
     if not inplace or dispatch.needs_copy(input) or any(_share_memory(input, other) for other in tensors[1:]):
-        return _into(input, operators.dropout_add(input, residual, bias, p, own, 0, window), inplace)
+        return _into(input, operators.dropout_add(input, residual, bias, p, own, start, window), inplace)
     dispatch.check_no_overlap(input)
-    operators.dropout_add_(input, residual, bias, p, own, 0, window)
+    operators.dropout_add_(input, residual, bias, p, own, start, window)
     torch.autograd.graph.increment_version(input)
     return input
 

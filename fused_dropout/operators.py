@@ -259,15 +259,15 @@ if native.compiles_reference() or (native.cuda_kernels is None and native.eager 
 
 
 def apply_as_served(
-    x: Tensor, p: float, key: Tensor, index_strides: Sequence[int] | None, scale: float | None
+    x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
 ) -> Tensor:
     """``apply``, in the form that is made for whoever runs it: a compiler may fuse it with its neighbours."""
     fuse = native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
     if fuse and is_compiling() and not is_recorded():
         strides = reference.index_strides_of(x) if index_strides is None else index_strides
-        return apply_expanded(x, p, key, 0, strides, scale)
+        return apply_expanded(x, p, key, start, strides, scale)
     try:
-        return apply(x, p, key, 0, index_strides, scale)
+        return apply(x, p, key, start, index_strides, scale)
     except RuntimeError:
         torch.empty_like(x)  # if memory is missing, raises torch's own error: the kernel's has lost its class
         raise

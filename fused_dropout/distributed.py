@@ -1,0 +1,199 @@
+"""DTensors: each rank draws the part of the global tensor's mask that belongs to its shard.
+
+An element has the index that it has in a plain tensor of the global shape and strides. So the mask does not depend on
+how, or over how many devices, a tensor is distributed, and no rank has to ask another.
+"""
+
+import functools
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from . import keys, reference, windows
+from .torch_internals import constant_while_tracing
+
+_agreeing: set[Any] = set()  # meshes whose ranks have been asked
+
+
+def is_distributed(x: object) -> bool:
+    """Whether x is a DTensor. The class is not imported for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+@constant_while_tracing
+def register_rules() -> bool:
+    """Gives the operators their rule for DTensors, whose class takes long to import. Returns True."""
+    _register_rules()
+    return True
+
+
+@functools.cache
+def _register_rules() -> None:
+    from torch.distributed.tensor import DTensor
+
+    from . import operators
+
+    def rule(_: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return _on_shard(operator, *args, **kwargs)
+
+    for name in ("apply", f"apply.{operators.FORM}", "apply_", "keep_mask"):
+        torch.library.register_torch_dispatch(f"fused_dropout::{name}", DTensor, rule, lib=operators._library)
+
+
+def has_part_in(x: Any) -> bool:
+    """Whether this rank belongs to the mesh of a DTensor."""
+    return x.device_mesh.get_coordinate() is not None
+
+
+@constant_while_tracing
+def agree(mesh: Any, generator: Generator | None = None) -> bool:
+    """Sees to it that the ranks of a mesh draw the same keys. Returns True.
+
+    At the first call on a mesh they compare the next key that each would draw. If these differ, warns, and all ranks
+    take the generator state of the first, as torch's own random operations do on CUDA. While Dynamo traces, too: that
+    is then the first call of every rank, and in compiled code it would be too late.
+    """
+    if mesh in _agreeing or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return True
+    _agreeing.add(mesh)
+    with _disable_current_modes():
+        device = _device_of(mesh)
+        generator = _default_generator(device) if generator is None else generator
+        words = keys.draw_keys(1, device, generator.clone_state())[0].view(torch.int64).to(device)
+        groups = [mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1]
+        # The largest of each word and of its complement over the mesh: the complement of the latter is the smallest.
+        bounds = torch.cat((words, ~words))
+        for group in groups:
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+        largest, smallest = bounds[:2], ~bounds[2:]
+        if torch.equal(largest, smallest):
+            return True
+        state = generator.get_state().to(device)
+        for group in groups:
+            dist.broadcast(state, group=group, group_src=0)
+        generator.set_state(state.cpu())
+    warnings.warn(
+        f"fused_dropout: the ranks of {mesh} are seeded differently, which would give each a mask of its own for one "
+        "distributed tensor. All take the generator state of the first rank from now on. Better call "
+        "torch.manual_seed with the same number on all ranks of a mesh",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def _device_of(mesh: Any) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+
+
+def _default_generator(device: torch.device) -> Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+def _on_shard(
+    operator: Any,
+    x: Any,
+    p: float,
+    key: Tensor,
+    start: int = 0,
+    index_strides: Sequence[int] | None = None,
+    *scale: float | None,
+) -> Any:
+    """The operator on this rank's shard of x, by the indices of the global tensor."""
+    strides = reference.checked_strides(x, start, index_strides)
+    makes_mask, in_place = operator._opname == "keep_mask", operator._opname == "apply_"
+    x = _reduced(x, in_place)
+
+    def on_window(part: Tensor, start: int, strides: list[int]) -> Tensor:
+        output = operator(part, p, key, start, strides, *scale)
+        return part if in_place else output
+
+    local = windows.over_runs(on_window, x._local_tensor, _runs_of(x._spec), start, strides)
+    if in_place:
+        return None
+    return type(x)(local, _spec_of_output(x, makes_mask), requires_grad=False)
+
+
+def _is_linear(placement: Any) -> bool:
+    """Whether dropout of each rank's part gives the parts of the dropped tensor."""
+    return not placement.is_partial() or getattr(placement, "reduce_op", None) in ("sum", "avg")
+
+
+def _reduced(x: Any, in_place: bool) -> Any:
+    """x with those partial placements reduced whose reduction does not commute with dropout."""
+    from torch.distributed.tensor import Replicate
+
+    if all(map(_is_linear, x.placements)):
+        return x
+    if in_place:
+        raise RuntimeError(f"in-place dropout of a tensor whose placements {x.placements} have to be reduced first")
+    with torch.no_grad():
+        return x.redistribute(placements=[own if _is_linear(own) else Replicate() for own in x.placements])
+
+
+def _spec_of_output(x: Any, makes_mask: bool) -> Any:
+    """The spec of a tensor that is placed as x, with the strides of ``torch.empty_like(x)``: bool for a mask, which
+    has no parts to add up."""
+    from torch.distributed.tensor import Replicate
+
+    spec = x._spec
+    if not makes_mask and reference.is_dense(x):
+        return spec
+    like = torch.empty_strided(x.shape, x.stride(), dtype=torch.bool if makes_mask else x.dtype, device="meta")
+    like = torch.empty_like(like)
+    meta = spec.tensor_meta._replace(stride=like.stride(), dtype=like.dtype)
+    placements = tuple(Replicate() if makes_mask and own.is_partial() else own for own in spec.placements)
+    return replace(spec, placements=placements, tensor_meta=meta)
+
+
+def _runs_of(spec: Any) -> list[windows.Runs]:
+    """The positions in the global tensor that this rank has, for each dimension."""
+    arguments = (
+        tuple(spec.shape),
+        spec.placements,
+        tuple(spec.mesh.shape),
+        tuple(spec.mesh.get_coordinate()),
+        getattr(spec, "shard_order", None),
+    )
+    if any(isinstance(size, torch.SymInt) for size in spec.shape):
+        return _shard.__wrapped__(*arguments)
+    return _shard(*arguments)
+
+
+@functools.lru_cache(1024)
+def _shard(
+    shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    order: Any,
+) -> list[windows.Runs]:
+    """The runs of positions of a shard.
+
+    order: for each tensor dimension the mesh dimensions in the order in which they divide it, if that is not theirs.
+    """
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    runs: list[windows.Runs] = [[(0, size)] if size != 0 else [] for size in shape]
+    mesh_dims = [m for _, dims in order for m in dims] if order else range(len(placements))
+    for m in mesh_dims:
+        placement, n, rank = placements[m], mesh_shape[m], coordinate[m]
+        if not hasattr(placement, "dim"):
+            continue
+        own = runs[placement.dim]
+        if isinstance(placement, _StridedShard):
+            factor = int(placement.split_factor)
+            pieces = [windows.chunk(own, factor, i) for i in range(factor)]
+            own = [run for piece in pieces for run in windows.chunk(piece, n, rank)]
+        else:
+            own = windows.chunk(own, n, rank)
+        runs[placement.dim] = windows.joined(own)
+    return runs
