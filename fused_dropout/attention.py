@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from . import attention_blocks, autograd, dispatch, operators
+from .distributed import beside, is_distributed
 from .functional import check_key, dropout, out_of_range
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded, is_traced_ahead
 
@@ -99,7 +100,7 @@ def _compose(
     )
     scores = query @ key.transpose(-2, -1) * scale
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        attn_mask = beside(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
     if attn_mask is not None:
         attn_mask = attn_mask.expand(scores.shape)
         masked = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
@@ -146,8 +147,15 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     """Raises what torch's function raises for tensors that do not fit: it is called without values."""
-    query, key, value = (x.new_empty(x.shape, device="meta") for x in (query, key, value))
-    mask = None if attn_mask is None else attn_mask.new_empty(attn_mask.shape, device="meta")
+    # Of a DTensor only the global shape is checked: its own operations may wait for other ranks.
+    query, key, value, mask = (
+        x
+        if x is None
+        else torch.empty(x.shape, dtype=x.dtype, device="meta")
+        if is_distributed(x)
+        else x.new_empty(x.shape, device="meta")
+        for x in (query, key, value, attn_mask)
+    )
     _torchs_own(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
@@ -217,6 +225,7 @@ def scaled_dot_product_attention(
     if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     composed = keyed or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad and query.is_cpu)
+    composed = composed or (is_distributed(query) and query.is_cpu)
     if not _is_covered(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         if not composed or not dispatch.is_covered(query, generator, dropout_key):
             return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -62,7 +62,7 @@ def drop(
         key = keys.no_key()
     else:
         if sharded and key is None:
-            agree(x.device_mesh, generator)
+            agree(x.device_mesh, generator, compiling)
         key = key_of_call(x.device, generator, key, randomness, compiling or watched, x.requires_grad)
     if sharded:
         register_rules()

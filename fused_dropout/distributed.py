@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import keys, reference, windows
-from .torch_internals import constant_while_tracing
+from .torch_internals import constant_while_tracing, unwrapped_constant
 
 _agreeing: set[Any] = set()  # meshes whose ranks have been asked
 
@@ -26,6 +26,16 @@ def is_distributed(x: object) -> bool:
     """Whether x is a DTensor. The class is not imported for it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
+
+
+def beside(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor that all ranks have alike, as one that operations take together with x."""
+    if not is_distributed(x):
+        return other
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = x.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(other, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 @constant_while_tracing
@@ -42,7 +52,7 @@ def _register_rules() -> None:
     from . import operators
 
     def rule(_: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        return _on_shard(operator, *args, **kwargs)
+        return on_shard(operator, *args, **kwargs)
 
     for name in ("apply", f"apply.{operators.FORM}", "apply_", "keep_mask"):
         torch.library.register_torch_dispatch(f"fused_dropout::{name}", DTensor, rule, lib=operators._library)
@@ -54,13 +64,17 @@ def has_part_in(x: Any) -> bool:
 
 
 @constant_while_tracing
-def agree(mesh: Any, generator: Generator | None = None) -> bool:
+def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
     """Sees to it that the ranks of a mesh draw the same keys. Returns True.
 
     At the first call on a mesh they compare the next key that each would draw. If these differ, warns, and all ranks
-    take the generator state of the first, as torch's own random operations do on CUDA. While Dynamo traces, too: that
-    is then the first call of every rank, and in compiled code it would be too late.
+    take the generator state of the first, as torch's own random operations do on CUDA. Under torch.compile they compare
+    while Dynamo traces, since that too is the first call of every rank, and in compiled code it would be too late.
+
+    Raises:
+        RuntimeError: they differ while Dynamo traces, which puts the generator back to what it was before.
     """
+    mesh = unwrapped_constant(mesh)
     if mesh in _agreeing or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return True
     _agreeing.add(mesh)
@@ -76,14 +90,20 @@ def agree(mesh: Any, generator: Generator | None = None) -> bool:
         largest, smallest = bounds[:2], ~bounds[2:]
         if torch.equal(largest, smallest):
             return True
+        different = (
+            f"fused_dropout: the ranks of {mesh} are seeded differently, and each would draw a mask of its own for one "
+            "distributed tensor"
+        )
+        if compiling:
+            _agreeing.remove(mesh)
+            raise RuntimeError(f"{different}. Call torch.manual_seed with the same number on all of them")
         state = generator.get_state().to(device)
         for group in groups:
             dist.broadcast(state, group=group, group_src=0)
         generator.set_state(state.cpu())
     warnings.warn(
-        f"fused_dropout: the ranks of {mesh} are seeded differently, which would give each a mask of its own for one "
-        "distributed tensor. All take the generator state of the first rank from now on. Better call "
-        "torch.manual_seed with the same number on all ranks of a mesh",
+        f"{different}. All take the generator state of the first from now on. Better call torch.manual_seed with the "
+        "same number on all of them",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -98,7 +118,7 @@ def _default_generator(device: torch.device) -> Generator:
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
-def _on_shard(
+def on_shard(
     operator: Any,
     x: Any,
     p: float,
@@ -108,18 +128,23 @@ def _on_shard(
     *scale: float | None,
 ) -> Any:
     """The operator on this rank's shard of x, by the indices of the global tensor."""
-    strides = reference.checked_strides(x, start, index_strides)
     makes_mask, in_place = operator._opname == "keep_mask", operator._opname == "apply_"
-    x = _reduced(x, in_place)
+    if not all(map(_is_linear, x.placements)):
+        x = _reduced(x, in_place)
+    spec, strides = x._spec, None if index_strides is None else tuple(index_strides)
+    plan = _plan if all(type(size) is int for size in spec.shape) else _plan.__wrapped__
+    runs, start, strides, output_spec = plan(spec, tuple(spec.mesh.get_coordinate()), start, strides, makes_mask)
 
     def on_window(part: Tensor, start: int, strides: list[int]) -> Tensor:
         output = operator(part, p, key, start, strides, *scale)
         return part if in_place else output
 
-    local = windows.over_runs(on_window, x._local_tensor, _runs_of(x._spec), start, strides)
-    if in_place:
-        return None
-    return type(x)(local, _spec_of_output(x, makes_mask), requires_grad=False)
+    local = x._local_tensor
+    if runs is None:
+        output = operator(local, p, key, start, strides, *scale)
+    else:
+        output = windows.over_runs(on_window, local, runs, start, strides)
+    return None if in_place else type(x).__new__(type(x), output, output_spec, requires_grad=False)
 
 
 def _is_linear(placement: Any) -> bool:
@@ -131,61 +156,50 @@ def _reduced(x: Any, in_place: bool) -> Any:
     """x with those partial placements reduced whose reduction does not commute with dropout."""
     from torch.distributed.tensor import Replicate
 
-    if all(map(_is_linear, x.placements)):
-        return x
     if in_place:
         raise RuntimeError(f"in-place dropout of a tensor whose placements {x.placements} have to be reduced first")
     with torch.no_grad():
         return x.redistribute(placements=[own if _is_linear(own) else Replicate() for own in x.placements])
 
 
-def _spec_of_output(x: Any, makes_mask: bool) -> Any:
+@functools.lru_cache(1024)
+def _plan(
+    spec: Any, coordinate: tuple[int, ...], start: int, index_strides: tuple[int, ...] | None, makes_mask: bool
+) -> tuple[list[windows.Runs] | None, int, Sequence[int], Any]:
+    """For the shard at these coordinates: its runs, or None if it is a window as it is, then of the window; start and
+    index strides; and the spec of the output."""
+    x = torch.empty_strided(spec.shape, spec.tensor_meta.stride, dtype=spec.tensor_meta.dtype, device="meta")
+    strides = reference.checked_strides(x, start, index_strides)
+    runs = _runs_of(spec, coordinate)
+    whole = windows.window(runs, start, strides)
+    output_spec = _spec_of_output(spec, x, makes_mask)
+    if isinstance(whole, int) or len(whole[1]) != len(strides):
+        return runs, start, strides, output_spec
+    return None, whole[0], whole[2], output_spec
+
+
+def _spec_of_output(spec: Any, x: Tensor, makes_mask: bool) -> Any:
     """The spec of a tensor that is placed as x, with the strides of ``torch.empty_like(x)``: bool for a mask, which
     has no parts to add up."""
     from torch.distributed.tensor import Replicate
 
-    spec = x._spec
     if not makes_mask and reference.is_dense(x):
         return spec
-    like = torch.empty_strided(x.shape, x.stride(), dtype=torch.bool if makes_mask else x.dtype, device="meta")
-    like = torch.empty_like(like)
+    like = torch.empty_like(x, dtype=torch.bool if makes_mask else x.dtype)
     meta = spec.tensor_meta._replace(stride=like.stride(), dtype=like.dtype)
     placements = tuple(Replicate() if makes_mask and own.is_partial() else own for own in spec.placements)
     return replace(spec, placements=placements, tensor_meta=meta)
 
 
-def _runs_of(spec: Any) -> list[windows.Runs]:
+def _runs_of(spec: Any, coordinate: tuple[int, ...]) -> list[windows.Runs]:
     """The positions in the global tensor that this rank has, for each dimension."""
-    arguments = (
-        tuple(spec.shape),
-        spec.placements,
-        tuple(spec.mesh.shape),
-        tuple(spec.mesh.get_coordinate()),
-        getattr(spec, "shard_order", None),
-    )
-    if any(isinstance(size, torch.SymInt) for size in spec.shape):
-        return _shard.__wrapped__(*arguments)
-    return _shard(*arguments)
-
-
-@functools.lru_cache(1024)
-def _shard(
-    shape: tuple[int, ...],
-    placements: tuple[Any, ...],
-    mesh_shape: tuple[int, ...],
-    coordinate: tuple[int, ...],
-    order: Any,
-) -> list[windows.Runs]:
-    """The runs of positions of a shard.
-
-    order: for each tensor dimension the mesh dimensions in the order in which they divide it, if that is not theirs.
-    """
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    runs: list[windows.Runs] = [[(0, size)] if size != 0 else [] for size in shape]
-    mesh_dims = [m for _, dims in order for m in dims] if order else range(len(placements))
-    for m in mesh_dims:
-        placement, n, rank = placements[m], mesh_shape[m], coordinate[m]
+    runs: list[windows.Runs] = [[(0, size)] if size != 0 else [] for size in spec.shape]
+    # For each tensor dimension the mesh dimensions in the order in which they divide it, if that is not theirs.
+    order = getattr(spec, "shard_order", None)
+    for m in [m for _, dims in order for m in dims] if order else range(len(coordinate)):
+        placement, n, rank = spec.placements[m], spec.mesh.size(m), coordinate[m]
         if not hasattr(placement, "dim"):
             continue
         own = runs[placement.dim]

@@ -450,7 +450,7 @@ def out_of_range(p: float) -> ValueError:
 def check_key(key: Tensor, input: Tensor, generator: Generator | None = None) -> None:
     if generator is not None:
         raise ValueError("key and generator were both given: a call draws its mask from one of them")
-    if not isinstance(key, Tensor):
+    if not isinstance(key, Tensor) or is_distributed(key):
         raise TypeError(f"key has to be a uint64 tensor of shape (2,), but got {type(key).__name__}")
     if key.dtype != torch.uint64 or key.shape != (2,):
         raise ValueError(f"key has to be a uint64 tensor of shape (2,), but got {key.dtype} {tuple(key.shape)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import compiled, inductor, keys, native, reference
 from .build_info import how_to_improve
+from .distributed import is_distributed, on_shard
 from .inductor import FORM
 from .torch_internals import constant_while_tracing, is_compiling, is_recorded, keep_draws_apart
 
@@ -267,6 +268,8 @@ def apply_as_served(
         strides = reference.index_strides_of(x) if index_strides is None else index_strides
         return apply_expanded(x, p, key, start, strides, scale)
     try:
+        if is_distributed(x) and not is_compiling():
+            return on_shard(apply, x, p, key, start, index_strides, scale)  # what the dispatcher would come to
         return apply(x, p, key, start, index_strides, scale)
     except RuntimeError:
         torch.empty_like(x)  # if memory is missing, raises torch's own error: the kernel's has lost its class

@@ -34,6 +34,12 @@ def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def unwrapped_constant(x: Any) -> Any:
+    """The object itself, where Dynamo hands a function that it takes for a constant a stand-in of an opaque argument.
+    Without the attribute there is none."""
+    return getattr(x, "real_obj", x)
+
+
 @constant_while_tracing
 def functorch_randomness() -> str | None:
     """None outside of torch.func's transforms; else the strictest ``randomness`` of the vmaps that are active: "error",

@@ -95,6 +95,26 @@ def _are_regular(runs: Runs) -> bool:
     )
 
 
+def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tuple[int, list[int], list[int]] | int:
+    """What an operator takes for a part of a tensor: start, the shape to view the part as, and its index strides. Or the
+    first dimension whose runs two dimensions cannot hold.
+
+    runs: for each dimension of the part. start, index_strides: of the whole tensor.
+    """
+    shape, strides = [], []
+    for d, (own, stride) in enumerate(zip(runs, index_strides, strict=True)):
+        if len(own) > 1 and stride != 0:
+            if not _are_regular(own):
+                return d
+            shape += [len(own), own[0][1]]
+            strides += [(own[1][0] - own[0][0]) * stride, stride]
+        else:
+            shape.append(sum(number for _, number in own))
+            strides.append(stride)
+        start += own[0][0] * stride if own else 0
+    return start, shape, strides
+
+
 def over_runs(
     function: Callable[[Tensor, int, list[int]], Tensor],
     x: Tensor,
@@ -104,26 +124,16 @@ def over_runs(
 ) -> Tensor:
     """``function(x, start, index_strides)`` for a part of a tensor, in as few calls as its runs allow.
 
-    runs: for each dimension of x. start, index_strides: of the whole tensor. The function takes those of the part that
-    it is given, and returns a tensor of that part's shape, which may be the part itself.
+    runs, start, index_strides: as in :func:`window`. The function takes those of what it is given, and returns a tensor
+    of that shape, which may be the same one.
     """
-    for d, own in enumerate(runs):
-        if len(own) > 1 and index_strides[d] != 0 and not _are_regular(own):
-            parts = x.split([number for _, number in own], d)
-            outputs = [
-                over_runs(function, part, [*runs[:d], [run], *runs[d + 1 :]], start, index_strides)
-                for part, run in zip(parts, own, strict=True)
-            ]
-            return torch.cat(outputs, d)
-    shape, strides = [], []
-    for size, stride, own in zip(x.shape, index_strides, runs, strict=True):
-        if len(own) > 1 and stride != 0:
-            shape += [len(own), own[0][1]]
-            strides += [(own[1][0] - own[0][0]) * stride, stride]
-        else:
-            shape.append(size)
-            strides.append(stride)
-        start += own[0][0] * stride if own else 0
+    whole = window(runs, start, index_strides)
+    if isinstance(whole, int):
+        parts = x.split([number for _, number in runs[whole]], whole)
+        each = [[*runs[:whole], [run], *runs[whole + 1 :]] for run in runs[whole]]
+        outputs = [over_runs(function, part, own, start, index_strides) for part, own in zip(parts, each, strict=True)]
+        return torch.cat(outputs, whole)
+    start, shape, strides = whole
     if len(shape) == x.dim():
         return function(x, start, strides)
     return function(x.view(shape), start, strides).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group that run functions of a test file: started once, for all of its tests."""
+"""Processes of one gloo group that run functions of a test file: started once, for all of its tests."""
 
 import datetime
 import importlib
@@ -13,7 +13,7 @@ WORLD = 2
 TIMEOUT = 60  # seconds for a function, and for the collectives inside
 
 
-def _serve(rank, store, connection, hidden, module):
+def _serve(rank, world, store, connection, hidden, module):
     for name in hidden:
         sys.modules[name] = None
     if sys.platform == "linux":
@@ -24,7 +24,7 @@ def _serve(rank, store, connection, hidden, module):
     torch.set_num_threads(1)
     functions = importlib.import_module(module)
     timeout = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     while True:
         name, args = connection.recv()
         try:
@@ -38,17 +38,17 @@ def _serve(rank, store, connection, hidden, module):
 class Workers:
     """``workers(function, *args)`` runs ``function(rank, *args)`` in each process and returns the results by rank."""
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, module, world=WORLD):
+        self.module, self.world = module, world
         self.processes = []
 
     def _start(self):
         self.folder = tempfile.TemporaryDirectory()
         hidden = [name for name, loaded in sys.modules.items() if name.startswith("fused_dropout.") and loaded is None]
         context = multiprocessing.get_context("spawn")
-        for rank in range(WORLD):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (rank, os.path.join(self.folder.name, "store"), theirs, hidden, self.module)
+            args = (rank, self.world, os.path.join(self.folder.name, "store"), theirs, hidden, self.module)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
