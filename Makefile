@@ -33,7 +33,7 @@ SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend
 INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
 	| xargs -r $(1) -m pip install -q
 
-.PHONY: help examples bench bench-cpu test test-transforms test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-transforms test-sharded test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -66,6 +66,9 @@ test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap an
 	@$(PY) -m pytest -q -p no:cacheprovider --every-cell --hide=_C tests/transforms >build/test-transforms.log 2>&1 & \
 	$(PY) -m pytest -q --every-cell tests/transforms; whole=$$?; wait $$!; python=$$?; \
 	tail -n 50 build/test-transforms.log; exit $$((whole | python))
+
+test-sharded: $(INSTALLED) ## masks, gradients and trainings of two and four processes against one: every dtype and layout, twenty steps
+	$(PY) -m pytest -q --every-cell tests/test_dtensors.py
 
 test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
 	$(PY) -m pytest -q tests/models

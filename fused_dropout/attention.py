@@ -147,16 +147,16 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     """Raises what torch's function raises for tensors that do not fit: it is called without values."""
-    # Of a DTensor only the global shape is checked: its own operations may wait for other ranks.
-    query, key, value, mask = (
-        x
-        if x is None
-        else torch.empty(x.shape, dtype=x.dtype, device="meta")
-        if is_distributed(x)
-        else x.new_empty(x.shape, device="meta")
-        for x in (query, key, value, attn_mask)
-    )
+    mask = None if attn_mask is None else _without_values(attn_mask)
+    query, key, value = map(_without_values, (query, key, value))
     _torchs_own(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+
+def _without_values(x: Tensor) -> Tensor:
+    """A tensor of that shape on the meta device; a plain one for a DTensor, whose operations may wait for other ranks."""
+    if is_distributed(x):
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return x.new_empty(x.shape, device="meta")
 
 
 def scaled_dot_product_attention(

@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import attention, functional
+from . import attention, distributed, functional
 from .build_info import backend_info
 from .dispatch import is_covered
 from .patching import FAMILY, meet_torchs_own
@@ -34,7 +34,8 @@ _IN_CUDA_KERNEL = f"{_OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash at
 class Site:
     """A place that drops. module: its name in the model. call: file and line of a functional call in it, or the class
     of a module that drops by itself. p: None if it cannot be told. train, eval: whether it dropped. saved: bytes kept
-    for backward; None if they cannot be told. path: what served it.
+    for backward; None if they cannot be told. path: what served it. shares_mask: the dimensions of device meshes along
+    which all ranks drew one mask for activations that differ.
     """
 
     module: str
@@ -44,6 +45,7 @@ class Site:
     eval: bool = False
     saved: int | None = 0
     path: str = "-"
+    shares_mask: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.module or '(model)'} [{self.call}]"
@@ -66,6 +68,12 @@ class AuditReport:
         """The sites inside torch's own kernels, where neither ``patch`` nor ``convert`` gets to."""
         return tuple(site for site in self.sites if site.path.startswith(_OUT_OF_REACH))
 
+    @property
+    def one_mask_for_shards(self) -> tuple[Site, ...]:
+        """The sites that draw one mask on all ranks of a mesh though their activations differ: shards of a tensor that
+        dropout takes for whole ones, or the samples of ranks that are seeded alike."""
+        return tuple(site for site in self.sites if site.shares_mask)
+
     def __str__(self) -> str:
         rows = [("site", "p", "train", "eval", "saved", "path")]
         for site in self.sites:
@@ -78,6 +86,9 @@ class AuditReport:
             lines.append(f"dropout is on in eval mode: {', '.join(map(str, self.on_in_eval))}")
         if self.out_of_reach:
             lines.append(f"nobody can reach: {', '.join(map(str, self.out_of_reach))}")
+        if self.one_mask_for_shards:
+            sites = ", ".join(f"{site} along {' and '.join(site.shares_mask)}" for site in self.one_mask_for_shards)
+            lines.append(f"one mask on all ranks, for activations that differ: {sites}")
         return "\n".join(lines)
 
 
@@ -92,6 +103,8 @@ class _Recorder(TorchDispatchMode):
         self.inside: Site | None = None  # of a function that drops
         self.drawn: dict[int, Site] = {}  # by storage
         self.alive: list[Tensor] = []  # so that no storage is taken for an earlier one
+        self.meshes = distributed.meshes_of(model)
+        self.prints: dict[str, distributed.Print] = {}  # of the first call of each site, by its name
 
     def site(self) -> tuple[Site, nn.Module | None, bool]:
         """The site of the call in progress, the module that it is in, and whether it is in torch's F.dropout."""
@@ -153,6 +166,12 @@ class _Recorder(TorchDispatchMode):
                     self.drawn[tensor.untyped_storage()._cdata] = site
         return outputs
 
+    def print_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
+        """Notes what the mask and the activations of the site in progress are, to compare them with other ranks."""
+        if self.meshes and self.training and isinstance(input, Tensor) and str(self.inside) not in self.prints:
+            with _disable_current_modes():
+                self.prints[str(self.inside)] = distributed.print_of(input, generator, key)
+
     def watched(self, name: str, function: Callable[..., Tensor], fused: bool) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
@@ -164,6 +183,9 @@ class _Recorder(TorchDispatchMode):
             self.inside, _, _ = self.site()
             takes = fused and not has_torch_function_unary(input) and is_covered(input)
             self.record(self.inside, float(p), _fused_path(input) if takes else "torch")
+            knows_shard = fused and (given.get("shard") is not None or distributed.is_distributed(input))
+            if not knows_shard:
+                self.print_call(input, given.get("generator"), given.get("key"))
             try:
                 # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.
                 with _disable_current_modes() if takes else contextlib.nullcontext():
@@ -185,6 +207,7 @@ class _Recorder(TorchDispatchMode):
             takes = takes and on_cpu and query.dtype in attention.DTYPES
             path = _fused_path(query) if takes else _OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
             self.record(self.inside, float(p), path)
+            self.print_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
             saved, self.inside.saved = self.inside.saved, None
             try:
                 with _disable_current_modes() if takes else contextlib.nullcontext():
@@ -258,6 +281,9 @@ def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
         model: any module.
         inputs, kwargs: what the model is called with.
 
+    Where parameters are DTensors, the ranks of their device meshes compare their masks and activations at the end, so
+    that all have to call it.
+
     Returns:
         An ``AuditReport``; ``print`` it for a table. Its ``sites`` hold the module's name, the call, p, whether the
         site dropped in train and in eval, the bytes saved for backward and the path that served it.
@@ -291,6 +317,10 @@ def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
             path = _OUT_OF_REACH if isinstance(module, nn.RNNBase) else "-"
             kind = type(module).__name__
             recorder.sites.setdefault((name,), Site(name, kind, p, path=path))
+    for mesh in recorder.meshes:
+        for dim, names in distributed.one_mask_for_shards(mesh, recorder.prints).items():
+            for site in recorder.sites.values():
+                site.shares_mask += (dim,) * (str(site) in names)
     for site in recorder.sites.values():
         if site.path.startswith("own code") and not site.saved:
             site.saved = None  # a mask made from what was drawn is not known as one

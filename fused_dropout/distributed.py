@@ -28,6 +28,44 @@ def is_distributed(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+# What one call of dropout did on this rank: the key of its mask, and a checksum of its input.
+Print = tuple[tuple[int, int], tuple[int, int]]
+
+
+def meshes_of(model: torch.nn.Module) -> list[Any]:
+    """The device meshes of a model's parameters that have this rank."""
+    sharded: list[Any] = [p for p in model.parameters() if is_distributed(p)]
+    return list(dict.fromkeys(p.device_mesh for p in sharded if has_part_in(p)))
+
+
+def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
+    x = (x.to_local() if is_distributed(x) else x).detach()
+    if key is None:
+        state = _default_generator(x.device) if generator is None else generator
+        key = keys.draw_keys(1, x.device, state.clone_state())[0]
+    bits = x.contiguous().view(torch.uint8).flatten().to(torch.int64)
+    place = torch.arange(len(bits), device=x.device) % 65521
+    seed, offset = key.view(torch.int64).tolist()
+    return (seed, offset), (int(bits.sum()), int((bits * place).sum()))
+
+
+def one_mask_for_shards(mesh: Any, prints: dict[str, Print]) -> dict[str, list[str]]:
+    """For each dimension of a mesh: the names of the calls that drew one mask on all ranks along it, for inputs that
+    are not all the same. All ranks of the mesh have to call this."""
+    found = {}
+    for d in range(mesh.ndim):
+        ranks: list[Any] = [None] * mesh.size(d)
+        dist.all_gather_object(ranks, prints, mesh.get_group(d))
+        name = mesh.mesh_dim_names[d] if mesh.mesh_dim_names else f"mesh dimension {d}"
+        shared = [call for call in prints if all(call in own for own in ranks)]
+        found[name] = [
+            call
+            for call in shared
+            if len({own[call][0] for own in ranks}) == 1 and len({own[call][1] for own in ranks}) > 1
+        ]
+    return found
+
+
 def beside(x: Tensor, other: Tensor) -> Tensor:
     """A tensor that all ranks have alike, as one that operations take together with x."""
     if not is_distributed(x):
@@ -131,9 +169,10 @@ def on_shard(
     makes_mask, in_place = operator._opname == "keep_mask", operator._opname == "apply_"
     if not all(map(_is_linear, x.placements)):
         x = _reduced(x, in_place)
-    spec, strides = x._spec, None if index_strides is None else tuple(index_strides)
-    plan = _plan if all(type(size) is int for size in spec.shape) else _plan.__wrapped__
-    runs, start, strides, output_spec = plan(spec, tuple(spec.mesh.get_coordinate()), start, strides, makes_mask)
+    spec, given = x._spec, None if index_strides is None else tuple(index_strides)
+    known = all(type(n) is int for n in (*spec.shape, start, *(given or ())))
+    plan = _plan if known else _plan.__wrapped__  # a compiler's sizes have no hash
+    runs, start, strides, output_spec = plan(spec, tuple(spec.mesh.get_coordinate()), start, given, makes_mask)
 
     def on_window(part: Tensor, start: int, strides: list[int]) -> Tensor:
         output = operator(part, p, key, start, strides, *scale)
@@ -144,7 +183,8 @@ def on_shard(
         output = operator(local, p, key, start, strides, *scale)
     else:
         output = windows.over_runs(on_window, local, runs, start, strides)
-    return None if in_place else type(x).__new__(type(x), output, output_spec, requires_grad=False)
+    # Past __init__, which does nothing but cost as much as the rest.
+    return None if in_place else x.__class__.__new__(x.__class__, output, output_spec, requires_grad=False)
 
 
 def _is_linear(placement: Any) -> bool:

@@ -96,8 +96,9 @@ def _are_regular(runs: Runs) -> bool:
 
 
 def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tuple[int, list[int], list[int]] | int:
-    """What an operator takes for a part of a tensor: start, the shape to view the part as, and its index strides. Or the
-    first dimension whose runs two dimensions cannot hold.
+    """What an operator takes for a part of a tensor: start, the shape to view the part as, and its index strides.
+
+    Returns a dimension instead if two dimensions cannot hold its runs.
 
     runs: for each dimension of the part. start, index_strides: of the whole tensor.
     """

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -273,44 +272,30 @@ def test_megatrons_generator_states(workers, dropout):
 
 
 def on_dtensors(rank, placement, how):
+    """Value and gradient of a DTensor by one of the ways in, and of the whole tensor in one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (WORLD,))
     dense = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
-    def run(dropout):
-        x = distribute_tensor(dense, mesh, [Replicate() if placement == "replicate" else Shard(0)]).requires_grad_()
-        torch.manual_seed(rank)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            y = dropout(x)
-            y.sum().backward()
-        return [str(w.message) for w in seen], type(y).__name__, y.to_local().tolist(), x.grad.to_local().tolist()
+    def run(dropout, x):
+        torch.manual_seed(5)
+        y = dropout(x.requires_grad_())
+        y.sum().backward()
+        return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in (y.detach(), x.grad)]
 
-    want = run(F.dropout)  # torch may warn at the first call
-    want = run(F.dropout)
-    if how == "patch":
-        with fd.patched():
-            got = run(nn.Dropout(0.5))
-    else:
-        got = run(fd.Dropout(0.5) if how == "module" else fd.dropout)
-    refused = ""
-    try:
-        fd.dropout(distribute_tensor(dense, mesh, [Shard(0)]), key=fd.key(1))
-    except TypeError as error:
-        refused = str(error)
-    return got == want, want[1], refused
+    x = distribute_tensor(dense, mesh, [Replicate() if placement == "replicate" else Shard(0)])
+    with fd.patched() if how == "patch" else contextlib.nullcontext():
+        got = run(nn.Dropout(0.5) if how == "patch" else fd.Dropout(0.5) if how == "module" else fd.dropout, x)
+    want = run(fd.dropout, dense.clone())
+    return [torch.equal(a, b) for a, b in zip(got, want, strict=True)]
 
 
 @pytest.mark.parametrize("placement", ["replicate", "shard"])
 @pytest.mark.parametrize("how", ["function", "module", "patch"])
-def test_dtensors_go_to_torchs_own(workers, placement, how):
-    """The same values and gradients, and not a warning more."""
-    for same, kind, refused in workers(on_dtensors, placement, how):
-        assert same
-        assert kind == "DTensor"
-        assert "DTensor" in refused
+def test_dtensors_have_the_global_mask(workers, placement, how):
+    assert workers(on_dtensors, placement, how) == [[True, True]] * WORLD
 
 
 def tensor_parallel(rank, sequence, how):
@@ -341,7 +326,7 @@ def tensor_parallel(rank, sequence, how):
         torch.manual_seed(7)
         y = model(x)
         (y.full_tensor() if sequence else y).square().sum().backward()
-    local = [[t.to_local() if hasattr(t, "to_local") else t for t in pair] for pair in masks]
+    local = [[t.full_tensor() if hasattr(t, "full_tensor") else t for t in pair] for pair in masks]
     kinds = [type(y).__name__ for _, y in masks]
     grads = [p.grad.full_tensor() for p in model.parameters()]
     return kinds, [(x.detach(), y.detach()) for x, y in local], grads
@@ -350,17 +335,42 @@ def tensor_parallel(rank, sequence, how):
 @pytest.mark.parametrize("sequence", [False, True], ids=["local", "sequence"])
 @pytest.mark.parametrize("how", ["convert before", "convert after", "patch"])
 def test_tensor_parallel(workers, sequence, how):
-    """Plain local tensors are fused, with one mask on all ranks for one seed, as in torch; DTensors are torch's."""
+    """Plain local tensors have one mask on all ranks for one seed, as in torch; DTensors have the global one."""
     ranks = workers(tensor_parallel, sequence, how)
-    torchs = workers(tensor_parallel, sequence, "torch")
-    for (kinds, dropped, grads), (kinds_, dropped_, grads_) in zip(ranks, torchs, strict=True):
-        assert kinds == kinds_ == ["DTensor" if sequence else "Tensor"] * 2
-        if sequence:
-            torch.testing.assert_close((dropped, grads), (dropped_, grads_), rtol=0, atol=0)
-            continue
+    for kinds, dropped, _ in ranks:
+        assert kinds == ["DTensor" if sequence else "Tensor"] * 2
         torch.manual_seed(7)
         for x, y in dropped:
             assert torch.equal(y, fd.dropout(x))
     torch.testing.assert_close(ranks[0][2], ranks[1][2])
     if not sequence:
         assert torch.equal(ranks[0][1][1][1], ranks[1][1][1][1]), "replicated activations are dropped alike"
+
+
+def audited(rank, seed, local):
+    """Which sites of two linear layers over both ranks draw one mask for activations that differ."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Dropout(0.5), nn.Linear(32, 16), nn.Dropout(0.5))
+    plan = {"0": parallel.ColwiseParallel(use_local_output=local), "3": parallel.RowwiseParallel()}
+    model = parallel.parallelize_module(model, mesh, plan)
+    x, found = torch.randn(8, 16), []
+    for _ in range(2):
+        torch.manual_seed(seed + rank * (seed != 1))
+        report = fd.audit(model, x)
+        found.append([(site.module, site.shares_mask) for site in report.one_mask_for_shards])
+        fd.convert(model)
+    return found, "activations that differ: 2 [Dropout] along tp" in str(report)
+
+
+def test_audit_finds_one_mask_for_shards(workers):
+    """The dropout between the two has a shard of its own on each rank; the last has the same activations on both."""
+    for found, said in workers(audited, 1, True):
+        assert found == [[("2", ("tp",))]] * 2
+        assert said
+    assert [found for found, _ in workers(audited, 10, True)] == [[[], []]] * WORLD
+    for found, _ in workers(audited, 1, False):
+        assert found[1] == [], "a DTensor has the global mask"

@@ -6,6 +6,7 @@ import functools
 import itertools
 import warnings
 
+import parallel_training
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,10 +18,7 @@ import fused_dropout as fd
 from fused_dropout import distributed, windows
 from fused_dropout.reference import row_major
 
-pytestmark = [
-    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo"),
-    pytest.mark.same_without("_eager"),
-]
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 SHAPES = [(16,), (8, 6), (7, 5), (3, 9), (1, 8), (4, 3, 5), (2, 3, 4, 5)]
 KEY = fd.key(3)
 
@@ -93,15 +91,13 @@ def differs(mesh, shape, placements, dtype, layout, p=0.5):
     return wrong
 
 
-def cases(mesh_dims, few):
-    """Each layout in float32, and the other dtypes where x is contiguous. few: for a fault that many of them show."""
-    kinds = [(torch.float32, layout) for layout in LAYOUTS] + [
-        (torch.bfloat16, "contiguous"),
-        (torch.float16, "contiguous"),
-    ]
-    for shape in SHAPES[1:6:4] if few else SHAPES:
+def cases(mesh_dims, how_many):
+    """many: each layout in float32, and the other dtypes where x is contiguous. few: for a fault that many show."""
+    kinds = list(itertools.product((torch.float32, torch.bfloat16, torch.float16), LAYOUTS))
+    kinds = {"few": kinds[:1], "many": [*kinds[:4], kinds[6]], "all": kinds}[how_many]
+    for shape in SHAPES[1:6:4] if how_many == "few" else SHAPES:
         for placements in placements_of(len(shape), mesh_dims):
-            for dtype, layout in kinds[:1] if few else kinds:
+            for dtype, layout in kinds:
                 yield shape, placements, dtype, layout
 
 
@@ -123,10 +119,10 @@ def planted(fault):
         distributed._plan.cache_clear()
 
 
-def matrix(rank, mesh_shape, fault=None):
+def matrix(rank, mesh_shape, how_many, fault=None):
     mesh, bad, n = mesh_of(mesh_shape), [], 0
     with planted(fault):
-        for case in cases(mesh.ndim, few=fault is not None):
+        for case in cases(mesh.ndim, how_many):
             wrong = differs(mesh, *case)
             n += 1
             bad += [(*map(str, case), wrong)] if wrong else []
@@ -136,14 +132,17 @@ def matrix(rank, mesh_shape, fault=None):
 @pytest.mark.parametrize("mesh", [(2,), (4,), (2, 2)])
 def test_masks_and_gradients_are_those_of_one_process(request, mesh):
     workers = request.getfixturevalue("two" if mesh == (2,) else "four")
-    for n, bad, count in workers(matrix, mesh):
+    every_cell = request.config.getoption("--every-cell")
+    if mesh == (4,) and not every_cell:
+        pytest.skip("shown by the others; make test-sharded runs it")
+    for n, bad, count in workers(matrix, mesh, "all" if every_cell else "many"):
         assert count == 0, bad
         assert n > (500 if mesh == (2, 2) else 150)
 
 
 @pytest.mark.parametrize("fault", ["the offset is ignored", "the pitch is the local width", "dimensions are exchanged"])
 def test_the_comparison_finds_planted_faults(four, fault):
-    assert max(count for _, _, count in four(matrix, (4,), fault)) > 0
+    assert max(count for _, _, count in four(matrix, (4,), "few", fault)) > 0
 
 
 X = torch.randn(8, 6, 5, generator=torch.Generator().manual_seed(1))
@@ -458,3 +457,38 @@ def test_ranks_agree_at_the_first_call(four, case):
 def test_compiling_with_seeds_that_differ_is_an_error(four):
     with pytest.raises(AssertionError, match="seeded differently, and each would draw a mask of its own"):
         four(seeded, "compiled, differently")
+
+
+def largest_difference(a, b):
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def trained(rank, world, how, steps):
+    """Whether all masks of a training on all ranks are those of one process, and how far the losses are apart, with
+    dropout and without."""
+    mesh, apart = mesh_of((world,)), []
+    train = parallel_training.train if how == "tensor parallel" else parallel_training.train_sharded
+    for p in (0.1, 0.0):
+        alone, whole_masks = train(p, steps)
+        losses, masks = train(p, steps, mesh)
+        apart.append(largest_difference(alone, losses))
+        if p > 0:
+            if how == "fsdp":
+                n = 8 // world
+                whole_masks = [mask[rank * n : (rank + 1) * n] for mask in whole_masks]
+            same = len(masks) == len(whole_masks) and all(map(torch.equal, masks, whole_masks))
+    return same, len(masks), apart
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("how", ["tensor parallel", "fsdp"])
+def test_training_is_that_of_one_process(request, world, how):
+    """Equal masks at every site and step of AdamW, and losses that differ as without dropout."""
+    steps = 20 if request.config.getoption("--every-cell") else 4
+    if steps == 4 and (how, world) in [("tensor parallel", 2), ("fsdp", 4)]:
+        pytest.skip("shown by the others; make test-sharded runs it")
+    workers = request.getfixturevalue("two" if world == 2 else "four")
+    for same, sites, (with_dropout, without) in workers(trained, world, how, steps):
+        assert same
+        assert sites == steps * (9 if how == "tensor parallel" else 2)
+        assert with_dropout <= max(2 * without, 1e-6), (with_dropout, without)
