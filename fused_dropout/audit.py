@@ -168,7 +168,7 @@ class _Recorder(TorchDispatchMode):
 
     def print_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
         """Notes what the mask and the activations of the site in progress are, to compare them with other ranks."""
-        if self.meshes and self.training and isinstance(input, Tensor) and str(self.inside) not in self.prints:
+        if self.meshes and self.training and is_covered(input) and str(self.inside) not in self.prints:
             with _disable_current_modes():
                 self.prints[str(self.inside)] = distributed.print_of(input, generator, key)
 

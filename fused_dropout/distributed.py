@@ -2,6 +2,9 @@
 
 An element has the index that it has in a plain tensor of the global shape and strides. So the mask does not depend on
 how, or over how many devices, a tensor is distributed, and no rank has to ask another.
+
+Private names of torch: ``_spec`` and ``_local_tensor`` of a DTensor, ``_StridedShard``, ``_disable_current_modes``.
+Without one of them the first call with a DTensor raises AttributeError or ImportError.
 """
 
 import functools
@@ -26,44 +29,6 @@ def is_distributed(x: object) -> bool:
     """Whether x is a DTensor. The class is not imported for it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
-
-
-# What one call of dropout did on this rank: the key of its mask, and a checksum of its input.
-Print = tuple[tuple[int, int], tuple[int, int]]
-
-
-def meshes_of(model: torch.nn.Module) -> list[Any]:
-    """The device meshes of a model's parameters that have this rank."""
-    sharded: list[Any] = [p for p in model.parameters() if is_distributed(p)]
-    return list(dict.fromkeys(p.device_mesh for p in sharded if has_part_in(p)))
-
-
-def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
-    x = (x.to_local() if is_distributed(x) else x).detach()
-    if key is None:
-        state = _default_generator(x.device) if generator is None else generator
-        key = keys.draw_keys(1, x.device, state.clone_state())[0]
-    bits = x.contiguous().view(torch.uint8).flatten().to(torch.int64)
-    place = torch.arange(len(bits), device=x.device) % 65521
-    seed, offset = key.view(torch.int64).tolist()
-    return (seed, offset), (int(bits.sum()), int((bits * place).sum()))
-
-
-def one_mask_for_shards(mesh: Any, prints: dict[str, Print]) -> dict[str, list[str]]:
-    """For each dimension of a mesh: the names of the calls that drew one mask on all ranks along it, for inputs that
-    are not all the same. All ranks of the mesh have to call this."""
-    found = {}
-    for d in range(mesh.ndim):
-        ranks: list[Any] = [None] * mesh.size(d)
-        dist.all_gather_object(ranks, prints, mesh.get_group(d))
-        name = mesh.mesh_dim_names[d] if mesh.mesh_dim_names else f"mesh dimension {d}"
-        shared = [call for call in prints if all(call in own for own in ranks)]
-        found[name] = [
-            call
-            for call in shared
-            if len({own[call][0] for own in ranks}) == 1 and len({own[call][1] for own in ranks}) > 1
-        ]
-    return found
 
 
 def beside(x: Tensor, other: Tensor) -> Tensor:
@@ -251,3 +216,42 @@ def _runs_of(spec: Any, coordinate: tuple[int, ...]) -> list[windows.Runs]:
             own = windows.chunk(own, n, rank)
         runs[placement.dim] = windows.joined(own)
     return runs
+
+
+# What one call of dropout did on this rank: the key of its mask, and a checksum of its input.
+Print = tuple[tuple[int, int], tuple[int, int]]
+
+
+def meshes_of(model: torch.nn.Module) -> list[Any]:
+    """The device meshes of a model's parameters that have this rank."""
+    sharded: list[Any] = [p for p in model.parameters() if is_distributed(p)]
+    return list(dict.fromkeys(p.device_mesh for p in sharded if has_part_in(p)))
+
+
+def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
+    """Before the call."""
+    x = (x.to_local() if is_distributed(x) else x).detach()
+    if key is None:
+        state = _default_generator(x.device) if generator is None else generator
+        key = keys.draw_keys(1, x.device, state.clone_state())[0]
+    bits = x.reshape(-1).view(torch.uint8).to(torch.int64)
+    place = torch.arange(len(bits), device=x.device) % 65521
+    seed, offset = key.view(torch.int64).tolist()
+    return (seed, offset), (int(bits.sum()), int((bits * place).sum()))
+
+
+def one_mask_for_shards(mesh: Any, prints: dict[str, Print]) -> dict[str, list[str]]:
+    """For each dimension of a mesh: the names of the calls that drew one mask on all ranks along it, for inputs that
+    are not all the same. All ranks of the mesh have to call this."""
+    found = {}
+    for d in range(mesh.ndim):
+        ranks: list[Any] = [None] * mesh.size(d)
+        dist.all_gather_object(ranks, prints, mesh.get_group(d))
+        name = mesh.mesh_dim_names[d] if mesh.mesh_dim_names else f"mesh dimension {d}"
+        shared = [call for call in prints if all(call in own for own in ranks)]
+        found[name] = [
+            call
+            for call in shared
+            if len({own[call][0] for own in ranks}) == 1 and len({own[call][1] for own in ranks}) > 1
+        ]
+    return found

@@ -43,8 +43,8 @@ def dropout(
     r"""Sets each element to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
     Takes the place of :func:`torch.nn.functional.dropout`. Backward regenerates the mask from its 16-byte key; nothing
-    else is saved. What the fused kernels do not cover (other dtypes, devices and layouts, tensor subclasses) is left to
-    torch's own function.
+    else is saved. A DTensor is dropped by the mask of the global tensor. What the fused kernels do not cover (other
+    dtypes, devices and layouts) is left to torch's own function.
 
     Args:
         input: a tensor of any shape; float32, float64, float16 or bfloat16 on CPU or CUDA for the fused path.

@@ -1,4 +1,5 @@
-"""Every private name of torch that the core uses, but for Inductor's, which stand in ``inductor.py``.
+"""Every private name of torch that the core uses, but for Inductor's and DTensor's, which stand in ``inductor.py`` and
+``distributed.py``.
 
 Each function says what it is for and what happens when torch no longer has the name. ``tests/test_internals.py`` goes
 through all of them under each version of torch that is tested.
