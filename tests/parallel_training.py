@@ -25,8 +25,9 @@ class Block(nn.Module):
             layer(h).view(h.shape[0], SEQUENCE, HEADS, WIDTH // HEADS).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
-        weights = self.drop_weights((q @ k.transpose(-1, -2) / 3).softmax(-1))
-        joined = (weights @ v).transpose(1, 2).flatten(2)
+        # Sums, and no products of matrices: torch 2.11 has no such product of tensors that are sharded by head.
+        weights = self.drop_weights(((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / 3).softmax(-1))
+        joined = (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2).transpose(1, 2).flatten(2)
         x = x + self.drop_attention(self.out(joined))
         return x + self.drop_mlp(self.down(self.drop_hidden(F.gelu(self.up(self.norm2(x))))))
 

@@ -13,7 +13,7 @@ WORLD = 2
 TIMEOUT = 60  # seconds for a function, and for the collectives inside
 
 
-def _serve(rank, world, store, connection, hidden, module):
+def _serve(rank, world, store, connection, hidden, module, timeout):
     for name in hidden:
         sys.modules[name] = None
     if sys.platform == "linux":
@@ -23,7 +23,7 @@ def _serve(rank, world, store, connection, hidden, module):
 
     torch.set_num_threads(1)
     functions = importlib.import_module(module)
-    timeout = datetime.timedelta(seconds=TIMEOUT)
+    timeout = datetime.timedelta(seconds=timeout)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     while True:
         name, args = connection.recv()
@@ -38,8 +38,8 @@ def _serve(rank, world, store, connection, hidden, module):
 class Workers:
     """``workers(function, *args)`` runs ``function(rank, *args)`` in each process and returns the results by rank."""
 
-    def __init__(self, module, world=WORLD):
-        self.module, self.world = module, world
+    def __init__(self, module, world=WORLD, timeout=TIMEOUT):
+        self.module, self.world, self.timeout = module, world, timeout
         self.processes = []
 
     def _start(self):
@@ -48,7 +48,15 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (rank, self.world, os.path.join(self.folder.name, "store"), theirs, hidden, self.module)
+            args = (
+                rank,
+                self.world,
+                os.path.join(self.folder.name, "store"),
+                theirs,
+                hidden,
+                self.module,
+                self.timeout,
+            )
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -62,7 +70,7 @@ class Workers:
                 connection.send((function.__name__, args))
             results = []
             for rank, (_, connection) in enumerate(self.processes):
-                assert connection.poll(TIMEOUT), f"rank {rank} has not answered for {TIMEOUT} s"
+                assert connection.poll(self.timeout), f"rank {rank} has not answered for {self.timeout} s"
                 done, result = pickle.loads(connection.recv_bytes())
                 assert done, f"rank {rank}:\n{result}"
                 results.append(result)
