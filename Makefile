@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/* csrc/sim
 PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/*.py)
 # The tests that the layers, the torch versions and the devices share.
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
-DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py
+DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py tests/test_shards.py
 
 # What the second run of make test takes from the first.
 APART := tests/transforms tests/test_bench.py tests/test_examples.py
@@ -78,7 +78,7 @@ test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, a
 	cd tests && ../$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE:tests/%=%) test_dropin.py
 
 test-oldest: build/installed-oldest ## build and test under the oldest torch that the kernels serve
-	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py test_attention.py test_attention_compiled.py
+	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py test_attention.py test_attention_compiled.py test_dtensors.py
 
 test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one torch under another: masks and gradients
 	$(CUDA_PY) -W ignore -c 'import fused_dropout as fd, torch; i = fd.backend_info(); print(i); \

@@ -20,7 +20,15 @@ from torch.nn.parameter import Parameter
 from . import autograd, keys, native, operators, reference, windows
 from .autograd import must_compose
 from .distributed import agree, has_part_in, is_distributed, register_rules
-from .torch_internals import functorch_randomness, is_compiling, is_recorded, is_watched, known_zero, wraps_tensors
+from .torch_internals import (
+    functorch_randomness,
+    is_compiling,
+    is_fake,
+    is_recorded,
+    is_watched,
+    known_zero,
+    wraps_tensors,
+)
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _eager_drop = native.eager.drop if native.eager else None
@@ -61,7 +69,7 @@ def drop(
     if key is None and p == 1:
         key = keys.no_key()
     else:
-        if sharded and key is None:
+        if sharded and key is None and (compiling or not is_fake(x._local_tensor)):
             agree(x.device_mesh, generator, compiling)
         key = key_of_call(x.device, generator, key, randomness, compiling or watched, x.requires_grad)
     if sharded:

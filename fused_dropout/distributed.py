@@ -23,6 +23,7 @@ from . import keys, reference, windows
 from .torch_internals import constant_while_tracing, unwrapped_constant
 
 _agreeing: set[Any] = set()  # meshes whose ranks have been asked
+_plans: dict[Any, Any] = {}
 
 
 def is_distributed(x: object) -> bool:
@@ -134,10 +135,7 @@ def on_shard(
     makes_mask, in_place = operator._opname == "keep_mask", operator._opname == "apply_"
     if not all(map(_is_linear, x.placements)):
         x = _reduced(x, in_place)
-    spec, given = x._spec, None if index_strides is None else tuple(index_strides)
-    known = all(type(n) is int for n in (*spec.shape, start, *(given or ())))
-    plan = _plan if known else _plan.__wrapped__  # a compiler's sizes have no hash
-    runs, start, strides, output_spec = plan(spec, tuple(spec.mesh.get_coordinate()), start, given, makes_mask)
+    runs, start, strides, output_spec = _plan_of(x, start, index_strides, makes_mask)
 
     def on_window(part: Tensor, start: int, strides: list[int]) -> Tensor:
         output = operator(part, p, key, start, strides, *scale)
@@ -167,39 +165,54 @@ def _reduced(x: Any, in_place: bool) -> Any:
         return x.redistribute(placements=[own if _is_linear(own) else Replicate() for own in x.placements])
 
 
-@functools.lru_cache(1024)
-def _plan(
-    spec: Any, coordinate: tuple[int, ...], start: int, index_strides: tuple[int, ...] | None, makes_mask: bool
-) -> tuple[list[windows.Runs] | None, int, Sequence[int], Any]:
-    """For the shard at these coordinates: its runs, or None if it is a window as it is, then of the window; start and
-    index strides; and the spec of the output."""
-    x = torch.empty_strided(spec.shape, spec.tensor_meta.stride, dtype=spec.tensor_meta.dtype, device="meta")
+def _plan_of(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: bool) -> Any:
+    """``_plan``, which is the same for all tensors of one placement."""
+    spec, coordinate = x._spec, x.device_mesh.get_coordinate()
+    if not all(type(n) is int for n in (*spec.shape, start, *(index_strides or ()))):
+        return _plan(x, start, index_strides, makes_mask)  # a compiler's sizes, which have no hash
+    known = (spec, coordinate and tuple(coordinate), start, index_strides and tuple(index_strides), makes_mask)
+    plan = _plans.get(known)
+    if plan is None:
+        if len(_plans) == 1024:
+            _plans.clear()
+        plan = _plans[known] = _plan(x, start, index_strides, makes_mask)
+    return plan
+
+
+def _plan(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: bool) -> Any:
+    """For this rank's shard: its runs, or None if the shard as it is is a window, then of that window; start and index
+    strides; and the spec of the output."""
     strides = reference.checked_strides(x, start, index_strides)
-    runs = _runs_of(spec, coordinate)
-    whole = windows.window(runs, start, strides)
-    output_spec = _spec_of_output(spec, x, makes_mask)
-    if isinstance(whole, int) or len(whole[1]) != len(strides):
+    output_spec = _spec_of_output(x, makes_mask)
+    if not has_part_in(x):
+        return None, 0, None, output_spec
+    runs = _runs_of(x._spec)
+    window = windows.window(runs, start, strides)
+    if isinstance(window, int) or len(window[1]) != len(strides):
         return runs, start, strides, output_spec
-    return None, whole[0], whole[2], output_spec
+    return None, window[0], window[2], output_spec
 
 
-def _spec_of_output(spec: Any, x: Tensor, makes_mask: bool) -> Any:
+def _spec_of_output(x: Any, makes_mask: bool) -> Any:
     """The spec of a tensor that is placed as x, with the strides of ``torch.empty_like(x)``: bool for a mask, which
     has no parts to add up."""
     from torch.distributed.tensor import Replicate
 
-    if not makes_mask and reference.is_dense(x):
+    spec, strides = x._spec, x.stride()
+    if not reference.is_dense(x):
+        strides = torch.empty_like(torch.empty_strided(x.shape, strides, device="meta")).stride()
+    elif not makes_mask:
         return spec
-    like = torch.empty_like(x, dtype=torch.bool if makes_mask else x.dtype)
-    meta = spec.tensor_meta._replace(stride=like.stride(), dtype=like.dtype)
+    meta = spec.tensor_meta._replace(stride=strides, dtype=torch.bool if makes_mask else x.dtype)
     placements = tuple(Replicate() if makes_mask and own.is_partial() else own for own in spec.placements)
     return replace(spec, placements=placements, tensor_meta=meta)
 
 
-def _runs_of(spec: Any, coordinate: tuple[int, ...]) -> list[windows.Runs]:
+def _runs_of(spec: Any) -> list[windows.Runs]:
     """The positions in the global tensor that this rank has, for each dimension."""
     from torch.distributed.tensor.placement_types import _StridedShard
 
+    coordinate = spec.mesh.get_coordinate()
     runs: list[windows.Runs] = [[(0, size)] if size != 0 else [] for size in spec.shape]
     # For each tensor dimension the mesh dimensions in the order in which they divide it, if that is not theirs.
     order = getattr(spec, "shard_order", None)

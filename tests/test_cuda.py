@@ -99,7 +99,8 @@ def test_graph_replays_draw_what_eager_calls_draw(generator, inplace, info):
     x = ones()
 
     def calls(x):
-        return fd.dropout(x, 0.3, inplace=inplace), fd.dropout(x, 0.6)
+        shards = [((2 * N,), (N,)), ((3 * N,), ((0, 2 * N),))]  # one run of elements, and two
+        return fd.dropout(x, 0.3, inplace=inplace), *(fd.dropout(x, 0.6, shard=shard) for shard in (None, *shards))
 
     eager = [[y.cpu() for y in calls(ones())] for _ in range(3)]
     offset = generator.get_offset()
@@ -119,6 +120,7 @@ CALLS = {
     "dropout": lambda x, zeros: fd.dropout(x, 0.3),
     "dropout_add": lambda x, zeros: fd.dropout_add(x, zeros, 0.3),
     "relu_dropout": lambda x, zeros: fd.relu_dropout(x, 0.3),
+    "a shard": lambda x, zeros: fd.dropout(x, 0.3, shard=((2 * N,), (N,))),
 }
 
 
@@ -160,6 +162,18 @@ def test_rows(columns, dtype, key):
         x_outside = x.clone()
         x_outside[:, first : first + columns] = expected
         assert torch.equal(on_gpu.cpu(), x_outside)
+
+
+@pytest.mark.parametrize("columns", [13, 64])
+def test_shards(columns, dtype, key):
+    """Columns of a wider tensor, in two runs, and past 2**32."""
+    x = torch.randn(9, columns * 2).to(dtype)
+    for shard in (((9, 200), (0, 40)), ((9, 400), (0, (8, 200))), ((2**20, 2**20), (2**19, (5, 2**18)))):
+        expected = fd.dropout(x, 0.3, key=key, shard=shard)
+        assert torch.equal(fd.dropout(x.cuda(), 0.3, key=key, shard=shard).cpu(), expected)
+        residual = torch.ones_like(x)
+        added = fd.dropout_add(x.cuda(), residual.cuda(), 0.3, key=key, shard=shard)
+        assert torch.equal(added.cpu(), fd.dropout_add(x, residual, 0.3, key=key, shard=shard))
 
 
 @pytest.mark.skipif(ON_FAKE_GPU, reason="too large for an interpreter")

@@ -116,12 +116,12 @@ def planted(fault):
         windows.window = lambda runs, start, _: window(runs, start, row_major([sum(n for _, n in own) for own in runs]))
     elif fault == "dimensions are exchanged":
         windows.window = lambda runs, start, strides: window(runs, start, strides[::-1])
-    distributed._plan.cache_clear()
+    distributed._plans.clear()
     try:
         yield
     finally:
         distributed._runs_of, windows.window = runs_of, window
-        distributed._plan.cache_clear()
+        distributed._plans.clear()
 
 
 def matrix(rank, mesh_shape, how_many, fault=None):
@@ -304,6 +304,10 @@ def other_inputs(rank):
     few = distributed_as(X, DeviceMesh("cpu", [0, 1]), [Shard(0)])
     torch.manual_seed(7)
     found["outside"] = (fd.dropout(few, 0.3) is few) == (rank > 1)
+    mask = fd.keep_mask(few, 0.3, KEY)
+    found["outside, mask"] = mask.dtype == torch.bool and mask.shape == few.shape
+    torch.manual_seed(7)
+    fd.dropout(few, 0.3)
     left = torch.rand(1)
     torch.manual_seed(7)
     if rank < 2:
