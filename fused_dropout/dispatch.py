@@ -122,8 +122,11 @@ def drop_part(
         assert output is not None  # is_covered said so
         return output
 
-    output = windows.over_runs(on_window, x, part.runs, 0, index_strides)
-    return x if inplace or is_empty(x) else output
+    if is_empty(x):
+        # Compiled code leaves out a draw that nothing depends on.
+        return autograd.apply(x, float(p), key, 0, index_strides) if is_compiling() and key is not None else x
+    output = windows.over_runs(on_window, x, part.runs, 0, index_strides, inplace)
+    return x if inplace else output
 
 
 def is_empty(x: Tensor) -> bool:

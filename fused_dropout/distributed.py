@@ -145,7 +145,7 @@ def on_shard(
     if runs is None:
         output = operator(local, p, key, start, strides, *scale)
     else:
-        output = windows.over_runs(on_window, local, runs, start, strides)
+        output = windows.over_runs(on_window, local, runs, start, strides, in_place)
     # Past __init__, which does nothing but cost as much as the rest.
     return None if in_place else x.__class__.__new__(x.__class__, output, output_spec, requires_grad=False)
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import order_by_stride
+
 # The positions along one dimension of the global tensor that a part has, in its own order: (first, number) of each run
 # of neighbours. A part without elements there has no run.
 Runs = Sequence[tuple[int, int]]
@@ -122,19 +124,41 @@ def over_runs(
     runs: Sequence[Runs],
     start: int,
     index_strides: Sequence[int],
+    in_place: bool = False,
 ) -> Tensor:
     """``function(x, start, index_strides)`` for a part of a tensor, in as few calls as its runs allow.
 
     runs, start, index_strides: as in :func:`window`. The function takes those of what it is given, and returns a tensor
-    of that shape, which may be the same one.
+    of that shape. in_place: it changes what it is given, and only that counts.
     """
     whole = window(runs, start, index_strides)
     if isinstance(whole, int):
-        parts = x.split([number for _, number in runs[whole]], whole)
-        each = [[*runs[:whole], [run], *runs[whole + 1 :]] for run in runs[whole]]
-        outputs = [over_runs(function, part, own, start, index_strides) for part, own in zip(parts, each, strict=True)]
-        return torch.cat(outputs, whole)
+        return _over_each_run(function, x, whole, runs, start, index_strides, in_place)
     start, shape, strides = whole
     if len(shape) == x.dim():
         return function(x, start, strides)
     return function(x.view(shape), start, strides).reshape(x.shape)
+
+
+def _over_each_run(
+    function: Callable[[Tensor, int, list[int]], Tensor],
+    x: Tensor,
+    d: int,
+    runs: Sequence[Runs],
+    start: int,
+    index_strides: Sequence[int],
+    in_place: bool,
+) -> Tensor:
+    """``over_runs`` with a call for each run of dimension d. The result has the strides of ``torch.empty_like(x)``."""
+    sizes = [number for _, number in runs[d]]
+    # Autograd lets nobody change one of several views that split returns, but puts their gradients together at once.
+    parts = [x.narrow(d, sum(sizes[:i]), n) for i, n in enumerate(sizes)] if in_place else x.split(sizes, d)
+    each = [[*runs[:d], [run], *runs[d + 1 :]] for run in runs[d]]
+    outputs = [
+        over_runs(function, part, own, start, index_strides, in_place) for part, own in zip(parts, each, strict=True)
+    ]
+    if in_place:
+        return x
+    order = order_by_stride(x)  # cat fills memory in the order of the dimensions
+    outputs = [output.permute(order) for output in outputs]
+    return torch.cat(outputs, order.index(d)).permute([order.index(dim) for dim in range(x.dim())])
