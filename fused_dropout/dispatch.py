@@ -174,7 +174,7 @@ def _refuse_for_torch(
     """Refuses the arguments that torch's own dropout does not know."""
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
-    if shard is not None and recorded:
+    if shard is not None and recorded and key is None:
         raise TypeError("shard is not recorded by torch.export and torch.jit.trace without a key")
     if key is not None or generator is not None or shard is not None:
         kind = f" of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else ""

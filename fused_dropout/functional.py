@@ -130,8 +130,9 @@ def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> li
     """
     strides, stride, missing = [0] * len(shape), 1, len(shape) - len(noise_shape)
     for d in range(len(shape) - 1, missing - 1, -1):
-        size = shape[d] if d < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
-        if missing < 0 or size not in (1, shape[d]):
+        size = shape[d] if missing < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
+        fits = size == 1 or size == shape[d]
+        if missing < 0 or not fits:
             raise RuntimeError(
                 f"The noise_shape has to broadcast to the input's shape: each of its sizes has to be 1 or the input's. "
                 f"Input sizes: {list(shape)}.  Noise sizes: {list(noise_shape)}"
@@ -364,6 +365,8 @@ def _alpha(
     dropping = training and p != 0 and is_covered(input, generator, key, shard)
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
+    if shard is not None:
+        part_of(input.shape, shard)  # raises, also for calls that end before they need it
     output: Tensor | None
     if p == 1:
         output = drop(input, p, inplace)

@@ -102,6 +102,9 @@ def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tu
 
     Returns a dimension instead if two dimensions cannot hold its runs.
 
+    Raises:
+        RuntimeError: an index is 2**63 or more.
+
     runs: for each dimension of the part. start, index_strides: of the whole tensor.
     """
     shape, strides = [], []
@@ -115,6 +118,8 @@ def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tu
             shape.append(sum(number for _, number in own))
             strides.append(stride)
         start += own[0][0] * stride if own else 0
+    if any(type(n) is int and n >= 1 << 63 for n in (start, *strides)):
+        raise RuntimeError("the largest element index has to be below 2**63")
     return start, shape, strides
 
 

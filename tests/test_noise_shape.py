@@ -445,3 +445,17 @@ class TestCompile:
         (node,) = [node for node in graph.nodes if node.op == "call_function"]
         assert node.target is fd.dropout
         assert node.kwargs["noise_shape"] == (1, None)
+
+
+@pytest.mark.parametrize("noise_shape", [(None, 1, 6), (24, None, 1), (1, 6)])
+def test_compiled_for_any_size(noise_shape, key):
+    def function(x):
+        return fd.dropout(x, 0.4, key=key, noise_shape=noise_shape)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(torch.ones(24, 8, 6)), function(torch.ones(24, 8, 6)))
+
+
+def test_more_dimensions_than_an_empty_input():
+    with pytest.raises(RuntimeError, match="has to broadcast"):
+        fd.dropout(torch.ones(0), 0.5, noise_shape=(1, 0))
