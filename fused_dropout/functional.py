@@ -130,7 +130,8 @@ def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> li
     """
     strides, stride, missing = [0] * len(shape), 1, len(shape) - len(noise_shape)
     for d in range(len(shape) - 1, missing - 1, -1):
-        size = shape[d] if missing < 0 or noise_shape[d - missing] is None else noise_shape[d - missing]
+        given = None if missing < 0 else noise_shape[d - missing]
+        size = shape[d] if given is None else given
         fits = size == 1 or size == shape[d]
         if missing < 0 or not fits:
             raise RuntimeError(
@@ -266,10 +267,9 @@ def _channelwise(
         return theirs(input, p, training, inplace)
     if dims not in ranks and is_covered(input, generator, key, shard):
         theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
-    number = partial(_lead_strides, lead)
     if shard is not None:
-        return _drop_shard(input, p, inplace, generator, key, shard, number)
-    output = drop(input, p, inplace, generator, key, number(input.shape))
+        return _drop_shard(input, p, inplace, generator, key, shard, partial(_lead_strides, lead))
+    output = drop(input, p, inplace, generator, key, _lead_strides(lead, input.shape))
     return theirs(input, p, training, inplace) if output is None else output
 
 
@@ -438,10 +438,10 @@ def drop_path(
         check_key(key, x, generator)
     if not training or drop_prob == 0:
         return x
-    number, scale = partial(_lead_strides, 1), None if scale_by_keep else 1.0
+    scale = None if scale_by_keep else 1.0
     if shard is not None:
-        return _drop_shard(x, drop_prob, False, generator, key, shard, number, scale)
-    strides = number(x.shape)
+        return _drop_shard(x, drop_prob, False, generator, key, shard, partial(_lead_strides, 1), scale)
+    strides = [1] + [0] * (x.dim() - 1)
     output = drop(x, drop_prob, False, generator, key, strides, scale)
     return _noisy(x, drop_prob, False, strides, scale_by_keep) if output is None else output
 
