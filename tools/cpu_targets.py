@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,6 +87,43 @@ def channels(*shape: int, dtype: str = "float32", inplace: bool = False, last: b
 def rows_or_dense(length: int) -> list[Contender]:
     dense, wide = _values(20), torch.randn(2**20 // length, 2 * length)
     return [Contender(partial(fd.dropout, x, P)) for x in (wide[:, :length], dense)]
+
+
+def shard(dim: int, log2: int) -> list[Contender]:
+    """Half of a tensor (16, n, 1024), divided along one dimension, against as many elements without a shard. Both in
+    place."""
+    whole = [16, 2**log2 // 2**13, 1024]
+    part = [size // 2 if d == dim else size for d, size in enumerate(whole)]
+    x, begin = torch.ones(part), [size // 2 if d == dim else 0 for d, size in enumerate(whole)]
+    calls = (partial(fd.dropout, x, P, inplace=True, shard=(whole, begin)), partial(fd.dropout, x, P, inplace=True))
+    return [_in_place(x, call) for call in calls]
+
+
+def _on_mesh(x: Tensor, dim: int) -> Tensor:
+    """A DTensor on a mesh of this process alone."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    if not dist.is_initialized():
+        store = dist.TCPStore("localhost", 0, 1, is_master=True)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return distribute_tensor(x, dist.init_device_mesh("cpu", (1,)), [Shard(dim)])
+
+
+def dtensor(dim: int, log2: int) -> list[Contender]:
+    """In place, against its local tensor."""
+    x = torch.ones(16, 2**log2 // 2**14, 1024)
+    whole = _on_mesh(x, dim)
+    return [_in_place(x, partial(fd.dropout, t, P, True, True)) for t in (whole, whole._local_tensor)]
+
+
+def small_dtensor(log2: int) -> list[Contender]:
+    """Forward and backward."""
+    x, gradient = _on_mesh(_values(log2), 0).requires_grad_(), _on_mesh(_values(log2), 0)
+
+    def run(dropout: Callable[[Tensor, float], Tensor]) -> None:
+        torch.autograd.grad(dropout(x, P), x, gradient)
+
+    return [Contender(partial(run, dropout)) for dropout in (fd.dropout, F.dropout)]
 
 
 def threads(log2: int, *counts: int) -> list[Contender]:
@@ -214,6 +252,8 @@ TOKENS = "128, 512, 2,048"
 DROPPING, PLAIN = "torch's, dropping", "torch's, p = 0"
 FIVE = around("add", "bias", sizes=(20,), backward=False) + around("add", "bias", "relu", sizes=(20,), backward=True)
 OVER_TORCH = {"sizes": (16, 20), "composed": "torch"}
+SHARDS, WITHOUT = [partial(shard, dim, 22) for dim in range(3)], "as many, no shard"
+DTENSORS = [partial(dtensor, dim, 22) for dim in range(2)]
 STEP = [partial(training_step, 784, 512, 256, 128, 10)]
 AVX2, PORTABLE = {"FUSED_DROPOUT_CPU_ISA": "avx2"}, {"FUSED_DROPOUT_CPU_ISA": "portable"}
 PYTHON, NO_EAGER = {"FUSED_DROPOUT_BACKEND": "python"}, {HIDE_EAGER: "1"}
@@ -308,6 +348,11 @@ ROWS = (
     Row("attention-threads", "two threads: 512, 2,048", PLAIN, "<=", (1.1,), attentions(against=0.0, threads=2)[1:]),
     Row("attention-avx2", f"AVX2 forced: {TOKENS}", DROPPING, ">=", (1.0,), attentions(), AVX2),
     Row("attention-portable", f"portable forced: {TOKENS}", DROPPING, ">=", (1.0,), attentions(), PORTABLE),
+    Row(
+        "shard", "shards of 2^22 floats, divided along dimension 0, 1, 2 of 3", WITHOUT, "<=", (1.1, 1.1, 1.25), SHARDS
+    ),
+    Row("dtensor", "DTensors of 2^22 floats: Shard(0), Shard(1)", "their local tensors", "<=", (1.1,), DTENSORS),
+    Row("dtensor-small", "a DTensor of 64 floats, forward + backward", "F.dropout", "<=", (1.0,), at(small_dtensor, 6)),
     Row("training", "training step of an MLP, dropout 0.5", "nn.Dropout", "<=", (1.0,), STEP, seconds=12),
 )
 
