@@ -21,7 +21,7 @@ CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/te
 DROP_IN := tests/test_dropin.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py tests/test_shards.py
 
 # What the second run of make test takes from the first.
-APART := tests/transforms tests/test_bench.py tests/test_examples.py
+APART := tests/transforms tests/test_bench.py tests/test_examples.py tests/test_dtensors.py
 # The CPU kernels under a test program, where there is a compiler.
 CPU_KERNELS := $(shell command -v $(firstword $(CXX)) >/dev/null && echo build/cpu-kernels-test)
 

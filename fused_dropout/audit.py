@@ -207,7 +207,8 @@ class _Recorder(TorchDispatchMode):
             takes = takes and on_cpu and query.dtype in attention.DTYPES
             path = _fused_path(query) if takes else _OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
             self.record(self.inside, float(p), path)
-            self.print_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
+            if not (distributed.is_distributed(query) and function is attention.scaled_dot_product_attention):
+                self.print_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
             saved, self.inside.saved = self.inside.saved, None
             try:
                 with _disable_current_modes() if takes else contextlib.nullcontext():

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.overrides import has_torch_function, has_torch_function_unary
 
-from . import autograd, dispatch, native, operators, reference
+from . import autograd, dispatch, native, operators, reference, windows
 from .functional import check_key, dropout, noise_strides, out_of_range
 from .modules import Fused
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
-from .windows import Shard, part_of
+from .windows import Shard
 
 _eager_dropout_add = native.eager.dropout_add if native.eager else None
 _eager_relu_dropout = native.eager.relu_dropout if native.eager else None
@@ -214,11 +214,12 @@ def _fused_dropout_add(
         return None
     start, strides = 0, None if noise_shape is None or shard is not None else noise_strides(noise_shape, input.shape)
     if shard is not None:
-        whole, runs = part_of(input.shape, shard)
-        if any(len(own) != 1 for own in runs):
+        whole, runs = windows.part_of(input.shape, shard)
+        numbers = reference.row_major(whole) if noise_shape is None else noise_strides(noise_shape, whole)
+        part = windows.window(runs, 0, numbers)
+        if isinstance(part, int) or len(part[1]) != input.dim():
             return None
-        strides = reference.row_major(whole) if noise_shape is None else noise_strides(noise_shape, whole)
-        start = sum(own[0][0] * stride for own, stride in zip(runs, strides, strict=True))
+        start, _, strides = part
     if _eager_dropout_add is not None:
         output = _eager_dropout_add(input, residual, bias, p, inplace, generator, key, strides, start)
         if output is not None:

@@ -28,7 +28,7 @@ def test_arguments_are_those_of_torch():
     theirs = list(inspect.signature(F.dropout).parameters.items())
     ours = list(inspect.signature(fd.dropout).parameters.items())
     assert [(name, p.default, p.kind) for name, p in ours[:4]] == [(name, p.default, p.kind) for name, p in theirs]
-    assert [name for name, _ in ours[4:]] == ["generator", "key", "noise_shape"]
+    assert [name for name, _ in ours[4:]] == ["generator", "key", "noise_shape", "shard"]
     assert fd.dropout(input=ones(), p=0.5, training=True, inplace=False).shape == (1000,)
 
 

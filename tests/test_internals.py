@@ -130,9 +130,19 @@ def test_known_zero():
 def test_apply_without_functorch():
     x = X.clone().requires_grad_()
     apply = internals.apply_without_functorch(autograd.DropoutEager)
-    y = apply(x, 0.5, torch.zeros(2, dtype=torch.uint64), None, None)
+    y = apply(x, 0.5, torch.zeros(2, dtype=torch.uint64), 0, None, None)
     y.sum().backward()
     assert torch.equal(x.grad, y)
+
+
+def test_unwrapped_constant():
+    """Dynamo hands over a stand-in of a mesh; tests/test_dtensors.py has the meshes."""
+
+    class StandIn:
+        real_obj = X
+
+    assert internals.unwrapped_constant(StandIn()) is X
+    assert internals.unwrapped_constant(X) is X
 
 
 def test_has_hooks():
