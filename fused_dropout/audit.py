@@ -104,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         self.drawn: dict[int, Site] = {}  # by storage
         self.alive: list[Tensor] = []  # so that no storage is taken for an earlier one
         self.meshes = distributed.meshes_of(model)
-        self.prints: dict[str, distributed.Print] = {}  # of the first call of each site, by its name
+        self.prints: dict[str, list[distributed.Print]] = {}  # of the calls of each site, by its name
 
     def site(self) -> tuple[Site, nn.Module | None, bool]:
         """The site of the call in progress, the module that it is in, and whether it is in torch's F.dropout."""
@@ -168,9 +168,9 @@ class _Recorder(TorchDispatchMode):
 
     def print_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
         """Notes what the mask and the activations of the site in progress are, to compare them with other ranks."""
-        if self.meshes and self.training and is_covered(input) and str(self.inside) not in self.prints:
+        if self.meshes and self.training and is_covered(input):
             with _disable_current_modes():
-                self.prints[str(self.inside)] = distributed.print_of(input, generator, key)
+                self.prints.setdefault(str(self.inside), []).append(distributed.print_of(input, generator, key))
 
     def watched(self, name: str, function: Callable[..., Tensor], fused: bool) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -105,8 +105,10 @@ def drop_part(
     index_strides: Sequence[int],
     scale: float | None = None,
 ) -> Tensor:
-    """``drop`` of a part of a tensor, which itself has these index strides. Where the part is empty, the whole is not,
-    and so a key is drawn: all ranks that hold parts draw alike.
+    """``drop`` of a part of a tensor, which itself has these index strides.
+
+    One key is drawn for all runs of the part; also if the part is empty and the whole is not, so that the generators of
+    all ranks that hold a part stay in the same state.
 
     Raises:
         TypeError: also where the fused path does not take x, and for DTensors.
@@ -122,6 +124,8 @@ def drop_part(
         assert output is not None  # is_covered said so
         return output
 
+    if inplace:
+        check_no_overlap(x)  # also between the runs
     if is_empty(x):
         # Compiled code leaves out a draw that nothing depends on.
         return autograd.apply(x, float(p), key, 0, index_strides) if is_compiling() and key is not None else x

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import keys, reference, windows
 from .torch_internals import constant_while_tracing, unwrapped_constant
 
-_agreeing: set[Any] = set()  # meshes whose ranks have been asked
+_compared: set[tuple[Any, bool]] = set()  # the meshes whose ranks have compared keys; of a given generator?
 _plans: dict[Any, Any] = {}
 
 
@@ -33,7 +33,7 @@ def is_distributed(x: object) -> bool:
 
 
 def beside(x: Tensor, other: Tensor) -> Tensor:
-    """A tensor that all ranks have alike, as one that operations take together with x."""
+    """``other``, which all ranks hold alike, as a replicated DTensor if x is a DTensor."""
     if not is_distributed(x):
         return other
     from torch.distributed.tensor import DTensor, Replicate
@@ -71,17 +71,19 @@ def has_part_in(x: Any) -> bool:
 def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
     """Sees to it that the ranks of a mesh draw the same keys. Returns True.
 
-    At the first call on a mesh they compare the next key that each would draw. If these differ, warns, and all ranks
+    At the first call on a mesh, with the default generator and with a given one, they compare the next key that each
+    would draw. If these differ, warns, and all ranks
     take the generator state of the first, as torch's own random operations do on CUDA. Under torch.compile they compare
     while Dynamo traces, since that too is the first call of every rank, and in compiled code it would be too late.
 
     Raises:
-        RuntimeError: they differ while Dynamo traces, which puts the generator back to what it was before.
+        RuntimeError: they differ while Dynamo traces, which would put the generator back to what it was before. Dynamo
+            reports it as an InternalTorchDynamoError with the same text.
     """
     mesh = unwrapped_constant(mesh)
-    if mesh in _agreeing or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    comparison = mesh, generator is not None
+    if comparison in _compared or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return True
-    _agreeing.add(mesh)
     with _disable_current_modes():
         device = _device_of(mesh)
         generator = _default_generator(device) if generator is None else generator
@@ -93,18 +95,19 @@ def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
         largest, smallest = bounds[:2], ~bounds[2:]
         if torch.equal(largest, smallest):
+            _compared.add(comparison)
             return True
         different = (
             f"fused_dropout: the ranks of {mesh} are seeded differently, and each would draw a mask of its own for one "
             "distributed tensor"
         )
         if compiling:
-            _agreeing.remove(mesh)
             raise RuntimeError(f"{different}. Call torch.manual_seed with the same number on all of them")
         state = generator.get_state().to(device)
         for group in groups:
             dist.broadcast(state, group=group, group_src=0)
         generator.set_state(state.cpu())
+        _compared.add(comparison)
     warnings.warn(
         f"{different}. All take the generator state of the first from now on. Better call torch.manual_seed with the "
         "same number on all of them",
@@ -188,7 +191,7 @@ def _plan(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: b
         return None, 0, None, output_spec
     runs = _runs_of(x._spec)
     window = windows.window(runs, start, strides)
-    if isinstance(window, int) or len(window[1]) != len(strides):
+    if isinstance(window, int) or len(window[1]) != len(strides):  # the local tensor has to be viewed or taken apart
         return runs, start, strides, output_spec
     return None, window[0], window[2], output_spec
 
@@ -231,8 +234,8 @@ def _runs_of(spec: Any) -> list[windows.Runs]:
     return runs
 
 
-# What one call of dropout did on this rank: the key of its mask, and a checksum of its input.
-Print = tuple[tuple[int, int], tuple[int, int]]
+# What one call of dropout did on this rank: the key of its mask, and checksums of its input.
+Print = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def meshes_of(model: torch.nn.Module) -> list[Any]:
@@ -247,24 +250,22 @@ def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
     if key is None:
         state = _default_generator(x.device) if generator is None else generator
         key = keys.draw_keys(1, x.device, state.clone_state())[0]
-    bits = x.reshape(-1).view(torch.uint8).to(torch.int64)
-    place = torch.arange(len(bits), device=x.device) % 65521
-    seed, offset = key.view(torch.int64).tolist()
-    return (seed, offset), (int(bits.sum()), int((bits * place).sum()))
+    bits = x.reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return tuple(key.view(torch.int64).tolist()), tuple(int(bits[::step].sum()) for step in (1, 3, 7))
 
 
-def one_mask_for_shards(mesh: Any, prints: dict[str, Print]) -> dict[str, list[str]]:
-    """For each dimension of a mesh: the names of the calls that drew one mask on all ranks along it, for inputs that
-    are not all the same. All ranks of the mesh have to call this."""
-    found = {}
+def one_mask_for_shards(mesh: Any, prints: dict[str, list[Print]]) -> dict[str, list[str]]:
+    """For each dimension of a mesh: the names of the sites that drew one mask on all ranks along it, in one of their
+    calls, for inputs that are not all the same. All ranks of the mesh have to call this."""
+    found: dict[str, list[str]] = {}
     for d in range(mesh.ndim):
         ranks: list[Any] = [None] * mesh.size(d)
         dist.all_gather_object(ranks, prints, mesh.get_group(d))
         name = mesh.mesh_dim_names[d] if mesh.mesh_dim_names else f"mesh dimension {d}"
-        shared = [call for call in prints if all(call in own for own in ranks)]
-        found[name] = [
-            call
-            for call in shared
-            if len({own[call][0] for own in ranks}) == 1 and len({own[call][1] for own in ranks}) > 1
-        ]
+        found[name] = []
+        for site in prints:
+            calls = zip(*(of_rank.get(site, []) for of_rank in ranks), strict=False)
+            masks_and_inputs = [tuple(map(set, zip(*call, strict=True))) for call in calls]
+            if any(len(masks) == 1 and len(inputs) > 1 for masks, inputs in masks_and_inputs):
+                found[name].append(site)
     return found

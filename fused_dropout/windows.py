@@ -34,8 +34,8 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
     """
     try:
         whole, offsets = shard
-        whole = tuple(map(index, whole))
-        beginnings = [tuple(map(index, own)) if isinstance(own, Sequence) else (index(own),) for own in offsets]
+        whole = tuple(map(_integer, whole))
+        beginnings = [tuple(map(_integer, own)) if isinstance(own, Sequence) else (_integer(own),) for own in offsets]
     except (TypeError, ValueError):
         raise TypeError(
             f"shard has to be (global_shape, offsets), each with an entry a dimension, but is {shard}"
@@ -49,7 +49,7 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
         if len(own) == 0 or size % len(own) != 0:
             raise ValueError(f"shard: dimension {d} of the input has size {size}, which is not {len(own)} equal runs")
         number = size // len(own)
-        ordered = sorted(own)
+        ordered = sorted(own) if len(own) > 1 else own
         if ordered[0] < 0 or ordered[-1] + number > total:
             raise ValueError(
                 f"shard: runs of {number} at {own} do not lie in dimension {d} of the whole, of size {total}"
@@ -58,6 +58,11 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
             raise ValueError(f"shard: runs of {number} at {own} overlap in dimension {d}")
         runs.append(joined([(first, number) for first in own]) if number else [])
     return Part(whole, runs)
+
+
+def _integer(n: int) -> int:
+    """Not ``index`` alone, which makes a compiler take each number for a constant."""
+    return n if isinstance(n, int) else index(n)
 
 
 def chunk(runs: Runs, n: int, rank: int) -> Runs:

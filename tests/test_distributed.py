@@ -366,6 +366,32 @@ def audited(rank, seed, local):
     return found, "activations that differ: 2 [Dropout] along tp" in str(report)
 
 
+class Twice(nn.Module):
+    """One dropout in two places: before the columns are divided, and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.columns, self.drop = nn.Linear(16, 32), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.columns(self.drop(x)))
+
+
+def audited_twice(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("tp",))
+    model = parallel.parallelize_module(Twice(), mesh, {"columns": parallel.ColwiseParallel()})
+    torch.manual_seed(1)
+    return [site.module for site in fd.audit(model, torch.ones(8, 16)).one_mask_for_shards]
+
+
+def test_audit_looks_at_each_call_of_a_site(workers):
+    assert workers(audited_twice) == [["drop"]] * WORLD
+
+
 def test_audit_finds_one_mask_for_shards(workers):
     """The dropout between the two has a shard of its own on each rank; the last has the same activations on both."""
     for found, said in workers(audited, 1, True):

@@ -377,7 +377,7 @@ def compiled(rank, backend):
     want = f(whole)
     want.sum().backward()
     torch._dynamo.reset()
-    distributed._agreeing.clear()
+    distributed._compared.clear()
     run = torch.compile(f, backend=backend, fullgraph=True)
     for placements in ((Shard(0), Shard(1)), (Replicate(), Shard(2)))[: 1 if backend == "inductor" else 2]:
         x = placed(*placements).requires_grad_()
@@ -426,7 +426,7 @@ def seeded(rank, case):
     """Seeds that differ by rank: one warning, and the state of the first rank on all. Nothing is sent afterwards."""
     from torch.distributed.tensor import Replicate, Shard
 
-    distributed._agreeing.clear()
+    distributed._compared.clear()
     torch._dynamo.reset()
     mesh, calls = mesh_of((2, 2)), []
     drop = torch.compile(fd.dropout, backend="aot_eager") if case.startswith("compiled") else fd.dropout
@@ -458,6 +458,37 @@ def test_ranks_agree_at_the_first_call(four, case):
         assert same == [True, True]
         assert sent == 0
         assert len(warned) == ("alike" not in case)
+
+
+def compared(rank):
+    """What was warned of: after a call with a generator of its own, and after a comparison that failed."""
+    from torch.distributed.tensor import Replicate
+
+    x, warned = placed(Replicate(), Replicate()), []
+    reduce = dist.all_reduce
+
+    def fails(*_):
+        raise RuntimeError("no connection")
+
+    for first in ("generator", "failure"):
+        distributed._compared.clear()
+        if first == "generator":
+            fd.dropout(x, generator=torch.Generator().manual_seed(1))
+        else:
+            dist.all_reduce = fails
+            with contextlib.suppress(RuntimeError):
+                fd.dropout(x)
+            dist.all_reduce = reduce
+        torch.manual_seed(rank)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fd.dropout(x)
+        warned.append(any("seeded differently" in str(w.message) for w in seen))
+    return warned
+
+
+def test_the_default_generator_is_compared_whatever_came_before(four):
+    assert four(compared) == [[True, True]] * 4
 
 
 def test_compiling_with_seeds_that_differ_is_an_error(four):

@@ -248,3 +248,28 @@ def test_refuses(rank, function):
     for inputs in ((x,), (x.long(),)):
         with pytest.raises(TypeError, match="shard"):
             torch.export.export(module, inputs, strict=False)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_once_for_all_offsets(dynamic):
+    """As micro-batches have them."""
+    torch._dynamo.reset()
+    graphs, whole = [], torch.randn(64, 6)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def function(x, first):
+        return fd.dropout(x, P, key=KEY, shard=((64, 6), (first, 0)))
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+    for first in (8, 0, 16, 24, 32, 1, 3, 5, 7, 40):
+        assert torch.equal(compiled(whole[first : first + 8], first), fd.dropout(whole, P, key=KEY)[first : first + 8])
+    assert len(graphs) <= 3, "0 is a number of its own"
+
+
+@pytest.mark.parametrize("begins", [(0, 3, 9, 20), (20, 0, 7, 40)])
+def test_in_place_on_memory_that_runs_share(begins):
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fd.dropout(torch.ones(1, 6).expand(4, 6), P, inplace=True, key=KEY, shard=((64, 6), (begins, 0)))
