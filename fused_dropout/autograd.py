@@ -95,12 +95,16 @@ def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
 
 def must_compose(x: Tensor) -> bool:
     """Whether a transform, a tracer, a mode or a tensor subclass has to see torch's own operations."""
-    return functorch_randomness() is not None or is_watched() or type(x) not in _PLAIN
+    return type(x) not in _PLAIN or _is_transformed()
 
 
 def takes_operator(x: Tensor) -> bool:
-    """Whether the operator serves x, for which ``must_compose`` may be true: a DTensor has a rule for it."""
-    return not must_compose(x) or (is_distributed(x) and functorch_randomness() is None and not is_watched())
+    """Whether the operator serves x: a plain tensor, or a DTensor, for which the operator has a rule."""
+    return (type(x) in _PLAIN or is_distributed(x)) and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return functorch_randomness() is not None or is_watched()
 
 
 def compose(

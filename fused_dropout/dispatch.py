@@ -113,7 +113,8 @@ def drop_part(
     Raises:
         TypeError: also where the fused path does not take x, and for DTensors.
     """
-    if not is_covered(x, generator, key, part) or is_distributed(x):
+    is_covered(x, generator, key, part)  # raises if not
+    if is_distributed(x):
         raise TypeError("shard is for plain tensors: a DTensor knows its own")
     if key is None and p < 1 and (is_empty(x) or any(len(own) > 1 for own in part.runs)) and 0 not in part.whole:
         randomness, watched = functorch_randomness(), is_compiling() or must_compose(x)

@@ -85,8 +85,8 @@ def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
     if comparison in _compared or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return True
     with _disable_current_modes():
-        device = _device_of(mesh)
-        generator = _default_generator(device) if generator is None else generator
+        device = torch.device(mesh.device_type)
+        generator = keys.default_generator(device) if generator is None else generator
         words = keys.draw_keys(1, device, generator.clone_state())[0].view(torch.int64).to(device)
         groups = [mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1]
         # The largest of each word and of its complement over the mesh: the complement of the latter is the smallest.
@@ -115,14 +115,6 @@ def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
         stacklevel=4,
     )
     return True
-
-
-def _device_of(mesh: Any) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
-
-
-def _default_generator(device: torch.device) -> Generator:
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 def on_shard(
@@ -248,7 +240,7 @@ def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
     """Before the call."""
     x = (x.to_local() if is_distributed(x) else x).detach()
     if key is None:
-        state = _default_generator(x.device) if generator is None else generator
+        state = keys.default_generator(x.device) if generator is None else generator
         key = keys.draw_keys(1, x.device, state.clone_state())[0]
     bits = x.reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     return tuple(key.view(torch.int64).tolist()), tuple(int(bits[::step].sum()) for step in (1, 3, 7))

@@ -85,12 +85,17 @@ def draw_keys_on(n: int, *, device: torch.device) -> Tensor:
 
 def _advance_cuda(n: int, device: torch.device, generator: Generator | None) -> tuple[int, int]:
     """Seed and Philox offset / 4 of the generator, which moves on by n counter steps."""
-    if generator is None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
+    generator = default_generator(device) if generator is None else generator
     offset = generator.get_offset()
     generator.set_offset(offset + 4 * n)
     return generator.initial_seed(), offset // 4
+
+
+def default_generator(device: torch.device) -> Generator:
+    """The default generator of a CPU or CUDA device; of the current one if a CUDA device has no index."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def no_key() -> Tensor:

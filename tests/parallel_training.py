@@ -67,12 +67,10 @@ def parallelized(model, mesh):
     return parallel.parallelize_module(model, mesh, plan)
 
 
-def train(p, steps, mesh=None, dropout="fd"):
+def train(p, steps, mesh=None):
     """The losses, and which elements each of the nine sites dropped at each step."""
     torch.manual_seed(0)
-    model = Transformer(p)
-    if dropout == "fd":
-        fd.convert(model)
+    model = fd.convert(Transformer(p))
     if mesh is not None:
         model = parallelized(model, mesh)
     sites = [module for module in model.modules() if isinstance(module, nn.Dropout)]

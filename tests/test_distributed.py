@@ -10,18 +10,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from workers import WORLD, Workers
+from workers import WORLD, workers_of
 
 import fused_dropout as fd
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
 
-@pytest.fixture(scope="module")
-def workers():
-    workers = Workers(__name__)
-    yield workers
-    workers.stop()
+workers = workers_of(__name__)
 
 
 class Model(nn.Module):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from workers import WORLD, Workers
+from workers import WORLD, workers_of
 
 PAGE = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
 SECTIONS = re.split(r"^##+ (.*)\n", PAGE, flags=re.MULTILINE)[1:]
@@ -19,11 +19,7 @@ RECIPES = {heading: code for heading, code in CODE.items() if code}
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
 
-@pytest.fixture(scope="module")
-def workers():
-    workers = Workers(__name__)
-    yield workers
-    workers.stop()
+workers = workers_of(__name__)
 
 
 def run(rank, code):

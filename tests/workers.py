@@ -9,6 +9,8 @@ import sys
 import tempfile
 import traceback
 
+import pytest
+
 WORLD = 2
 TIMEOUT = 60  # seconds for a function, and for the collectives inside
 
@@ -33,6 +35,18 @@ def _serve(rank, world, store, connection, hidden, module, timeout):
             result = False, traceback.format_exc()
         # Tensors by value: torch's own way to send them shares memory, which ends with this process.
         connection.send_bytes(pickle.dumps(result))
+
+
+def workers_of(module, **options):
+    """A fixture for a test file: its ``Workers``."""
+
+    @pytest.fixture(scope="module")
+    def workers():
+        workers = Workers(module, **options)
+        yield workers
+        workers.stop()
+
+    return workers
 
 
 class Workers:
