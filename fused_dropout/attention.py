@@ -153,7 +153,7 @@ def _check(
 
 
 def _without_values(x: Tensor) -> Tensor:
-    """A tensor of that shape on the meta device; for a DTensor a plain one, since its operations may wait for ranks."""
+    """A tensor of that shape on the meta device; a plain one for a DTensor, whose operations may communicate."""
     if is_distributed(x):
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     return x.new_empty(x.shape, device="meta")

@@ -70,8 +70,8 @@ class AuditReport:
 
     @property
     def one_mask_for_shards(self) -> tuple[Site, ...]:
-        """The sites that draw one mask on all ranks of a mesh though their activations differ: shards of a tensor that
-        dropout takes for whole ones, or the samples of ranks that are seeded alike."""
+        """The sites that draw the same mask on all ranks of a mesh for different activations. These are plain shards of
+        one tensor, or the samples of data-parallel ranks that have the same seed."""
         return tuple(site for site in self.sites if site.shares_mask)
 
     def __str__(self) -> str:
@@ -104,7 +104,7 @@ class _Recorder(TorchDispatchMode):
         self.drawn: dict[int, Site] = {}  # by storage
         self.alive: list[Tensor] = []  # so that no storage is taken for an earlier one
         self.meshes = distributed.meshes_of(model)
-        self.prints: dict[str, list[distributed.Print]] = {}  # of the calls of each site, by its name
+        self.fingerprints: dict[str, list[distributed.Fingerprint]] = {}  # one for each call, by the site's name
 
     def site(self) -> tuple[Site, nn.Module | None, bool]:
         """The site of the call in progress, the module that it is in, and whether it is in torch's F.dropout."""
@@ -166,11 +166,13 @@ class _Recorder(TorchDispatchMode):
                     self.drawn[tensor.untyped_storage()._cdata] = site
         return outputs
 
-    def print_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
-        """Notes what the mask and the activations of the site in progress are, to compare them with other ranks."""
+    def fingerprint_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
+        """Keeps the mask's key and a checksum of the input of this call, to compare them with those of other ranks."""
         if self.meshes and self.training and is_covered(input):
             with _disable_current_modes():
-                self.prints.setdefault(str(self.inside), []).append(distributed.print_of(input, generator, key))
+                self.fingerprints.setdefault(str(self.inside), []).append(
+                    distributed.fingerprint_of(input, generator, key)
+                )
 
     def watched(self, name: str, function: Callable[..., Tensor], fused: bool) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -185,7 +187,7 @@ class _Recorder(TorchDispatchMode):
             self.record(self.inside, float(p), _fused_path(input) if takes else "torch")
             knows_shard = fused and (given.get("shard") is not None or distributed.is_distributed(input))
             if not knows_shard:
-                self.print_call(input, given.get("generator"), given.get("key"))
+                self.fingerprint_call(input, given.get("generator"), given.get("key"))
             try:
                 # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.
                 with _disable_current_modes() if takes else contextlib.nullcontext():
@@ -208,7 +210,7 @@ class _Recorder(TorchDispatchMode):
             path = _fused_path(query) if takes else _OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
             self.record(self.inside, float(p), path)
             if not (distributed.is_distributed(query) and function is attention.scaled_dot_product_attention):
-                self.print_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
+                self.fingerprint_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
             saved, self.inside.saved = self.inside.saved, None
             try:
                 with _disable_current_modes() if takes else contextlib.nullcontext():
@@ -319,7 +321,7 @@ def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
             kind = type(module).__name__
             recorder.sites.setdefault((name,), Site(name, kind, p, path=path))
     for mesh in recorder.meshes:
-        for dim, names in distributed.one_mask_for_shards(mesh, recorder.prints).items():
+        for dim, names in distributed.one_mask_for_shards(mesh, recorder.fingerprints).items():
             for site in recorder.sites.values():
                 site.shares_mask += (dim,) * (str(site) in names)
     for site in recorder.sites.values():

@@ -105,10 +105,10 @@ def drop_part(
     index_strides: Sequence[int],
     scale: float | None = None,
 ) -> Tensor:
-    """``drop`` of a part of a tensor, which itself has these index strides.
+    """``drop`` of a part of a tensor. index_strides: of the whole tensor.
 
-    One key is drawn for all runs of the part; also if the part is empty and the whole is not, so that the generators of
-    all ranks that hold a part stay in the same state.
+    All runs of the part share one key. An empty part of a tensor that is not empty draws a key too, so that all ranks
+    keep their generators in the same state.
 
     Raises:
         TypeError: also where the fused path does not take x, and for DTensors.
@@ -126,9 +126,9 @@ def drop_part(
         return output
 
     if inplace:
-        check_no_overlap(x)  # also between the runs
+        check_no_overlap(x)  # drop() checks each run alone
     if is_empty(x):
-        # Compiled code leaves out a draw that nothing depends on.
+        # A compiler removes a draw whose result is not used.
         return autograd.apply(x, float(p), key, 0, index_strides) if is_compiling() and key is not None else x
     output = windows.over_runs(on_window, x, part.runs, 0, index_strides, inplace)
     return x if inplace else output

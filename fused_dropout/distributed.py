@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import keys, reference, windows
 from .torch_internals import constant_while_tracing, unwrapped_constant
 
-_compared: set[tuple[Any, bool]] = set()  # the meshes whose ranks have compared keys; of a given generator?
+# The meshes whose ranks have compared keys, and whether these came from a generator that the caller gave.
+_compared: set[tuple[Any, bool]] = set()
 _plans: dict[Any, Any] = {}
 
 
@@ -69,16 +70,16 @@ def has_part_in(x: Any) -> bool:
 
 @constant_while_tracing
 def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
-    """Sees to it that the ranks of a mesh draw the same keys. Returns True.
+    """Makes the ranks of a mesh draw the same keys. Returns True.
 
-    At the first call on a mesh, with the default generator and with a given one, they compare the next key that each
-    would draw. If these differ, warns, and all ranks
-    take the generator state of the first, as torch's own random operations do on CUDA. Under torch.compile they compare
-    while Dynamo traces, since that too is the first call of every rank, and in compiled code it would be too late.
+    The ranks compare the next key that each would draw: once for each mesh with the default generator, and once with a
+    given generator. If the keys differ, this warns, and all ranks take the generator state of the first rank, as in
+    torch's own random operations on CUDA. Under torch.compile the ranks compare while Dynamo traces, because
+    compiled code cannot do it.
 
     Raises:
-        RuntimeError: they differ while Dynamo traces, which would put the generator back to what it was before. Dynamo
-            reports it as an InternalTorchDynamoError with the same text.
+        RuntimeError: the keys differ while Dynamo traces. Dynamo restores the generator after tracing, so its state
+            cannot be changed here. Dynamo reports an InternalTorchDynamoError with the same text.
     """
     mesh = unwrapped_constant(mesh)
     comparison = mesh, generator is not None
@@ -89,7 +90,7 @@ def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
         generator = keys.default_generator(device) if generator is None else generator
         words = keys.draw_keys(1, device, generator.clone_state())[0].view(torch.int64).to(device)
         groups = [mesh.get_group(d) for d in range(mesh.ndim) if mesh.size(d) > 1]
-        # The largest of each word and of its complement over the mesh: the complement of the latter is the smallest.
+        # Finds the largest w and the largest ~w over the mesh. The complement of the second is the smallest w.
         bounds = torch.cat((words, ~words))
         for group in groups:
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
@@ -141,7 +142,7 @@ def on_shard(
         output = operator(local, p, key, start, strides, *scale)
     else:
         output = windows.over_runs(on_window, local, runs, start, strides, in_place)
-    # Past __init__, which does nothing but cost as much as the rest.
+    # Skips __init__: it does nothing, and takes as long as all the rest.
     return None if in_place else x.__class__.__new__(x.__class__, output, output_spec, requires_grad=False)
 
 
@@ -161,7 +162,7 @@ def _reduced(x: Any, in_place: bool) -> Any:
 
 
 def _plan_of(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: bool) -> Any:
-    """``_plan``, which is the same for all tensors of one placement."""
+    """``_plan``, cached: it is the same for all tensors with the same spec."""
     spec, coordinate = x._spec, x.device_mesh.get_coordinate()
     if not all(type(n) is int for n in (*spec.shape, start, *(index_strides or ()))):
         return _plan(x, start, index_strides, makes_mask)  # a compiler's sizes, which have no hash
@@ -175,15 +176,18 @@ def _plan_of(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask
 
 
 def _plan(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: bool) -> Any:
-    """For this rank's shard: its runs, or None if the shard as it is is a window, then of that window; start and index
-    strides; and the spec of the output."""
+    """How the operator runs on this rank's shard: (runs, start, index strides, spec of the output).
+
+    If one call without a view is enough, runs is None, and start and index strides are those of the shard. Otherwise
+    they are those of the global tensor.
+    """
     strides = reference.checked_strides(x, start, index_strides)
     output_spec = _spec_of_output(x, makes_mask)
     if not has_part_in(x):
         return None, 0, None, output_spec
     runs = _runs_of(x._spec)
     window = windows.window(runs, start, strides)
-    if isinstance(window, int) or len(window[1]) != len(strides):  # the local tensor has to be viewed or taken apart
+    if isinstance(window, int) or len(window[1]) != len(strides):  # the local tensor needs a view or several calls
         return runs, start, strides, output_spec
     return None, window[0], window[2], output_spec
 
@@ -204,12 +208,12 @@ def _spec_of_output(x: Any, makes_mask: bool) -> Any:
 
 
 def _runs_of(spec: Any) -> list[windows.Runs]:
-    """The positions in the global tensor that this rank has, for each dimension."""
+    """The positions that this rank holds along each dimension of the global tensor."""
     from torch.distributed.tensor.placement_types import _StridedShard
 
     coordinate = spec.mesh.get_coordinate()
     runs: list[windows.Runs] = [[(0, size)] if size != 0 else [] for size in spec.shape]
-    # For each tensor dimension the mesh dimensions in the order in which they divide it, if that is not theirs.
+    # Mesh dimensions divide a tensor dimension from left to right, if the spec has no order of its own.
     order = getattr(spec, "shard_order", None)
     for m in [m for _, dims in order for m in dims] if order else range(len(coordinate)):
         placement, n, rank = spec.placements[m], spec.mesh.size(m), coordinate[m]
@@ -226,8 +230,8 @@ def _runs_of(spec: Any) -> list[windows.Runs]:
     return runs
 
 
-# What one call of dropout did on this rank: the key of its mask, and checksums of its input.
-Print = tuple[tuple[int, ...], tuple[int, ...]]
+# Of one call of dropout on this rank: the key of its mask, and checksums of its input.
+Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def meshes_of(model: torch.nn.Module) -> list[Any]:
@@ -236,8 +240,8 @@ def meshes_of(model: torch.nn.Module) -> list[Any]:
     return list(dict.fromkeys(p.device_mesh for p in sharded if has_part_in(p)))
 
 
-def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
-    """Before the call."""
+def fingerprint_of(x: Any, generator: Generator | None, key: Tensor | None) -> Fingerprint:
+    """The fingerprint of a call with these arguments. Has to be taken before the call, which draws the key."""
     x = (x.to_local() if is_distributed(x) else x).detach()
     if key is None:
         state = keys.default_generator(x.device) if generator is None else generator
@@ -246,16 +250,16 @@ def print_of(x: Any, generator: Generator | None, key: Tensor | None) -> Print:
     return tuple(key.view(torch.int64).tolist()), tuple(int(bits[::step].sum()) for step in (1, 3, 7))
 
 
-def one_mask_for_shards(mesh: Any, prints: dict[str, list[Print]]) -> dict[str, list[str]]:
-    """For each dimension of a mesh: the names of the sites that drew one mask on all ranks along it, in one of their
-    calls, for inputs that are not all the same. All ranks of the mesh have to call this."""
+def one_mask_for_shards(mesh: Any, fingerprints: dict[str, list[Fingerprint]]) -> dict[str, list[str]]:
+    """For each dimension of a mesh, the sites that drew the same mask on all its ranks for different inputs, in one or
+    more calls. All ranks of the mesh have to call this function."""
     found: dict[str, list[str]] = {}
     for d in range(mesh.ndim):
         ranks: list[Any] = [None] * mesh.size(d)
-        dist.all_gather_object(ranks, prints, mesh.get_group(d))
+        dist.all_gather_object(ranks, fingerprints, mesh.get_group(d))
         name = mesh.mesh_dim_names[d] if mesh.mesh_dim_names else f"mesh dimension {d}"
         found[name] = []
-        for site in prints:
+        for site in fingerprints:
             calls = zip(*(of_rank.get(site, []) for of_rank in ranks), strict=False)
             masks_and_inputs = [tuple(map(set, zip(*call, strict=True))) for call in calls]
             if any(len(masks) == 1 and len(inputs) > 1 for masks, inputs in masks_and_inputs):

@@ -57,12 +57,12 @@ def dropout(
         noise_shape: the mask's shape, in place of the input's; it is broadcast over the dimensions where it has 1, so
             that elements there are dropped together. Each entry is 1 or the input's size there, for which ``None``
             may stand. The mask is ``keep_mask(noise_shape, p, key)``, and never expanded in memory.
-        shard: ``(global_shape, offsets)`` if ``input`` is a part of a larger tensor, held by this process: the shape of
-            that tensor, and for each dimension where the part begins in it. The mask is then the part's own of
-            ``keep_mask(global_shape, p, key)``, so that all parts are dropped as one tensor would be. An offset may be
-            a tuple: the beginnings of runs of equal length, one after the other in ``input``. ``noise_shape`` then is
-            the global tensor's. Processes have to use one key, or generators in one state; see the documentation on
-            distributed training. For plain tensors: a DTensor is dropped by the global mask anyway.
+        shard: ``(global_shape, offsets)``, if ``input`` is a part of a larger tensor: the shape of that tensor, and for
+            each dimension the position where the part begins. The mask is this part of
+            ``keep_mask(global_shape, p, key)``, so that all parts together are dropped as one tensor. An offset may be
+            a tuple: the first positions of runs of equal length, which follow on each other in ``input``.
+            ``noise_shape`` is that of the global tensor. All processes have to use the same key, or generators in the
+            same state; see docs/distributed.md. Only for plain tensors: DTensors always have the global mask.
 
     Returns:
         A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``; ``input`` itself if
@@ -98,8 +98,8 @@ def dropout(
     if (not training or p == 0) and isinstance(input, Tensor):
         return input
     if shard is not None:
-        number = row_major if noise_shape is None else partial(noise_strides, noise_shape)
-        return _drop_shard(input, p, inplace, generator, key, shard, number)
+        strides_of = row_major if noise_shape is None else partial(noise_strides, noise_shape)
+        return _drop_shard(input, p, inplace, generator, key, shard, strides_of)
     strides = None if noise_shape is None else noise_strides(noise_shape, input.shape)
     output = drop(input, p, inplace, generator, key, strides)
     if output is not None:
@@ -114,12 +114,12 @@ def _drop_shard(
     generator: Generator | None,
     key: Tensor | None,
     shard: Shard,
-    number: Callable[[Sequence[int]], Sequence[int]],
+    strides_of: Callable[[Sequence[int]], Sequence[int]],
     scale: float | None = None,
 ) -> Tensor:
-    """``drop`` of a part. number: gives the index strides for the shape of the whole."""
+    """``drop`` of a shard. strides_of: the index strides for a shape, here that of the global tensor."""
     part = part_of(input.shape, shard)
-    return drop_part(input, part, p, inplace, generator, key, number(part.whole), scale)
+    return drop_part(input, part, p, inplace, generator, key, strides_of(part.whole), scale)
 
 
 def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> list[int]:
@@ -366,7 +366,7 @@ def _alpha(
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
     if shard is not None:
-        part_of(input.shape, shard)  # raises, also for calls that end before they need it
+        part_of(input.shape, shard)  # checks it for p = 1 and tensors without dimensions too
     output: Tensor | None
     if p == 1:
         output = drop(input, p, inplace)
@@ -376,8 +376,8 @@ def _alpha(
         return input.copy_(output) if inplace else output
     shifted = input + _SELU_SATURATION
     if shard is not None:
-        number = row_major if lead is None else partial(_lead_strides, lead)
-        output = _drop_shard(shifted, p, False, generator, key, shard, number)
+        strides_of = row_major if lead is None else partial(_lead_strides, lead)
+        output = _drop_shard(shifted, p, False, generator, key, shard, strides_of)
     elif lead:
         output = drop(shifted, p, False, generator, key, _lead_strides(lead, input.shape))
     else:  # numbered as input is, which need not have the layout of the sum

@@ -1,4 +1,4 @@
-"""Parts of a tensor, as windows of its element indices: shards, and what several runs of positions make up."""
+"""Shards of a tensor as windows of its element indices."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .reference import order_by_stride
 
-# The positions along one dimension of the global tensor that a part has, in its own order: (first, number) of each run
-# of neighbours. A part without elements there has no run.
+# The positions that a part holds along one dimension of the global tensor, in the order in which it holds them. Each
+# entry is a run of consecutive positions: (first, count). An empty part has no runs.
 Runs = Sequence[tuple[int, int]]
-# What users give for a part: the shape of the whole tensor, and for each dimension where the part begins in it, or a
-# tuple of the beginnings of runs of equal length.
+# The argument ``shard``: the shape of the global tensor, and for each dimension the position where the part begins. A
+# tuple of positions gives the first positions of runs of equal length.
 Shard = tuple[Sequence[int], Sequence[int | Sequence[int]]]
 
 
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 
 def part_of(shape: Sequence[int], shard: Shard) -> Part:
-    """The part that a tensor of this shape is, as the user gives it.
+    """Checks the argument ``shard`` of a call on a tensor of this shape, and converts it.
 
     Raises:
         ValueError: the shape does not fit, or a part does not lie in the whole, or has an element twice.
@@ -48,69 +48,69 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
     for d, (size, total, own) in enumerate(zip(shape, whole, beginnings, strict=True)):
         if len(own) == 0 or size % len(own) != 0:
             raise ValueError(f"shard: dimension {d} of the input has size {size}, which is not {len(own)} equal runs")
-        number = size // len(own)
+        count = size // len(own)
         ordered = sorted(own) if len(own) > 1 else own
-        if ordered[0] < 0 or ordered[-1] + number > total:
+        if ordered[0] < 0 or ordered[-1] + count > total:
             raise ValueError(
-                f"shard: runs of {number} at {own} do not lie in dimension {d} of the whole, of size {total}"
+                f"shard: runs of {count} at {own} do not lie in dimension {d} of the whole, of size {total}"
             )
-        if any(second - first < number for first, second in pairwise(ordered)):
-            raise ValueError(f"shard: runs of {number} at {own} overlap in dimension {d}")
-        runs.append(joined([(first, number) for first in own]) if number else [])
+        if any(second - first < count for first, second in pairwise(ordered)):
+            raise ValueError(f"shard: runs of {count} at {own} overlap in dimension {d}")
+        runs.append(joined([(first, count) for first in own]) if count else [])
     return Part(whole, runs)
 
 
 def _integer(n: int) -> int:
-    """Not ``index`` alone, which makes a compiler take each number for a constant."""
+    """n as an integer. A compiler's count stays symbolic: ``index`` would make it a constant."""
     return n if isinstance(n, int) else index(n)
 
 
 def chunk(runs: Runs, n: int, rank: int) -> Runs:
-    """The part of ``torch.chunk(positions, n)`` with this number; nothing where there are fewer parts than n."""
-    total = sum(number for _, number in runs)
+    """``torch.chunk(positions, n)[rank]``, or no runs if there are not so many chunks."""
+    total = sum(count for _, count in runs)
     size = -(-total // n)
     return _between(runs, size * rank, size * (rank + 1))
 
 
 def _between(runs: Runs, begin: int, end: int) -> Runs:
-    """The positions from number ``begin`` to before number ``end``."""
+    """``positions[begin:end]``."""
     part, passed = [], 0
-    for first, number in runs:
-        low, high = max(begin - passed, 0), min(end - passed, number)
+    for first, count in runs:
+        low, high = max(begin - passed, 0), min(end - passed, count)
         if low < high:
             part.append((first + low, high - low))
-        passed += number
+        passed += count
     return part
 
 
 def joined(runs: Runs) -> Runs:
-    """The same positions with runs that follow on each other made one."""
+    """The same positions, with adjacent runs merged."""
     whole: list[tuple[int, int]] = []
-    for first, number in runs:
+    for first, count in runs:
         if whole and sum(whole[-1]) == first:
-            whole[-1] = (whole[-1][0], whole[-1][1] + number)
+            whole[-1] = (whole[-1][0], whole[-1][1] + count)
         else:
-            whole.append((first, number))
+            whole.append((first, count))
     return whole
 
 
 def _are_regular(runs: Runs) -> bool:
-    """Whether the runs are of one length and at one distance, so that two dimensions hold them."""
+    """Whether all runs have the same length and distance, so that a view with one more dimension holds them."""
     distance = runs[1][0] - runs[0][0]
     return distance >= 0 and all(
-        number == runs[0][1] and first == runs[0][0] + i * distance for i, (first, number) in enumerate(runs)
+        count == runs[0][1] and first == runs[0][0] + i * distance for i, (first, count) in enumerate(runs)
     )
 
 
 def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tuple[int, list[int], list[int]] | int:
-    """What an operator takes for a part of a tensor: start, the shape to view the part as, and its index strides.
+    """The operator's arguments for a part of a tensor: start, the shape of a view of the part, and index strides.
 
-    Returns a dimension instead if two dimensions cannot hold its runs.
+    Returns a dimension instead if its runs are not regular: the part then needs several calls.
+
+    runs: for each dimension of the part. start, index_strides: of the whole tensor.
 
     Raises:
         RuntimeError: an index is 2**63 or more.
-
-    runs: for each dimension of the part. start, index_strides: of the whole tensor.
     """
     shape, strides = [], []
     for d, (own, stride) in enumerate(zip(runs, index_strides, strict=True)):
@@ -120,7 +120,7 @@ def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tu
             shape += [len(own), own[0][1]]
             strides += [(own[1][0] - own[0][0]) * stride, stride]
         else:
-            shape.append(sum(number for _, number in own))
+            shape.append(sum(count for _, count in own))
             strides.append(stride)
         start += own[0][0] * stride if own else 0
     if any(type(n) is int and n >= 1 << 63 for n in (start, *strides)):
@@ -136,10 +136,10 @@ def over_runs(
     index_strides: Sequence[int],
     in_place: bool = False,
 ) -> Tensor:
-    """``function(x, start, index_strides)`` for a part of a tensor, in as few calls as its runs allow.
+    """Calls ``function(view, start, index_strides)`` on all of x, a part of a tensor, with as few calls as possible.
 
-    runs, start, index_strides: as in :func:`window`. The function takes those of what it is given, and returns a tensor
-    of that shape. in_place: it changes what it is given, and only that counts.
+    runs, start, index_strides: as in :func:`window`. The function gets a view of x, and start and index strides of that
+    view. It returns a tensor of the view's shape. in_place: it changes the view, and its result is not used.
     """
     whole = window(runs, start, index_strides)
     if isinstance(whole, int):
@@ -159,9 +159,11 @@ def _over_each_run(
     index_strides: Sequence[int],
     in_place: bool,
 ) -> Tensor:
-    """``over_runs`` with a call for each run of dimension d. The result has the strides of ``torch.empty_like(x)``."""
-    sizes = [number for _, number in runs[d]]
-    # Autograd lets nobody change one of several views that split returns, but puts their gradients together at once.
+    """``over_runs`` with one call for each run of dimension d. Returns a tensor with the strides of
+    ``torch.empty_like(x)``."""
+    sizes = [count for _, count in runs[d]]
+    # Autograd forbids in-place changes of views from split. Out of place, split is better: its backward makes one
+    # gradient, where narrow's would add up one for each run.
     parts = [x.narrow(d, sum(sizes[:i]), n) for i, n in enumerate(sizes)] if in_place else x.split(sizes, d)
     each = [[*runs[:d], [run], *runs[d + 1 :]] for run in runs[d]]
     outputs = [
@@ -169,6 +171,6 @@ def _over_each_run(
     ]
     if in_place:
         return x
-    order = order_by_stride(x)  # cat fills memory in the order of the dimensions
+    order = order_by_stride(x)  # cat lays its result out in the order of the dimensions
     outputs = [output.permute(order) for output in outputs]
     return torch.cat(outputs, order.index(d)).permute([order.index(dim) for dim in range(x.dim())])

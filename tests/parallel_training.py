@@ -1,5 +1,4 @@
-"""A two-layer transformer with dropout at nine sites, whole, tensor- and sequence-parallel, or with FSDP2: for
-``test_dtensors.py``."""
+"""Trainings for ``test_dtensors.py``: a transformer with tensor and sequence parallelism, and layers under FSDP2."""
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ class Block(nn.Module):
             layer(h).view(h.shape[0], SEQUENCE, HEADS, WIDTH // HEADS).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
-        # Sums, and no products of matrices: torch 2.11 has no such product of tensors that are sharded by head.
+        # Not as matrix products: in torch 2.11 these fail for tensors that are sharded by head.
         weights = self.drop_weights(((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / 3).softmax(-1))
         joined = (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2).transpose(1, 2).flatten(2)
         x = x + self.drop_attention(self.out(joined))
@@ -47,7 +46,7 @@ class Transformer(nn.Module):
 
 
 def parallelized(model, mesh):
-    """Heads and hidden units over the ranks, and the sequence in between."""
+    """Shards heads and hidden units over the ranks, and the sequence between these layers."""
     from torch.distributed.tensor import Replicate, Shard, parallel
 
     column = parallel.ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
@@ -68,7 +67,7 @@ def parallelized(model, mesh):
 
 
 def train(p, steps, mesh=None):
-    """The losses, and which elements each of the nine sites dropped at each step."""
+    """Trains the transformer. Returns the loss of each step, and the dropped elements at each site and step."""
     torch.manual_seed(0)
     model = fd.convert(Transformer(p))
     if mesh is not None:
@@ -96,7 +95,7 @@ def train(p, steps, mesh=None):
 
 
 def train_sharded(p, steps, mesh=None, batch=8):
-    """FSDP2 with a part of the batch on each rank, dropped by ``shard=``, and the whole batch on one: the losses."""
+    """Trains layers under FSDP2, with ``shard=`` and a part of the batch on each rank. Returns as ``train``."""
     from torch.distributed.fsdp import fully_shard
 
     rank, world = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)

@@ -166,7 +166,7 @@ def test_rows(columns, dtype, key):
 
 @pytest.mark.parametrize("columns", [13, 64])
 def test_shards(columns, dtype, key):
-    """Columns of a wider tensor, in two runs, and past 2**32."""
+    """Shards with one run and with two runs of columns, and with element indices above 2**32."""
     x = torch.randn(9, columns * 2).to(dtype)
     for shard in (((9, 200), (0, 40)), ((9, 400), (0, (8, 200))), ((2**20, 2**20), (2**19, (5, 2**18)))):
         expected = fd.dropout(x, 0.3, key=key, shard=shard)

@@ -344,7 +344,7 @@ def test_tensor_parallel(workers, sequence, how):
 
 
 def audited(rank, seed, local):
-    """Which sites of two linear layers over both ranks draw one mask for activations that differ."""
+    """The sites that audit reports for two linear layers, with tensor parallelism over both ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel
 
@@ -363,7 +363,7 @@ def audited(rank, seed, local):
 
 
 class Twice(nn.Module):
-    """One dropout in two places: before the columns are divided, and after."""
+    """Calls one dropout twice: before the columns are sharded, and after."""
 
     def __init__(self):
         super().__init__()
@@ -389,7 +389,7 @@ def test_audit_looks_at_each_call_of_a_site(workers):
 
 
 def test_audit_finds_one_mask_for_shards(workers):
-    """The dropout between the two has a shard of its own on each rank; the last has the same activations on both."""
+    """Only the dropout between the two layers is reported: each rank has another shard there."""
     for found, said in workers(audited, 1, True):
         assert found == [[("2", ("tp",))]] * 2
         assert said

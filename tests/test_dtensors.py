@@ -1,4 +1,4 @@
-"""DTensors, in two and four processes: the mask, and the gradient, of one process, bit for bit."""
+"""DTensors in two and four processes have the masks and gradients of one process, bit for bit."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ KEY = fd.key(3)
 
 
 two = workers_of(__name__, world=2)
-four = workers_of(__name__, world=4, timeout=180)  # seconds: Inductor compiles in each, where no cache is filled yet
+four = workers_of(__name__, world=4, timeout=180)  # Inductor compiles in each process
 
 
 @functools.cache
@@ -35,14 +35,14 @@ def mesh_of(shape):
 
 
 def distributed_as(whole, mesh, placements):
-    """The whole on a mesh; each rank has the same to begin with, so nothing is sent."""
+    """Places the tensor on the mesh. All ranks have the same tensor, so nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 def placements_of(dims, mesh_dims):
-    """Each way to place a tensor of so many dimensions, and Partial and _StridedShard among them."""
+    """All placements to test for a tensor with this number of dimensions."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -62,10 +62,10 @@ LAYOUTS = {
 
 
 def differs(mesh, shape, placements, dtype, layout, p=0.5):
-    """What is wrong with one case, or nothing: every comparison is of bits."""
+    """Compares one case with one process, bit for bit. Returns the names of what differs."""
     from torch.distributed.tensor import Replicate, Shard
 
-    # Small whole numbers, which a sum over ranks does not round.
+    # Small integers: sums over ranks are then exact.
     base = torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     whole = LAYOUTS[layout](base).detach().requires_grad_()
     x = LAYOUTS[layout](distributed_as(base, mesh, placements)).detach().requires_grad_()
@@ -82,7 +82,7 @@ def differs(mesh, shape, placements, dtype, layout, p=0.5):
 
 
 def cases(mesh_dims, how_many):
-    """many: each layout in float32, and the other dtypes where x is contiguous. few: for a fault that many show."""
+    """all: each dtype in each layout. many: float32 in each layout, others contiguous. few: float32, contiguous."""
     kinds = list(itertools.product((torch.float32, torch.bfloat16, torch.float16), LAYOUTS))
     kinds = {"few": kinds[:1], "many": [*kinds[:4], kinds[6]], "all": kinds}[how_many]
     for shape in SHAPES[1:6:4] if how_many == "few" else SHAPES:
@@ -96,7 +96,7 @@ def cases(mesh_dims, how_many):
 
 @contextlib.contextmanager
 def planted(fault):
-    """A fault in how a shard is numbered."""
+    """Plants a fault into the numbering of a shard."""
     runs_of, window = distributed._runs_of, windows.window
     if fault == "the offset is ignored":
         distributed._runs_of = lambda *a: [[(0, sum(n for _, n in own))] for own in runs_of(*a)]
@@ -196,7 +196,7 @@ def test_the_family_and_its_neighbours(four):
 
 
 def ways(rank):
-    """Modules, patch and convert, from torch's generator: seeded alike on all ranks, and no warning."""
+    """nn.Dropout under patch and after convert. All ranks have the same seed, so nothing warns."""
     torch.manual_seed(5)
     want = fd.dropout(X, 0.3), fd.dropout1d(X, 0.4)
     model = nn.Sequential(nn.Dropout(0.3), nn.Dropout1d(0.4))
@@ -305,7 +305,7 @@ def test_pending_inputs_and_ranks_outside_of_the_mesh(four):
 
 
 def derivatives(rank):
-    """Second derivatives, and both kinds of checkpoint, selective too."""
+    """Second derivatives, and gradients under each kind of checkpoint."""
     only_sin = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.sin.default])
     found = {}
 
@@ -341,7 +341,7 @@ def test_second_derivatives_and_checkpoints(four):
 
 
 def compiled(rank, backend):
-    """Masks and gradients of eager; two dropouts of one tensor differ; the key alone is saved."""
+    """Compiled values and gradients are those of eager. Only the keys are saved."""
     from torch.distributed.tensor import Replicate, Shard
 
     found, saved = [], []
@@ -398,7 +398,7 @@ def test_compiled_for_any_size(four):
 
 
 def seeded(rank, case):
-    """Seeds that differ by rank: one warning, and the state of the first rank on all. Nothing is sent afterwards."""
+    """With a seed for each rank: one warning, then the masks of the first rank's seed. A second call sends nothing."""
     from torch.distributed.tensor import Replicate, Shard
 
     distributed._compared.clear()
@@ -436,7 +436,7 @@ def test_ranks_agree_at_the_first_call(four, case):
 
 
 def compared(rank):
-    """What was warned of: after a call with a generator of its own, and after a comparison that failed."""
+    """Whether a call warns of different seeds after a call with its own generator, and after a failed comparison."""
     from torch.distributed.tensor import Replicate
 
     x, warned = placed(Replicate(), Replicate()), []
@@ -476,8 +476,8 @@ def largest_difference(a, b):
 
 
 def trained(rank, world, how, steps):
-    """Whether all masks of a training on all ranks are those of one process, and how far the losses are apart, with
-    dropout and without."""
+    """Trains on all ranks and in one process. Returns whether all masks are equal, the number of masks, and the largest
+    difference of the losses with dropout and without."""
     mesh, apart = mesh_of((world,)), []
     train = parallel_training.train if how == "tensor parallel" else parallel_training.train_sharded
     for p in (0.1, 0.0):
@@ -495,7 +495,7 @@ def trained(rank, world, how, steps):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("how", ["tensor parallel", "fsdp"])
 def test_training_is_that_of_one_process(request, world, how):
-    """Equal masks at every site and step of AdamW, and losses that differ as without dropout."""
+    """All masks are equal. The losses differ no more than twice as much as without dropout."""
     steps = 20 if request.config.getoption("--every-cell") else 4
     if steps == 4 and (how, world) in [("tensor parallel", 2), ("fsdp", 4)]:
         pytest.skip("shown by the others; make test-sharded runs it")

@@ -1,5 +1,5 @@
-"""shard: a part of a larger tensor gets what the whole tensor gives there. The oracle is the same function on the
-contiguous whole, without shard, and the part cut out of its result; contract.py for wholes that no memory holds."""
+"""``shard=``: a part of a larger tensor is dropped as in the whole tensor. The oracle is the same function on the whole
+contiguous tensor, of whose result the part is cut out. For tensors that are too large it is contract.py."""
 
 import re
 from functools import partial
@@ -31,13 +31,13 @@ PARTS = {  # where the part begins, and its shape; a function of r dimensions ta
 
 
 def coordinates(begins, size):
-    """Where the elements of a part lie in one dimension of the whole."""
+    """The positions of a part along one dimension of the whole."""
     begins = [begins] if isinstance(begins, int) else begins
     return torch.cat([torch.arange(begin, begin + size // len(begins)) for begin in begins])
 
 
 def add_with_bias(x, *args, **options):
-    """The bias of column i of the whole is i."""
+    """dropout_add with a bias of i for column i of the whole."""
     begins = options["shard"][1][-1] if "shard" in options else 0
     return fd.dropout_add(x, x.clone(), *args, bias=coordinates(begins, x.shape[-1]).to(x), **options)
 
@@ -73,7 +73,8 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=Tru
 
 
 def check(run, part, rank, same=assert_same, **to):
-    """run(x, gradient) gives tensors of x's shape, and something that has to be the same for each part."""
+    """Compares run on the whole with run on the part. run(x, gradient) returns tensors of x's shape, and a value that
+    is the same for all parts."""
     shape, offsets, of_part = (entries[:rank] for entries in (WHOLE, *PARTS[part]))
     index = torch.meshgrid(*map(coordinates, offsets, of_part), indexing="ij")
     both = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -86,7 +87,7 @@ def check(run, part, rank, same=assert_same, **to):
 
 
 def outcome(function, x, gradient, source="key", **options):
-    """Result and gradient, and what the two generators give next."""
+    """Returns the result and the gradient, and then the next number of each of the two generators."""
     torch.manual_seed(5)
     generator = torch.Generator(x.device).manual_seed(6)
     options |= {"key": {"key": KEY}, "generator": {"generator": generator}, "default": {}}[source]
@@ -99,7 +100,7 @@ def outcome(function, x, gradient, source="key", **options):
 @pytest.mark.parametrize(("rank", "function"), (CALLS | VARIANTS).values(), ids=CALLS | VARIANTS)
 @for_parts
 def test_is_the_part_of_the_whole(rank, function, part, device):
-    """Also without a key: ranks stay in step, with runs and with an empty part."""
+    """With a key and with generators. All parts leave a generator in the same state, empty ones too."""
     for dtype, source in zip(DTYPES, ("key", "default", "generator", "key"), strict=True):
         check(partial(outcome, function, source=source), part, rank, dtype=dtype, device=device)
 
@@ -177,7 +178,7 @@ def test_more_than_2_to_the_32_elements(whole, offsets, shape, noise_shape, devi
 
 @for_calls
 def test_draws_nothing(rank, function):
-    """If the whole is empty, if p is 0 or 1, or not in training."""
+    """No key is drawn if the whole is empty, if p is 0 or 1, or outside of training."""
     state = torch.get_rng_state()
     for whole, p, training in (((24, 0, 21), P, True), (WHOLE, 0.0, True), (WHOLE, 1.0, True), (WHOLE, P, False)):
         shape, offsets = (*whole, *WHOLE)[:rank], (7, 0, 0, 0, 0)[:rank]
@@ -235,7 +236,7 @@ def test_wrong_shards(name):
 
 @for_calls
 def test_refuses(rank, function):
-    """Tensors that are not fused, a key with a generator, and torch.export without a key."""
+    """TypeError for tensors that are not fused and under torch.export; ValueError for a key with a generator."""
     x, call = torch.ones(WHOLE[:rank]), partial(function, shard=(WHOLE[:rank], [0] * rank))
     for other in (x.long(), x.bool(), x.to(torch.complex64), x.to(torch.float8_e4m3fn), x.to_sparse(), x.to("meta")):
         for options in ({}, {"key": KEY}):
@@ -252,7 +253,7 @@ def test_refuses(rank, function):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_once_for_all_offsets(dynamic):
-    """As micro-batches have them."""
+    """Each micro-batch has another offset."""
     torch._dynamo.reset()
     graphs, whole = [], torch.randn(64, 6)
 
