@@ -6,16 +6,8 @@ from .attention import scaled_dot_product_attention
 from .audit import AuditReport, audit
 from .build_info import BackendInfo, backend_info
 from .convert import ConvertReport, convert, convert_report, revert
-from .functional import (
-    alpha_dropout,
-    drop_path,
-    dropout,
-    dropout1d,
-    dropout2d,
-    dropout3d,
-    feature_alpha_dropout,
-    keep_mask,
-)
+from .family import alpha_dropout, drop_path, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .functional import dropout, keep_mask
 from .keys import fold_in, key, split
 from .linear import DropoutLinear, dropout_linear
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout

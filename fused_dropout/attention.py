@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from . import attention_blocks, autograd, dispatch, operators
-from .distributed import beside, is_distributed
-from .functional import check_key, dropout, out_of_range
-from .torch_internals import apply_without_functorch, is_compiling, is_recorded, is_traced_ahead
+from .arguments import check_arguments
+from .distributed import beside
+from .functional import dropout
+from .torch_internals import apply_without_functorch, is_compiling, is_distributed, is_recorded, is_traced_ahead
 
 _torchs_own = F.scaled_dot_product_attention  # whatever stands at this name later
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -216,10 +217,7 @@ def scaled_dot_product_attention(
                  [False,  True, False]]])
     """
     keyed = generator is not None or dropout_key is not None
-    if dropout_key is not None:
-        check_key(dropout_key, query, generator)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise out_of_range(dropout_p)
+    check_arguments(query, dropout_p, True, generator, dropout_key)
     if dropout_p == 0:
         return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):

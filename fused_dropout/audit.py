@@ -15,10 +15,10 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import attention, distributed, functional
+from . import attention, distributed, family, functional
 from .build_info import backend_info
 from .dispatch import is_covered
-from .patching import FAMILY, meet_torchs_own
+from .patching import FAMILY, Replacement, meet_torchs_own
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
 _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "feature_dropout")]
@@ -230,17 +230,18 @@ class _Recorder(TorchDispatchMode):
 
         meet_torchs_own()
         names = (*FAMILY, "drop_path")
-        places = [
-            (module, name) for module in (F, functional, fused_dropout) for name in names if hasattr(module, name)
-        ]
+        modules = (F, functional, family, fused_dropout)
+        places = [(module, name) for module in modules for name in names if name in vars(module)]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}
         attentions = {module: getattr(module, _ATTENTION) for module in (F, fused_dropout)}
         try:
             for (module, name), function in before.items():
+                function = function.func if isinstance(function, Replacement) else function
                 ours = (getattr(function, "__module__", None) or "").startswith("fused_dropout")
                 setattr(module, name, self.watched(name, function, ours))
             for module, function in attentions.items():
+                function = function.func if isinstance(function, Replacement) else function
                 setattr(module, _ATTENTION, self.watched_attention(function))
             yield
         finally:

@@ -14,8 +14,14 @@ from torch import Tensor
 from torch.nn.parameter import Parameter
 
 from . import operators, reference
-from .distributed import is_distributed
-from .torch_internals import apply_without_functorch, functorch_randomness, is_compiling, is_fake, is_watched
+from .torch_internals import (
+    apply_without_functorch,
+    functorch_randomness,
+    is_compiling,
+    is_distributed,
+    is_fake,
+    is_watched,
+)
 
 _PLAIN = (Tensor, Parameter)
 

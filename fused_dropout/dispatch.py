@@ -1,4 +1,4 @@
-"""Which path serves a call: the one place that decides it. ``functional.py`` says what a call means.
+"""Which path serves a call: the one place that decides it.
 
 | who looks on | path |
 |---|---|
@@ -19,10 +19,11 @@ from torch.nn.parameter import Parameter
 
 from . import autograd, keys, native, operators, reference, windows
 from .autograd import must_compose
-from .distributed import agree, has_part_in, is_distributed, register_rules
+from .distributed import agree, has_part_in, register_rules
 from .torch_internals import (
     functorch_randomness,
     is_compiling,
+    is_distributed,
     is_fake,
     is_recorded,
     is_watched,
@@ -44,7 +45,7 @@ def drop(
     scale: float | None = None,
     start: int = 0,
 ) -> Tensor | None:
-    """Dropout in training, 0 < p <= 1, with arguments that ``functional.py`` has checked.
+    """Dropout in training, 0 < p <= 1, with arguments that ``arguments.py`` has checked.
 
     index_strides, scale, start: as in the operator. Returns None if torch's own dropout has to serve.
 
@@ -184,7 +185,8 @@ def _refuse_for_torch(
     if key is not None or generator is not None or shard is not None:
         kind = f" of {x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else ""
         raise TypeError(
-            f"key, generator and shard are for the fused path, which does not take a {type(x).__name__}{kind}"
+            "key, generator and shard are for strided tensors of float32, float64, float16 or bfloat16 on CPU or CUDA, "
+            f"but the input is a {type(x).__name__}{kind}"
         )
 
 

@@ -8,7 +8,6 @@ Without one of them the first call with a DTensor raises AttributeError or Impor
 """
 
 import functools
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,17 +19,11 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import keys, reference, windows
-from .torch_internals import constant_while_tracing, unwrapped_constant
+from .torch_internals import constant_while_tracing, is_distributed, unwrapped_constant
 
 # The meshes whose ranks have compared keys, and whether these came from a generator that the caller gave.
 _compared: set[tuple[Any, bool]] = set()
 _plans: dict[Any, Any] = {}
-
-
-def is_distributed(x: object) -> bool:
-    """Whether x is a DTensor. The class is not imported for it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
 
 
 def beside(x: Tensor, other: Tensor) -> Tensor:

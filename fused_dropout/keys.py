@@ -5,12 +5,11 @@ generator, and the offset 0. CUDA: the generator's seed and its Philox offset / 
 counter step, whatever the size of the tensor.
 """
 
-from operator import index
-
 import torch
 from torch import Generator, Tensor
 
 from . import reference
+from .arguments import check_keys, integer
 from .inductor import FORM
 from .native import eager, kernels
 from .torch_internals import is_compiling, is_recorded
@@ -121,6 +120,7 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
 
     Raises:
         ValueError: the seed is out of range.
+        TypeError: the seed is not an integer.
 
     Example::
 
@@ -151,14 +151,14 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
 
     Raises:
         ValueError: the key has another shape or dtype; ``data`` is out of range.
-        TypeError: ``data`` is neither an integer nor a tensor of integers.
+        TypeError: ``data`` is neither an integer nor a tensor of integers; the key is not a tensor.
 
     Example::
 
         >>> fd.fold_in(fd.key(5), 3)
         tensor([12787321758626223646, 17427304685265241759], dtype=torch.uint64)
     """
-    _check_is_key(key)
+    check_keys(key)
     if isinstance(data, Tensor):
         if data.dtype not in (torch.int64, torch.uint64):
             raise TypeError(f"data has to be an integer or an int64 or uint64 tensor, but is {data.dtype}")
@@ -181,6 +181,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
 
     Raises:
         ValueError: the key has another shape or dtype; ``n`` is less than 1.
+        TypeError: ``n`` is not an integer; the key is not a tensor.
 
     Example::
 
@@ -188,7 +189,8 @@ def split(key: Tensor, n: int = 2) -> Tensor:
         >>> torch.equal(mlp, fd.fold_in(fd.key(5), 1))
         True
     """
-    _check_is_key(key)
+    check_keys(key)
+    n = integer(n, "n")
     if n < 1:
         raise ValueError(f"n has to be 1 or more, but is {n}")
     return _derive(key, torch.arange(n, device=key.device).view(n, *(1 for _ in key.shape[1:])))
@@ -208,12 +210,7 @@ def _derive(key: Tensor, data: Tensor) -> Tensor:
 
 def _signed(number: int, name: str) -> int:
     """The int64 with the bits of this uint64; a negative number is taken as it is."""
-    number = index(number)
+    number = integer(number, name)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"{name} has to be from -2**63 to 2**64 - 1, but is {number}")
     return number - 2**64 if number >= 2**63 else number
-
-
-def _check_is_key(key: Tensor) -> None:
-    if key.dtype != torch.uint64 or key.dim() < 1 or key.shape[-1] != 2:
-        raise ValueError(f"key has to be a uint64 tensor of shape (..., 2), but is {key.dtype} {tuple(key.shape)}")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from . import autograd, dispatch, native, operators, reference
-from .functional import check_key, dropout, out_of_range
+from .arguments import check_arguments
+from .functional import dropout
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
 
 _eager_dropout_linear = native.eager.dropout_linear if native.eager else None
@@ -135,10 +136,9 @@ def dropout_linear(
         tensor([[2., 0., 2.],
                 [0., 2., 0.]])
     """
-    if not 0.0 <= p <= 1.0:
-        raise out_of_range(p)
-    if key is not None:
-        check_key(key, input, generator)
+    check_arguments(input, p, training, generator, key)
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        return F.linear(input, weight, bias)  # raises, in torch's words
     if training and p > 0:
         if _eager_dropout_linear is not None and not is_compiling():
             output = _eager_dropout_linear(input, weight, bias, p, generator, key)
@@ -184,9 +184,8 @@ class DropoutLinear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_arguments(None, p, True)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if not 0.0 <= p <= 1.0:
-            raise out_of_range(p)
         self.p = p
 
     def forward(self, input: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.fx import Proxy, Tracer
 
-from . import functional
+from . import family, functional
+from .arguments import check_generator, check_key, check_number, noise_sizes
 
 
 class Keyed(nn.Module):
@@ -32,8 +33,10 @@ class Keyed(nn.Module):
 
     def _set(self, generator: Generator | None, key: Tensor | None) -> None:
         if generator is not None:
+            check_generator(generator)
             self.generator = generator
         if key is not None:
+            check_key(key)
             self.key = key
 
     def _is_leaf(self, proxy: Proxy) -> bool:
@@ -70,6 +73,7 @@ class Fused(Keyed, nn.modules.dropout._DropoutNd):
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, generator: Generator | None = None, key: Tensor | None = None
     ) -> None:
+        check_number(p)
         super().__init__(p, inplace)
         self._set(generator, key)
 
@@ -114,7 +118,7 @@ class Dropout(Fused, nn.Dropout):
     ) -> None:
         super().__init__(p, inplace, generator=generator, key=key)
         if noise_shape is not None:
-            self.noise_shape = tuple(noise_shape)
+            self.noise_shape = tuple(noise_sizes(noise_shape))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -153,7 +157,7 @@ class Dropout1d(Fused, nn.Dropout1d):
             return F.dropout1d(input, self.p, self.training, self.inplace)
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._recorded(input)
-        return functional.dropout1d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
+        return family.dropout1d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
 class Dropout2d(Fused, nn.Dropout2d):
@@ -183,7 +187,7 @@ class Dropout2d(Fused, nn.Dropout2d):
             return F.dropout2d(input, self.p, self.training, self.inplace)
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._recorded(input)
-        return functional.dropout2d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
+        return family.dropout2d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
 class Dropout3d(Fused, nn.Dropout3d):
@@ -207,7 +211,7 @@ class Dropout3d(Fused, nn.Dropout3d):
             return F.dropout3d(input, self.p, self.training, self.inplace)
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._recorded(input)
-        return functional.dropout3d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
+        return family.dropout3d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
 class AlphaDropout(Fused, nn.AlphaDropout):
@@ -231,7 +235,7 @@ class AlphaDropout(Fused, nn.AlphaDropout):
             return F.alpha_dropout(input, self.p, self.training)
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._recorded(input)
-        return functional.alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
+        return family.alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
 class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
@@ -255,7 +259,7 @@ class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
             return F.feature_alpha_dropout(input, self.p, self.training)
         if isinstance(input, Proxy) and self._is_leaf(input):
             return self._recorded(input)
-        return functional.feature_alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
+        return family.feature_alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
 class DropPath(Keyed):
@@ -304,6 +308,6 @@ class DropPath(Keyed):
             return torch.where(kept, scaled, torch.zeros_like(x))
         if isinstance(x, Proxy) and self._is_leaf(x):
             return self._recorded(x)
-        return functional.drop_path(
+        return family.drop_path(
             x, self.drop_prob, self.training, self.scale_by_keep, generator=self.generator, key=self.key
         )

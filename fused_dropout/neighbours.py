@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import autograd, dispatch, native, operators, reference, windows
-from .functional import check_key, dropout, noise_strides, out_of_range
+from .arguments import check_arguments, noise_strides
+from .functional import dropout
 from .modules import Fused
 from .torch_internals import apply_without_functorch, is_compiling, is_recorded
 from .windows import Shard
@@ -185,10 +186,7 @@ def dropout_add(
         >>> fd.dropout_add(x, residual, 0.5, key=fd.key(1))
         tensor([12., 10., 12., 10.])
     """
-    if not 0.0 <= p <= 1.0:
-        raise out_of_range(p)
-    if key is not None:
-        check_key(key, input, generator)
+    check_arguments(input, p, training, generator, key)
     if training and 0 < p < 1:
         output = _fused_dropout_add(input, residual, bias, float(p), inplace, generator, key, noise_shape, shard)
         if output is not None:
@@ -210,7 +208,11 @@ def _fused_dropout_add(
     shard: Shard | None,
 ) -> Tensor | None:
     """The result, or None where the separate calls have to serve."""
-    if is_compiling() or not isinstance(input, Tensor) or has_torch_function((input, residual, bias)):
+    if is_compiling() or not (isinstance(input, Tensor) and isinstance(residual, Tensor)):
+        return None
+    if bias is not None and not isinstance(bias, Tensor):
+        return None
+    if has_torch_function((input, residual, bias)):
         return None
     start, strides = 0, None if noise_shape is None or shard is not None else noise_strides(noise_shape, input.shape)
     if shard is not None:
@@ -276,10 +278,7 @@ def relu_dropout(
         >>> fd.relu_dropout(torch.tensor([1.0, 1.0, -1.0, 3.0]), 0.5, key=fd.key(1))
         tensor([2., 0., 0., 0.])
     """
-    if not 0.0 <= p <= 1.0:
-        raise out_of_range(p)
-    if key is not None:
-        check_key(key, input, generator)
+    check_arguments(input, p, training, generator, key)
     if training and 0 < p < 1:
         output = _fused_relu_dropout(input, float(p), inplace, generator, key)
         if output is not None:

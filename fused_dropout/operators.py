@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import compiled, inductor, keys, native, reference
 from .build_info import how_to_improve
-from .distributed import is_distributed, on_shard
+from .distributed import on_shard
 from .inductor import FORM
-from .torch_internals import constant_while_tracing, is_compiling, is_recorded, keep_draws_apart
+from .torch_internals import constant_while_tracing, is_compiling, is_distributed, is_recorded, keep_draws_apart
 
 _library = torch.library.Library("fused_dropout", "DEF")
 _WINDOW = "float p, Tensor key, SymInt start=0, SymInt[]? index_strides=None"

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from . import attention, functional
+from . import attention, family, functional
+from .arguments import why_refused
+from .torch_internals import script_as
 
-# The family: the function and the module of each kind, here named as in torch.
+# The family: the function and the module of each kind, as torch names them.
 FAMILY = {
     "dropout": "Dropout",
     "dropout1d": "Dropout1d",
@@ -21,6 +25,36 @@ FAMILY = {
     "alpha_dropout": "AlphaDropout",
     "feature_alpha_dropout": "FeatureAlphaDropout",
 }
+
+_FUSED: dict[str, Callable[..., Tensor]] = {"dropout": functional.dropout} | {
+    name: getattr(family, name) for name in FAMILY if name != "dropout"
+}
+
+
+class Replacement(partial):
+    """A function that stands at a name of torch's, and is pickled as what stands there when it is loaded.
+
+    A plain function would be pickled as an import of this package, and not at all once torch's own is back. Dynamo and
+    ``inspect`` know ``functools.partial``.
+    """
+
+    _place: str
+
+    def at(self, module: Any, name: str) -> "Replacement":
+        self._place = f"{module.__name__}:{name}"
+        self.__name__ = self.__qualname__ = name
+        self.__module__, self.__doc__ = module.__name__, self.func.__doc__
+        return self
+
+    def __reduce__(self) -> Any:
+        return resolve_name, (self._place,)
+
+    def __copy__(self) -> "Replacement":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Replacement":
+        return self
+
 
 _lock = threading.Lock()
 _on = False  # between patch() and unpatch()
@@ -33,36 +67,28 @@ def _alias(name: str, fused: Callable[..., Tensor] | dict[int, Callable[..., Ten
     original, inplace = getattr(torch, name), name.endswith("_")
 
     def alias(input: Tensor, p: float, train: bool) -> Tensor:
-        # A p out of range raises in torch's words, which are not F.dropout's.
-        if not isinstance(input, Tensor) or has_torch_function_unary(input) or not 0.0 <= p <= 1.0:
+        # A wrong p or train raises in torch's words, which are not F.dropout's.
+        if not isinstance(input, Tensor) or has_torch_function_unary(input) or why_refused(p, train):
             return original(input, p, train)
         function = fused.get(input.dim()) if isinstance(fused, dict) else fused
         return original(input, p, train) if function is None else function(input, p, train, inplace)
 
-    alias.__name__ = alias.__qualname__ = name
-    with suppress(AttributeError):  # scripting is deprecated
-        torch.jit._builtins._register_builtin(alias, f"aten::{name}")
     return alias
 
 
-def _replacements() -> dict[tuple[Any, str], Callable[..., Tensor]]:
-    found: dict[tuple[Any, str], Callable[..., Tensor]] = {}
-    for name in FAMILY:
-        fused, original = getattr(functional, name), getattr(F, name)
-        # What torch.jit.script compiles in place of ours: keyword-only defaults are beyond it.
-        fused.__prepare_scriptable__ = lambda original=original: original
-        found[F, name] = fused
-    fused = attention.scaled_dot_product_attention
-    with suppress(AttributeError):  # scripting is deprecated
-        torch.jit._builtins._register_builtin(fused, "aten::scaled_dot_product_attention")
-    found[F, "scaled_dot_product_attention"] = fused
-    short: dict[str, Any] = {name: getattr(functional, name) for name in FAMILY}
-    short["feature_dropout"] = {3: functional.dropout1d, 4: functional.dropout2d, 5: functional.dropout3d}
+def _replacements() -> dict[tuple[Any, str], Replacement]:
+    found: dict[tuple[Any, str], Callable[..., Tensor]] = {(F, name): fused for name, fused in _FUSED.items()}
+    found[F, "scaled_dot_product_attention"] = attention.scaled_dot_product_attention
+    by_rank = {3: family.dropout1d, 4: family.dropout2d, 5: family.dropout3d}
+    short: dict[str, Any] = _FUSED | {"feature_dropout": by_rank}
     for name, fused in short.items():
         for alias in (name, name + "_"):
             if hasattr(torch, alias):
                 found[torch, alias] = _alias(alias, fused)
-    return found
+    replacements = {(module, name): Replacement(fused).at(module, name) for (module, name), fused in found.items()}
+    for (module, name), replacement in replacements.items():
+        script_as(replacement, getattr(module, name))
+    return replacements
 
 
 _REPLACEMENTS = _replacements()
@@ -106,7 +132,7 @@ def patch() -> None:
     Example::
 
         >>> fd.patch()
-        >>> F.dropout is fd.dropout
+        >>> F.dropout.func is fd.dropout
         True
         >>> fd.unpatch()
     """
@@ -147,7 +173,7 @@ def patched() -> Iterator[None]:
 
         >>> original = F.dropout
         >>> with fd.patched():
-        ...     F.dropout is fd.dropout
+        ...     F.dropout.func is fd.dropout
         True
         >>> F.dropout is original
         True

@@ -7,6 +7,7 @@ through all of them under each version of torch that is tested.
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ def is_fake(x: object) -> bool:
     return module is not None and isinstance(x, module.FakeTensor)
 
 
+def is_distributed(x: object) -> bool:
+    """Whether x is a DTensor. The class is not imported for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
 def is_traced_ahead(x: object) -> bool:
     """Whether AOTAutograd traces x, inside a function of torch that Dynamo left whole, such as multi-head attention.
     ``is_compiling`` says so only in later versions. Without the class such calls go to torch's own function, and their
@@ -129,6 +136,19 @@ def apply_without_functorch(function: type[torch.autograd.Function]) -> Any:
     call. Without the base class's ``apply`` the import of ``autograd`` fails."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply
+
+
+def script_as(replacement: Any, original: Any) -> None:
+    """Lets torch.jit.script compile ``original`` where it meets ``replacement``. Scripting is deprecated: without these
+    names it refuses to compile what calls a patched function."""
+    with suppress(AttributeError):
+        operator = torch.jit._builtins._find_builtin(original)
+        if operator is not None:
+            torch.jit._builtins._register_builtin(replacement, operator)
+            return
+        # What scripts a function with a boolean flag in two forms, here with one form and a flag that nobody passes.
+        either = {"if_true": original, "if_false": original, "index": 99, "arg_name": "", "default": False}
+        torch._jit_internal.boolean_dispatched[replacement] = either | {"func_name": original.__name__}
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .arguments import check_module
+
 
 class Prediction(NamedTuple):
     """mean, std: of the model's output over the passes, each of the output's shape; float32 for 16-bit outputs."""
@@ -43,6 +45,7 @@ def mc_dropout(model: nn.Module) -> Iterator[nn.Module]:
         >>> model[1].training
         False
     """
+    check_module(model)
     modes = [(module, module.training) for module in model.modules() if isinstance(module, _DropoutNd)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -72,7 +75,7 @@ def mc_predict(model: nn.Module, *inputs: Any, passes: int = 20, **options: Any)
 
     Raises:
         ValueError: ``passes`` is less than 2.
-        TypeError: the model returns something other than a floating-point tensor.
+        TypeError: ``model`` is not a module, or returns something other than a floating-point tensor.
 
     Example::
 

@@ -187,90 +187,6 @@ class TestModule:
         assert (model.eval()(x).argmax(1) == target).float().mean() > 0.95
 
 
-class TestBadInput:
-    """A clear error that names the value and what is allowed, and nothing changed: no tensor, no generator."""
-
-    @pytest.fixture(autouse=True)
-    def _nothing_changed(self):
-        torch.manual_seed(0)
-        before = torch.get_rng_state()
-        yield
-        assert torch.equal(torch.get_rng_state(), before)
-
-    @pytest.mark.parametrize("training", [True, False])
-    @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf"), -1, 2, torch.tensor(1.5)])
-    def test_p_out_of_range(self, p, training):
-        with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got"):
-            fd.dropout(ones(), p, training)
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            fd.keep_mask((3,), p, torch.zeros(2, dtype=torch.uint64))
-
-    @pytest.mark.parametrize("p", ["0.5", None, [0.5], 1j])
-    def test_p_not_a_number(self, p):
-        for dropout in (F.dropout, fd.dropout):
-            with pytest.raises(TypeError):
-                dropout(ones(), p)
-
-    @pytest.mark.parametrize(
-        ("bad", "error", "message"),
-        [
-            (torch.zeros(3, dtype=torch.uint64), ValueError, r"torch.uint64 \(3,\)"),
-            (torch.zeros((), dtype=torch.uint64), ValueError, r"torch.uint64 \(\)"),
-            (torch.zeros(2, dtype=torch.int64), ValueError, r"torch.int64 \(2,\)"),
-            (torch.zeros(2, dtype=torch.uint64, device="meta"), ValueError, "meta"),
-            (42, TypeError, "int"),
-            ((1, 2), TypeError, "tuple"),
-        ],
-    )
-    def test_key(self, bad, error, message):
-        with pytest.raises(error, match=message):
-            fd.dropout(ones(), key=bad)
-        with pytest.raises(error, match=message):
-            fd.keep_mask((3,), 0.5, bad)
-
-    def test_key_and_generator(self, key):
-        with pytest.raises(ValueError, match="both"):
-            fd.dropout(ones(), key=key, generator=torch.Generator())
-
-    def test_start(self, key):
-        with pytest.raises(ValueError, match="start has to be 0 or more, but got -1"):
-            fd.keep_mask((3,), 0.5, key, start=-1)
-        with pytest.raises(TypeError):
-            fd.keep_mask((3,), 0.5, key, start=1.5)
-
-    @pytest.mark.gpu
-    @pytest.mark.parametrize(("device", "other"), [("cpu", "cuda"), ("cuda", "cpu")])
-    def test_generator_of_another_device(self, device, other):
-        with pytest.raises(RuntimeError, match=f"Expected a '{device}' device type for generator but found '{other}'"):
-            fd.dropout(ones(device=device), generator=torch.Generator(other))
-
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_other_dtypes_are_torchs_to_decide(self, dtype, training):
-        x = torch.ones(5, dtype=dtype)
-
-        def outcome(dropout):
-            torch.manual_seed(0)
-            try:
-                return dropout(x, 0.5, training)
-            except Exception as error:
-                return type(error), str(error)
-            finally:
-                torch.manual_seed(0)
-
-        assert str(outcome(fd.dropout)) == str(outcome(F.dropout))
-
-    @pytest.mark.parametrize("x", [[1.0], 1.0, None, np.ones(3)])
-    @pytest.mark.parametrize("training", [True, False])
-    def test_not_a_tensor(self, x, training):
-        with pytest.raises(TypeError, match="must be Tensor"):
-            fd.dropout(x, 0.5, training)
-
-    def test_key_for_a_dtype_that_is_not_fused(self, key):
-        with pytest.raises(TypeError, match="int64"):
-            fd.dropout(torch.arange(3), key=key)
-
-
 class TestOtherPaths:
     def test_modes_and_subclasses_see_torchs_dropout(self):
         class Log(torch.overrides.TorchFunctionMode):
@@ -319,7 +235,7 @@ class TestOtherPaths:
         assert len(set(masks)) == 200
 
 
-@pytest.mark.parametrize("name", ["functional", "modules"])
+@pytest.mark.parametrize("name", ["family", "functional", "modules"])
 def test_examples_of_the_docstrings(name):
     module = importlib.import_module(f"fused_dropout.{name}")
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch})

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+import inspect
 import pickle
 import random
 import subprocess
@@ -73,6 +74,19 @@ class Attention(nn.Module):
         return x + weights.sum(-1, keepdim=True)
 
 
+class Dropped(torch.utils.data.Dataset):
+    """A data set that holds a function, as an augmentation does."""
+
+    def __init__(self, samples, function):
+        self.samples, self.function = samples, function
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.function(self.samples[i], 0.5, True)
+
+
 def step(model, x, seed=5):
     """Output, gradient and the bytes that were saved for backward."""
     torch.manual_seed(seed)
@@ -99,7 +113,7 @@ class TestWhatIsReached:
     def test_the_family(self):
         with fd.patched():
             for name in NAMES:
-                assert getattr(F, name) is getattr(fd, name)
+                assert getattr(F, name).func is getattr(fd, name)
                 torch.manual_seed(1)
                 x = torch.ones(3, 4, *[5] * {"1d": 1, "2d": 2, "3d": 3}.get(name[-2:], 0))
                 want = getattr(fd, name)(x, 0.5, True)
@@ -211,7 +225,7 @@ class TestState:
     def test_patch_is_idempotent(self):
         fd.patch()
         fd.patch()
-        assert F.dropout is fd.dropout
+        assert F.dropout.func is fd.dropout
         fd.unpatch()
         assert state() == TORCHS
         fd.unpatch()
@@ -220,21 +234,21 @@ class TestState:
     def test_blocks_nest(self):
         with fd.patched():
             with fd.patched():
-                assert F.dropout is fd.dropout
-            assert F.dropout is fd.dropout
+                assert F.dropout.func is fd.dropout
+            assert F.dropout.func is fd.dropout
         assert state() == TORCHS
 
     def test_block_inside_patch(self):
         fd.patch()
         with fd.patched():
             pass
-        assert F.dropout is fd.dropout
+        assert F.dropout.func is fd.dropout
 
     def test_unpatch_inside_a_block_waits_for_its_end(self):
         with fd.patched():
             fd.patch()
             fd.unpatch()
-            assert F.dropout is fd.dropout
+            assert F.dropout.func is fd.dropout
         assert state() == TORCHS
 
     def test_exception(self):
@@ -245,7 +259,7 @@ class TestState:
     def test_as_a_decorator(self):
         @fd.patched()
         def inside():
-            return F.dropout
+            return F.dropout.func
 
         assert inside() is inside() is fd.dropout
         assert state() == TORCHS
@@ -259,7 +273,7 @@ class TestState:
             F.dropout = mine
         assert F.dropout is mine
         with fd.patched():
-            assert F.dropout is fd.dropout
+            assert F.dropout.func is fd.dropout
         assert F.dropout is mine
 
     def test_threads(self):
@@ -272,7 +286,7 @@ class TestState:
                     if rng.random() < 0.5:
                         with fd.patched():
                             F.dropout(torch.ones(3))
-                    if F.dropout is not fd.dropout:
+                    if getattr(F.dropout, "func", None) is not fd.dropout:
                         failures.append(seed)
                 F.dropout(torch.ones(3))
 
@@ -295,6 +309,48 @@ class TestTypesAndGraphs:
             assert type(nn.Dropout()) is nn.Dropout
             assert pickle.dumps(nn.Dropout(0.3)) == plain
             assert type(copy.deepcopy(nn.Dropout())) is nn.Dropout
+
+    def test_functions_are_pickled_as_torchs(self):
+        places = [(F, name) for name in (*NAMES, "scaled_dot_product_attention")] + [(torch, name) for name in SHORT]
+        with fd.patched():
+            fused = {(module.__name__, name): getattr(module, name) for module, name in places}
+            inside = pickle.dumps(fused)
+            assert all(pickle.loads(inside)[place] is function for place, function in fused.items())
+            assert copy.deepcopy(fused) == fused
+        after = pickle.dumps(fused)
+        plain = {(module.__name__, name): getattr(module, name) for module, name in places}
+        for dumped in (inside, after):
+            assert b"fused_dropout" not in dumped
+            assert pickle.loads(dumped) == plain
+        assert copy.deepcopy(fused) == fused  # a copy is no way to undo the patch
+
+    def test_pickles_load_without_this_package(self, tmp_path):
+        with fd.patched():
+            (tmp_path / "functions").write_bytes(pickle.dumps([F.dropout, torch.alpha_dropout, nn.Dropout()]))
+        check = """if True:
+            import pickle, sys, torch
+            sys.modules["fused_dropout"] = None
+            functions = pickle.load(open("functions", "rb"))
+            assert functions[:2] == [torch.nn.functional.dropout, torch.alpha_dropout]
+        """
+        subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+    def test_spawned_workers_of_a_loader(self):
+        with fd.patched():
+            data = Dropped([torch.ones(4)] * 2, F.dropout)
+            loader = torch.utils.data.DataLoader(data, num_workers=1, multiprocessing_context="spawn")
+            assert [batch.shape for batch in loader] == [(1, 4)] * 2
+
+    @pytest.mark.parametrize("name", [*NAMES, "scaled_dot_product_attention"])
+    def test_they_look_like_torchs(self, name):
+        plain = getattr(F, name)
+        with fd.patched():
+            function = getattr(F, name)
+        assert (function.__name__, function.__module__) == (name, "torch.nn.functional")
+        assert function.__doc__ == getattr(fd, name).__doc__
+        if name in NAMES:
+            parameters = list(inspect.signature(plain).parameters)
+            assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
 
     def test_fx_sees_torchs(self, x):
         plain = torch.fx.symbolic_trace(Calls()).graph
