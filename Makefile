@@ -40,7 +40,7 @@ help: ## this list
 
 bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fused_dropout_bench.json, two minutes
 	@$(SERVED_BY_KERNELS)
-	$(PY) -m fused_dropout bench
+	$(PY) -m fused_dropout bench --json fused_dropout_bench.json
 
 bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have to reach: tables and fused_dropout_bench_cpu.json, fifteen minutes
 	$(PY) tools/cpu_targets.py

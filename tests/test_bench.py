@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -11,8 +13,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fused_dropout.bench import command, speed, tables, timing
+from fused_dropout.bench import command, environment, speed, tables, timing
 from fused_dropout.bench.memory import measure_memory
+from fused_dropout.bench.progress import progress
 from fused_dropout.bench.workloads import MEMORY_WORKLOADS, MODULES, AdaptedLayer, P
 
 MODELS = list(itertools.product(["nn.Dropout", "fd.Dropout", "p = 0"], [False, True]))
@@ -60,11 +63,11 @@ def test_goes_on_without_what_there_is_no_memory_for(capsys):
     cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
     found = [partial(fail, torch.OutOfMemoryError("CUDA out of memory.")), lambda: ["a record"], partial(fail, cpu)]
     report = {"speed": [], "skipped": []}
-    command.execute([command.Task("speed", f"task {i}", run) for i, run in enumerate(found)], report)
+    command.execute([command.Task("speed", f"task {i}", run) for i, run in enumerate(found)], report, threads=1)
     assert report["speed"] == ["a record"]
     assert report["skipped"] == ["task 0: not enough memory", "task 2: not enough memory"]
     with pytest.raises(RuntimeError, match="another"):
-        command.execute([command.Task("speed", "task", partial(fail, RuntimeError("another")))], report)
+        command.execute([command.Task("speed", "task", partial(fail, RuntimeError("another")))], report, threads=1)
 
 
 def test_saved_bytes(result):
@@ -94,22 +97,60 @@ def test_training(result):
         assert r["seconds"] > 0
 
 
-def test_interrupted(tmp_path, monkeypatch, capsys):
+RECORD = speed.Comparison("cpu", "float32", 2**10, "forward", P, 2.0, 1.0, 2.0, 1.9, 2.1, 5)
+
+
+@pytest.fixture
+def one_record(tmp_path, monkeypatch):
+    """In a folder of its own, nothing but RECORD is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "plan", lambda *_: [command.Task("speed", "a task", lambda: [RECORD])])
+    return tmp_path
+
+
+def test_writes_only_where_it_is_told_to(one_record, capsys):
+    assert command.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2.00x ±5.0 %" in said
+    assert "Nothing was saved: --json FILE" in said
+    assert list(one_record.iterdir()) == []
+    assert command.main(["--device", "cpu", "--json", "x.json"]) == 0
+    assert "Numbers: x.json" in capsys.readouterr().out
+    assert [path.name for path in one_record.iterdir()] == ["x.json"]
+
+
+def test_interrupted(one_record, monkeypatch, capsys):
     """Ctrl-C keeps what was measured."""
 
-    def interrupt(*_):
+    def interrupt():
         raise KeyboardInterrupt
 
-    record = speed.Comparison("cpu", "float32", 2**10, "forward", P, 2.0, 1.0, 2.0, 1.9, 2.1, 5)
-    monkeypatch.setattr(command, "measure_speed", lambda *_: [record])
-    monkeypatch.setattr(command, "measure_saved_bytes", interrupt)
-    path = tmp_path / "result.json"
-    assert command.main(["--device", "cpu", "--json", str(path)]) == 130
-    assert json.loads(path.read_text())["speed"][0]["ratio"] == 2
-    assert "2.00x 1.90-2.10" in capsys.readouterr().out
+    (task,) = command.plan()
+    monkeypatch.setattr(command, "plan", lambda *_: [task, command.Task("speed", "another", interrupt)])
+    assert command.main(["--device", "cpu", "--json", "x.json"]) == 130
+    assert json.loads((one_record / "x.json").read_text())["speed"] == [asdict(RECORD)]
+    said = capsys.readouterr().out
+    assert "2.00x" in said
+    assert "Interrupted" in said
 
 
-@pytest.mark.parametrize("arguments", [["--json", "no/such/folder/x.json"], ["--device", "cuda"]])
+@pytest.mark.parametrize(("share", "warned"), [(0.99, False), (0.6, True)])
+def test_busy_machine(share, warned, one_record, monkeypatch, capsys):
+    """A warning before and after."""
+    monkeypatch.setattr(command, "cpu_share", lambda threads: share)
+    command.main(["--device", "cpu"])
+    said = capsys.readouterr()
+    for text in (said.err, said.out):
+        assert ("WARNING: the machine is busy" in text) == warned
+    assert f"got {100 * share:.0f} % of the CPU time" in said.out
+
+
+def test_share_of_the_cpu():
+    """More busy threads than cores cannot all get what they ask for."""
+    assert 0 < environment.cpu_share(4 * os.cpu_count()) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--json", "no/such/folder/x.json"], ["--json", "."], ["--device", "cuda"]])
 def test_refusals(arguments, tmp_path, monkeypatch, capsys):
     """At once, and not after two minutes."""
     if "cuda" in arguments and torch.cuda.is_available():
@@ -117,7 +158,27 @@ def test_refusals(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "there is no" in capsys.readouterr().err
+    assert ("is a folder" if "." in arguments else "there is no") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_progress(with_tqdm, monkeypatch, capsys):
+    """A bar on a terminal; without tqdm, lines. Nothing on standard output."""
+    if with_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    seconds = itertools.count(0, 6)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    assert list(progress("abcd", lambda item: f"task {item}")) == list("abcd")
+    said = capsys.readouterr()
+    assert said.out == ""
+    if with_tqdm:
+        assert "task d" in said.err
+        assert "/4, " in said.err
+    else:
+        assert said.err.splitlines() == ["1 of 4 done, now task b", "3 of 4 done, now task d"]
 
 
 def test_width_of_the_table():

@@ -1,8 +1,8 @@
 """``python -m fused_dropout bench``: nn.Dropout and fd.Dropout side by side on this machine, within two minutes.
 
 The two take turns (ABAB...) on the same tensors in the same process, so that whatever slows the machine slows both. A
-speed-up is the median, over the pairs of neighbours, of torch's time / fused_dropout's. ``--full`` takes ten minutes,
-more sizes, memory and whole models; ``--report DIR`` makes a page with plots of it.
+speed-up is the median, over the pairs of neighbours, of torch's time / fused_dropout's. ``--full`` takes ten minutes:
+more sizes, memory and whole models. Files are written only where ``--json`` and ``--report`` say.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from ..build_info import backend_info
-from .environment import describe_environment
+from .environment import cpu_share, describe_environment
 from .memory import measure_memory, measure_saved_bytes
+from .progress import progress
 from .quality import measure_drop_rate, measure_training
 from .speed import CASES, DTYPES, FULL_SIZES, IDLE_CASES, SIZES, measure_model, measure_speed
-from .tables import describe, power
+from .tables import busy, describe, power
 from .workloads import MEMORY_WORKLOADS, MODULES, OF_TRANSFORMERS, WORKLOADS
 
 KINDS = ("speed", "saved_bytes", "drop_rate", "training", "memory", "model")  # of records
@@ -70,17 +71,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def execute(tasks: Sequence[Task], report: dict[str, list]) -> None:
-    """Runs the tasks under a progress bar: one line redrawn on a terminal, a line now and then elsewhere. A task that
-    runs out of memory is noted under "skipped"."""
-    start, on_terminal = time.perf_counter(), sys.stderr.isatty()
-    for done, this in enumerate(tasks):
-        left = f", {(time.perf_counter() - start) / done * (len(tasks) - done):.0f} s left" if done else ""
-        line = f"[{'#' * (20 * done // len(tasks)):20}] {done}/{len(tasks)}  {this.label}{left}"
-        if on_terminal:
-            print(f"\r{line:79.79}", end="", file=sys.stderr, flush=True)
-        elif done % 8 == 0:
-            print(line, file=sys.stderr, flush=True)
+def execute(tasks: Sequence[Task], report: dict[str, list], threads: int) -> None:
+    """Runs the tasks. One that runs out of memory is noted under "skipped". About once a second, "cpu_shares" gets the
+    share of the CPU time that so many threads get."""
+    probed = time.perf_counter()
+    for this in progress(tasks, lambda task: task.label):
+        if time.perf_counter() - probed > 1:
+            report["cpu_shares"].append(cpu_share(threads))
+            probed = time.perf_counter()
         try:
             report[this.kind] += this.run()
         except RuntimeError as error:
@@ -93,19 +91,25 @@ def execute(tasks: Sequence[Task], report: dict[str, list]) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     there = list(backend_info().devices)
-    parser = argparse.ArgumentParser("python -m fused_dropout bench", description="nn.Dropout and fd.Dropout compared")
-    parser.add_argument("--json", type=Path, default="fused_dropout_bench.json", help="default: %(default)s")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page with plots there: report.html and .md")
+    parser = argparse.ArgumentParser(
+        "python -m fused_dropout bench",
+        description="Measures nn.Dropout and fd.Dropout side by side on this machine and prints tables: speed, memory, "
+        "drop rate, and the training of a small network. Takes two minutes.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.html and report.md, with plots, there")
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all", help="default: all that are there")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--quick", action="store_true", help="a few seconds, and noisy: to see that it works")
+    form.add_argument("--quick", action="store_true", help="ten seconds: to see that it works; the numbers are noisy")
     form.add_argument("--full", action="store_true", help="ten minutes: all sizes, memory, whole models")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of torch; default: as many as it takes")
     options = parser.parse_args(argv)
     if options.device not in ("all", *there):
         parser.error(f"there is no {options.device} device")
-    if not options.json.parent.is_dir():  # said now, not after two minutes
+    if options.json and not options.json.parent.is_dir():  # said now, not after two minutes
         parser.error(f"there is no folder {options.json.parent}")
+    if options.json and options.json.is_dir():
+        parser.error(f"--json takes a file, and {options.json} is a folder")
     if options.report and not find_spec("matplotlib"):
         parser.error("--report needs matplotlib: pip install 'fused-dropout[bench]'")
     options.devices = there if options.device == "all" else [options.device]
@@ -119,21 +123,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     tasks = [task for device in options.devices for task in plan(device, options.form, 1 / len(options.devices))]
     environment = describe_environment()
-    report: dict[str, list] = {kind: [] for kind in (*KINDS, "skipped")}
-    code, ending = 0, "Written to"
+    report: dict[str, list] = {kind: [] for kind in (*KINDS, "skipped", "cpu_shares")}
+    threads = torch.get_num_threads() if "cpu" in options.devices else 1  # one launches the GPU's work
+    report["cpu_shares"] = [cpu_share(threads) for _ in range(5)]
+    for line in busy(report["cpu_shares"]):
+        print(line, file=sys.stderr, flush=True)
+    code = 0
     try:
-        execute(tasks, report)
+        execute(tasks, report, threads)
     except KeyboardInterrupt:
-        code, ending = 130, "Interrupted; what was measured is in"
-    if sys.stderr.isatty():
-        print(f"\r{'':79}\r", end="", file=sys.stderr, flush=True)
-    result = {"environment": environment, "skipped": report["skipped"]}
+        code = 130
+    result = {"environment": environment, "skipped": report["skipped"], "cpu_shares": report["cpu_shares"]}
     result |= {kind: [asdict(record) for record in report[kind]] for kind in KINDS}
     print("\n".join(describe(result)))
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(ending, options.json)
+    if code:
+        print("Interrupted: the tables hold what was measured before.")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        print("Numbers:", options.json)
     if options.report:
         from .report import write_report
 
         print("Report:", write_report(result, options.report))
+    if not options.json and not options.report:
+        print("Nothing was saved: --json FILE saves the numbers, --report DIR a page with plots.")
     return code

@@ -1,8 +1,10 @@
 """The machine and the versions that a measurement was made with."""
 
+import hashlib
 import os
 import platform
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -32,3 +34,26 @@ def describe_environment() -> dict[str, object]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "backend_info": info._asdict(),
     }
+
+
+def cpu_share(threads: int) -> float:
+    """The CPU time that so many busy threads get, of the time that they ask for: 1 if no other program wants it.
+
+    Takes about 50 ms. The threads hash, since hashlib releases the GIL.
+    """
+    block, asked = bytes(2**24), []
+
+    def work() -> None:
+        start = time.perf_counter()
+        for _ in range(2):
+            hashlib.sha256(block)
+        asked.append(time.perf_counter() - start)
+
+    time.sleep(0.02)  # OpenMP's threads spin for about 10 ms after an operation, and would count as another program
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    start = time.process_time()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return min(1.0, (time.process_time() - start) / sum(asked))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..modules import Dropout
 from ..testing.statistics import correlations
-from .tables import Record, describe, mebibytes
+from .tables import Record, busy, describe, mebibytes
 
 TORCH, OURS, PAIRED, FLOOR = "#D55E00", "#0072B2", "#009E73", "#999999"
 COLOURS = {"nn.Dropout": TORCH, "fd.Dropout": OURS, "fd, paired": PAIRED, "fd, patched": PAIRED, "p = 0": FLOOR}
@@ -209,15 +209,47 @@ def plot_training(result: Result, device: str) -> Figure | None:
     return figure
 
 
-PLOTS: dict[str, tuple[str, Plot]] = {
-    "time": ("Time of an element", plot_time),
-    "speedup": ("Against nn.Dropout", plot_speedup),
-    "models": ("Whole models", plot_models),
-    "memory": ("Memory", plot_memory),
-    "rate": ("Drop rate", plot_rate),
-    "masks": ("Two masks, p = 0.5", plot_masks),
-    "correlation": ("Correlation of a mask with itself, all lags", plot_correlation),
-    "training": ("Training on digits", plot_training),
+PLOTS: dict[str, tuple[str, str, Plot]] = {  # heading, how to read it, plot
+    "time": (
+        "Time of an element",
+        "Forward calls; lower is better. Grey is about the limit: a plain multiplication, or on a GPU a copy.",
+        plot_time,
+    ),
+    "speedup": (
+        "Against nn.Dropout",
+        "Higher is better; 1 is equal speed. Bars: medians. Thin lines: from the 10th to the 90th percentile.",
+        plot_speedup,
+    ),
+    "models": (
+        "Whole models",
+        "A training step; higher is better. With p = 0 nothing is dropped: no dropout can gain much more.",
+        plot_models,
+    ),
+    "memory": (
+        "Memory",
+        "What autograd keeps from forward to backward, and how far memory rises in a step; lower is better.",
+        plot_memory,
+    ),
+    "rate": (
+        "Drop rate",
+        "With 99 % confidence intervals. One interval in a hundred misses 0 by chance.",
+        plot_rate,
+    ),
+    "masks": (
+        "Two masks, p = 0.5",
+        "Kept elements are white. Neither mask should show a pattern.",
+        plot_masks,
+    ),
+    "correlation": (
+        "Correlation of a mask with itself, all lags",
+        "Of so many lags of a random mask, the largest is near 5 standard deviations.",
+        plot_correlation,
+    ),
+    "training": (
+        "Training on digits",
+        "The loss of the same network with either dropout: the curves should lie on each other.",
+        plot_training,
+    ),
 }
 
 
@@ -242,19 +274,23 @@ def write_report(result: Result, folder: Path) -> Path:
     environment = result["environment"]
     title = f"fused_dropout {environment['fused_dropout']}, torch {environment['torch']}, {environment['date'][:10]}"
     page, markdown = [], [f"# {title}\n"]
+    if warning := " ".join(busy(result["cpu_shares"])):
+        page.append(f"<p><b>{warning}</b></p>")
+        markdown.append(f"**{warning}**\n")
     for device in dict.fromkeys(r["device"] for r in result["speed"]):
         machine = environment["cpu"] if device == "cpu" else environment["gpus"][0]
         page.append(f"<h2>{html.escape(f'{device}: {machine}')}</h2>")
         markdown.append(f"## {device}: {machine}\n")
-        for name, (heading, plot) in PLOTS.items():
+        for name, (heading, caption, plot) in PLOTS.items():
             light, dark = (_draw(plot, result, device, theme) for theme in THEMES)
             if light is None or dark is None:
                 continue
             (folder / f"{device}-{name}.png").write_bytes(light)
-            markdown.append(f"### {heading}\n\n![{heading}]({device}-{name}.png)\n")
+            markdown.append(f"### {heading}\n\n{caption}\n\n![{heading}]({device}-{name}.png)\n")
             sources = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (light, dark)]
             page.append(
-                f'<h3>{heading}</h3><picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
+                f"<h3>{heading}</h3><p>{caption}</p>"
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{sources[1]}">'
                 f'<img alt="{heading}" src="{sources[0]}"></picture>'
             )
     style = (
@@ -262,7 +298,7 @@ def write_report(result: Result, folder: Path) -> Path:
         "padding:0 1rem;background:light-dark(#fff,#16181d);color:light-dark(#222,#ddd)}img{max-width:100%}"
         "pre{overflow-x:auto;font-size:12px}"
     )
-    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *page, f"<h2>Figures</h2><pre>{html.escape(text)}</pre>"])
+    body = "\n".join([f"<h1>{html.escape(title)}</h1>", *page, f"<h2>All numbers</h2><pre>{html.escape(text)}</pre>"])
     document = (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>\n{body}\n'
     )
