@@ -8,8 +8,10 @@ What it costs to forget eval() is measured here: accuracy, and how much the answ
 import argparse
 
 import torch
-from basics import COLOURS, curve, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
 from torch import Tensor, nn
+
+from fused_dropout.bench.progress import progress
 
 PASSES = 20
 WIDTHS = (256, 256, 256)
@@ -51,12 +53,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.set(xlabel="drop probability p", ylabel="standard deviation, % points")
     right.set_title(f"a class's probability over {PASSES} passes")
     left.legend(frameon=False)
-    shown = (
-        f"{data.name}, p = {at}: forgetting eval() takes the test error from {wrong['eval']} % to {wrong['train']} %, "
-        f"and the passes' standard deviation of a class's probability, over all ten, from "
-        f"{spread(found['eval moves'][at])} to {spread(found['train moves'][at])} % points."
+    moves = {mode: spread(found[f"{mode} moves"][at]) for mode in ("train", "eval")}
+    finish(
+        picture,
+        arguments,
+        "01_train_and_eval",
+        f"{data.name}, p = {at}: test error {wrong['eval']} % with eval(), {wrong['train']} % without",
+        f"a probability's standard deviation over passes, % points: {moves['eval']} with, {moves['train']} without",
     )
-    finish(picture, arguments, "01_train_and_eval", shown)
     return {name: by_rate[at] for name, by_rate in found.items()}
 
 

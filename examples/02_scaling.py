@@ -19,10 +19,11 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, bars, curve, errors, figure, finish, load, options, progress, spread, train
+from basics import COLOURS, bars, curve, errors, figure, finish, load, options, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 P = 0.3
 WAYS = {
@@ -99,14 +100,12 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for axis, values, what, scale in ((middle, wrong, "error, %", 100), (right, losses, "loss, nats", 1)):
         bars(axis, dict(zip(names, values.values(), strict=True)), COLOURS[: len(WAYS)], scale)
         axis.set(xlabel=f"test {what}", title=f"{data.name}, p = {P}")
-    shown = (
-        f"{data.name}, p = {P}: mean after the third dropout at test time / in training, test error, loss: "
-        + "; ".join(
-            f"{name} {at_end[name]}, {spread(wrong[way])} %, {spread(losses[way], 3, 1)}"
-            for name, way in zip(names, WAYS, strict=True)
-        )
-    )
-    finish(picture, arguments, "02_scaling", shown + ".")
+    findings = [
+        f"{name}: mean {at_end[name]}, test error {spread(wrong[way])} %, test loss {spread(losses[way], 3, 1)}"
+        for name, way in zip(names, WAYS, strict=True)
+    ]
+    what = f"{data.name}, p = {P}; mean: after the third dropout, at test time / in training"
+    finish(picture, arguments, "02_scaling", what, *findings)
     ends = {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
     return wrong | ends | {f"{way}, loss": values for way, values in losses.items()}
 

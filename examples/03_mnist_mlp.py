@@ -12,10 +12,11 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, spread, train
 from torch import nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 WIDTHS = (512, 256, 128)
 PARAMETERS = 567_434
@@ -71,12 +72,12 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     axes[0].legend(frameon=False)
     ends = {kind: each[:, -1, 1].tolist() for kind, each in runs.items()}
     least = {kind: each[:, :, 1].amin(1).tolist() for kind, each in runs.items()}
-    shown = f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs: " + "; ".join(
-        f"{kind}, validation minus training loss {spread(gaps[kind], 3, 1)}, validation loss "
-        f"{spread(ends[kind], 3, 1)} (least {spread(least[kind], 3, 1)}), validation error {spread(wrong[kind])} %"
-        for kind in kinds
-    )
-    finish(picture, arguments, "03_mnist_mlp", shown + ".")
+    findings = [f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs"]
+    for kind in kinds:
+        gap, end, lowest = (spread(values[kind], 3, 1) for values in (gaps, ends, least))
+        findings.append(f"{kind}: validation minus training loss {gap}, validation error {spread(wrong[kind])} %")
+        findings.append(f"{kind}: validation loss {end} at the end, {lowest} at its lowest")
+    finish(picture, arguments, "03_mnist_mlp", *findings)
     return {f"gap {kind}": gap for kind, gap in gaps.items()} | {f"error {kind}": each for kind, each in wrong.items()}
 
 

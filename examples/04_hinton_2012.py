@@ -23,11 +23,12 @@ from math import inf
 from statistics import fmean, stdev
 
 import torch
-from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, spread, train
 from scipy.stats import t
 from torch import nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 PAPER = {"no dropout": 160, "50 % hidden": 130, "and 20 % input": 110}  # errors of 10,000
 RATES = {"no dropout": (0.0, 0.0), "50 % hidden": (0.0, 0.5), "and 20 % input": (0.2, 0.5)}
@@ -93,15 +94,17 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.set_xticks(range(3), list(RATES))
     right.set(ylabel="test error, %", ylim=(0, None), title=f"here, {data.name} ({len(data.train_x):,} images)")
     tested = len(data.test_y)
-    shown = (
-        f"{data.name}, {arguments.width} units a layer, {arguments.seeds} seeds, {arguments.epochs} epochs, "
-        f"errors of {tested:,}: "
-        + ", ".join(f"{kind} {spread(values, 1, tested)}" for kind, values in wrong.items())
-        + "; the paper's steps, with 95 % over the seeds: "
-        + ", ".join(f"{tested * mean:+.1f} ± {tested * margin:.1f}" for mean, margin in steps)
-        + f". {verdict}."
+    counts = ", ".join(f"{kind} {spread(values, 1, tested)}" for kind, values in wrong.items())
+    changes = ", ".join(f"{tested * mean:+.1f} ± {tested * margin:.1f}" for mean, margin in steps)
+    finish(
+        picture,
+        arguments,
+        "04_hinton_2012",
+        f"{data.name}, {arguments.width} units a layer, {arguments.seeds} seeds, {arguments.epochs} epochs",
+        f"errors of {tested:,}: {counts}",
+        f"change by each of the paper's steps, 95 % interval over the seeds: {changes}",
+        verdict,
     )
-    finish(picture, arguments, "04_hinton_2012", shown)
     return wrong
 
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from basics import COLOURS, bars, curve, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, bars, curve, figure, finish, load, mlp, options, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 NETWORKS, THINNED, WIDTHS = 5, 100, (400, 400)
 
@@ -87,11 +88,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.set_xticks(numbers, map(str, numbers))
     right.legend(frameon=False)
     times = sum(cost["five networks"]) / sum(cost["one with dropout"])
-    shown = (
-        f"{data.name}, test errors in %: " + "; ".join(f"{name} {spread(values)}" for name, values in wrong.items())
-        + f". Training five took {times:.1f} times as long as one with dropout."
-    )  # fmt: skip
-    finish(picture, arguments, "05_averaging", shown)
+    findings = [f"{name} {spread(values)} %" for name, values in wrong.items()]
+    cost_of_five = f"training five took {times:.1f} times as long as one with dropout"
+    finish(picture, arguments, "05_averaging", f"{data.name}, test errors", *findings, cost_of_five)
     return wrong
 
 

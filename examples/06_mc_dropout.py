@@ -18,10 +18,11 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, curve, figure, finish, load, mlp, options, progress, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 ANGLES = (0, 15, 30, 45, 60, 75, 90)
 KEPT = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -123,18 +124,15 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     middle.set(xlabel="turned by, degrees", ylabel="error, %", xticks=ANGLES, ylim=(0, 100), title="how wrong")
     right.set(xlabel="refused, % of the images", ylabel="error of the rest, %", title="refusing the least sure")
     right.legend(frameon=False, fontsize=8)
-    shown = (
-        f"{data.name}, {PASSES} passes: "
-        + "; ".join(
-            f"{score}: {of(score, 'turned by 0', 2, 1)} nats on digits, {of(score, 'turned by 90', 2, 1)} turned by 90 "
-            f"degrees, {of(score, 'from outside', 2, 1)} with pixels shuffled, told apart from digits in "
-            f"{of(score, 'told apart')} % of pairs, refusing 10 % takes the error from {of(score, 'error')} to "
-            f"{of(score, 'error of the surest')} %"
-            for score in SCORES
-        )
-        + f". {spread(found['same answer'], 0)} % of those turned by 90 degrees get the same answer."
-    )
-    finish(picture, arguments, "06_mc_dropout", shown)
+    findings = [f"{data.name}, {PASSES} passes; how unsure in nats: upright, turned by 90 degrees, pixels shuffled"]
+    for score in SCORES:
+        nats = ", ".join(of(score, of_what, 2, 1) for of_what in ("turned by 0", "turned by 90", "from outside"))
+        before, after = of(score, "error"), of(score, "error of the surest")
+        findings.append(f"{score}: {nats}")
+        findings.append(f"{score}: tells shuffled pixels from digits in {of(score, 'told apart')} % of pairs")
+        findings.append(f"{score}: refusing the least sure tenth takes the error from {before} to {after} %")
+    same = f"{spread(found['same answer'], 0)} % of the digits turned by 90 degrees get the same answer"
+    finish(picture, arguments, "06_mc_dropout", *findings, same)
     return found
 
 

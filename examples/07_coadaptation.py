@@ -15,10 +15,11 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, load, options, over_seeds, progress, spread, train
+from basics import COLOURS, figure, finish, load, options, over_seeds, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 UNITS, SHOWN = 100, 64
 KINDS = {"without dropout": 0.0, "with dropout": 0.5}
@@ -107,13 +108,17 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     axes[2].legend(fontsize=8, loc="lower center")
     axes[5].set_yscale("log")
     axes[5].yaxis.set_major_formatter("{x:g}")
-    line = (
-        f"{data.name}, {UNITS} units, without and with dropout 0.5, in %: a feature's strength in an eighth of the "
-        f"pixels {both('strength in an eighth')} (random weights: {100 * noise:.0f}); mean |correlation| of units "
-        f"{both('correlation', 1)}; units on {both('share on')}; error in the pixels' variance {both('error', 2)}, "
-        f"of half of the units {both('error of half')}."
+    finish(
+        picture,
+        arguments,
+        "07_coadaptation",
+        f"{data.name}, {UNITS} units; each pair: without and with dropout 0.5, in %",
+        f"strength in an eighth of the pixels: {both('strength in an eighth')} (random weights: {100 * noise:.0f})",
+        f"mean |correlation| of two units: {both('correlation', 1)}",
+        f"units on for an image: {both('share on')}",
+        f"error, of the pixels' variance: {both('error', 2)}",
+        f"the same with a random half of the units: {both('error of half')}",
     )
-    finish(picture, arguments, "07_coadaptation", line)
     return found
 
 

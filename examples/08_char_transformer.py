@@ -16,10 +16,11 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, options, progress, spread
+from basics import COLOURS, figure, finish, options, spread
 from torch import Tensor, nn
 
 import fused_dropout as fd
+from fused_dropout.bench.progress import progress
 
 CONTEXT, WIDTH, HEADS, LAYERS, P = 64, 96, 4, 2, 0.2
 ONE = ["the old miller", "a stranger", "her brother", "the captain", "a red fox", "the clerk", "our neighbour"]
@@ -158,14 +159,15 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.bar_label(right.containers[0], [f"{kept[kind] / 2**20:.1f} MiB" for kind in kinds])
     right.set(ylabel="ms a step, median", title="time, and memory kept for backward")
     right.set_xticks(places, kinds)
-    shown = (
-        f"{len(parts[0]):,} characters, {arguments.seeds} seeds, last validation loss: "
-        + ", ".join(f"{kind} {spread(ends[kind], 3, 1)}" for kind in kinds)
-        + f". fd.Dropout takes {spread(ratio, 2, 1)} of nn.Dropout's time a step, and keeps "
-        f"{kept['fd.Dropout'] / 2**20:.1f} MiB for backward instead of {kept['nn.Dropout'] / 2**20:.1f} (no dropout: "
-        f"{kept['no dropout'] / 2**20:.1f})."
+    finish(
+        picture,
+        arguments,
+        "08_char_transformer",
+        f"{len(parts[0]):,} characters, {arguments.seeds} seeds",
+        "validation loss: " + ", ".join(f"{kind} {spread(ends[kind], 3, 1)}" for kind in kinds),
+        f"a step with fd.Dropout takes {spread(ratio, 2, 1)} of the time of one with nn.Dropout",
+        "MiB kept for backward: " + ", ".join(f"{kind} {kept[kind] / 2**20:.1f}" for kind in kinds),
     )
-    finish(picture, arguments, "08_char_transformer", shown)
     return {f"loss, {kind}": ends[kind] for kind in kinds} | {f"kept, {kind}": [kept[kind]] for kind in kinds}
 
 

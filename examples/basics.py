@@ -1,16 +1,15 @@
-"""What the examples share: data, training, a plot's looks, and the line that each of them ends with."""
+"""What the examples share: data, training, a plot's looks, and the lines that each of them ends with."""
 
 import argparse
 import gzip
 import statistics
 import struct
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 plt.rcParams["axes.titlesize"] = 9.5
-T = TypeVar("T")
 # Distinct for the colour-blind too (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TRAINED_ON = 1000  # of the 1,797 digits
+OUT = Path(__file__).parent.parent / "build" / "examples"  # git ignores it
 
 
 @dataclass
@@ -142,13 +141,7 @@ def options(description: str | None, *, epochs: int, seeds: int, data: bool = Tr
     parser.add_argument("--epochs", type=int, default=epochs, help=f"({epochs})")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"how many runs, with seeds 0, 1, 2, ... ({seeds})")
     parser.add_argument("--device", default="cpu", help="(cpu)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "pictures",
-        metavar="DIR",
-        help="for the picture (examples/pictures)",
-    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="for the picture (build/examples)")
     return parser
 
 
@@ -158,18 +151,6 @@ def mlp(inputs: int, widths: Sequence[int], p: float) -> nn.Sequential:
     for before, width in pairwise([inputs, *widths]):
         layers += [nn.Linear(before, width), nn.ReLU(), fd.Dropout(p)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
-
-
-def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a bar on a terminal's standard error."""
-    start, shown = time.monotonic(), sys.stderr.isatty()
-    for i, item in enumerate(items):
-        yield item
-        if shown:
-            done = (i + 1) / len(items)
-            left = (time.monotonic() - start) / done * (1 - done)
-            end = "\n" if i + 1 == len(items) else ""
-            print(f"\r{what:24} [{'#' * int(30 * done):30}] {left:4.0f} s left", end=end, file=sys.stderr, flush=True)
 
 
 def train(
@@ -242,10 +223,10 @@ def bars(axis: Axes, rows: dict[str, list[float]], colours: Sequence[str], scale
     axis.invert_yaxis()
 
 
-def finish(drawn: Figure, arguments: argparse.Namespace, name: str, shown: str) -> None:
-    """Saves the picture and prints the line."""
+def finish(drawn: Figure, arguments: argparse.Namespace, name: str, *findings: str) -> None:
+    """Saves the picture, prints the findings, a line each, and where the picture is."""
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{name}.png"
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
-    print(f"{path}\n{shown}")
+    print(*findings, f"Picture: {path}", sep="\n")

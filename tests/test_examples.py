@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import importlib
+import re
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
+WIDTH = 100  # of a line that says what was found
 sys.path.insert(0, str(EXAMPLES))
 basics = importlib.import_module("basics")
 
@@ -25,7 +27,10 @@ def run(tmp_path, capsys):
         arguments = argparse.Namespace(data=None, epochs=epochs, seeds=1, device="cpu", out=tmp_path, **options)
         found = importlib.import_module(name).main(arguments)
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        assert capsys.readouterr().out.count("\n") == 2  # where the picture is, and what was shown
+        *findings, picture = capsys.readouterr().out.splitlines()
+        assert picture == f"Picture: {tmp_path / name}.png"
+        assert all(len(finding) <= WIDTH for finding in findings)
+        assert findings
         return {what: fmean(values) for what, values in found.items()}
 
     return run
@@ -146,6 +151,25 @@ def test_readme_and_gallery():
         for text in (readme, gallery):
             assert f"]({name}.py)" in text
             assert f"](pictures/{name}.png)" in text
+    findings = re.findall(r"^- (.*)", "".join(re.findall(r"(?s)\*\*Shown\*\*.*?!\[", gallery)), re.MULTILINE)
+    assert len(findings) > len(names)
+    assert max(map(len, findings)) <= WIDTH
+
+
+def test_gallery_only_runs_when_told_to():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "gallery.py", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert "--out DIR" in done.stdout
+    assert done.returncode == 0
+
+
+def test_pictures_go_where_git_does_not_look():
+    """Those of the repository are replaced only on request."""
+    root = EXAMPLES.parent
+    out = basics.options("", epochs=1, seeds=1).parse_args([]).out
+    assert out == root / "build" / "examples"
+    assert "build/" in (root / ".gitignore").read_text().splitlines()
 
 
 def idx(values: bytes, *sizes: int, kind: int = 8) -> bytes:
@@ -176,8 +200,7 @@ class TestMnistFiles:
         options = ["--data", folder, "--out", folder, "--epochs", "2", "--seeds", "1"]
         command = [sys.executable, EXAMPLES / "03_mnist_mlp.py", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[0] == str(folder / "03_mnist_mlp.png")
-        assert done.stdout.splitlines()[1].startswith("MNIST, 567,434 parameters, 2 epochs: ")
+        assert done.stdout.splitlines()[0] == "MNIST, 567,434 parameters, 2 epochs"
         assert "left" not in done.stderr  # no bar where there is no terminal
 
     @pytest.mark.parametrize(

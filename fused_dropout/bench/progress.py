@@ -10,8 +10,9 @@ _SECONDS = 10  # between two lines
 T = TypeVar("T")
 
 
-def progress(items: Sequence[T], label: Callable[[T], str]) -> Iterator[T]:
+def progress(items: Sequence[T], label: str | Callable[[T], str]) -> Iterator[T]:
     """The items: under tqdm's bar on a terminal; elsewhere, or without tqdm, with a line every ten seconds."""
+    text = (lambda _: label) if isinstance(label, str) else label
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
@@ -19,12 +20,12 @@ def progress(items: Sequence[T], label: Callable[[T], str]) -> Iterator[T]:
     if tqdm is not None and sys.stderr.isatty():
         with tqdm(items, leave=False, bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left") as bar:
             for item in bar:
-                bar.set_description_str(f"{label(item):36}")
+                bar.set_description_str(f"{text(item):36}")
                 yield item
         return
     said = time.monotonic()
     for done, item in enumerate(items):
         if time.monotonic() - said >= _SECONDS:
             said = time.monotonic()
-            print(f"{done} of {len(items)} done, now {label(item)}", file=sys.stderr, flush=True)
+            print(f"{done} of {len(items)} done, now {text(item)}", file=sys.stderr, flush=True)
         yield item
