@@ -90,7 +90,7 @@ def _memory_lines(records: list[Record]) -> Iterator[str]:
 
 def _model_lines(records: list[Record]) -> Iterator[str]:
     if records:
-        yield "\nA step of a model, forward and backward: milliseconds; times the speed with nn.Dropout"
+        yield "\nA step of a model, forward and backward: milliseconds; times the speed with nn.Dropout, ± as above"
     for r in records:
         what = r["workload"] + ", compiled" * r["compiled"]
         ratio = "" if r["module"] == "nn.Dropout" else f"  {r['ratio']:.2f}x {_spread(r)}"
