@@ -76,7 +76,8 @@ def dropout2d(
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
+        RuntimeError: the input has less than 2 dimensions and ``p`` is not 1, where torch's own function gives
+            ``input * 0``. Otherwise as :func:`dropout`.
     """
     return _channelwise(dropout2d, _torch_dropout2d, (4,), None, input, p, training, inplace, generator, key, shard)
 
@@ -105,7 +106,8 @@ def dropout3d(
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has no dimension. Otherwise as :func:`dropout`.
+        RuntimeError: the input has no dimension and ``p`` is not 1, where torch's own function gives ``input * 0``.
+            Otherwise as :func:`dropout`.
     """
     return _channelwise(dropout3d, _torch_dropout3d, (4, 5), 5, input, p, training, inplace, generator, key, shard)
 
@@ -200,7 +202,8 @@ def feature_alpha_dropout(
         A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has less than 2 dimensions. Otherwise as :func:`dropout`.
+        RuntimeError: the input has less than 2 dimensions and ``p`` is not 1, where torch's own function gives
+            ``input * 0``. Otherwise as :func:`dropout`.
     """
     return _alpha(
         feature_alpha_dropout, _torch_feature_alpha_dropout, 2, input, p, training, inplace, generator, key, shard
@@ -231,8 +234,8 @@ def _alpha(
     dropping = training and p != 0 and is_covered(input, generator, key, shard)
     if not dropping or input.dim() < (lead or 0):
         return theirs(input, p, training, inplace)
-    if shard is not None:
-        part_of(input.shape, shard)  # checks it for p = 1 and tensors without dimensions too
+    if shard is not None and (p == 1 or input.dim() == 0):
+        part_of(input.shape, shard)  # checks it, since it is not used below
     output: Tensor | None
     if p == 1:
         output = drop(input, p, inplace)

@@ -88,6 +88,8 @@ def _replacements() -> dict[tuple[Any, str], Replacement]:
     replacements = {(module, name): Replacement(fused).at(module, name) for (module, name), fused in found.items()}
     for (module, name), replacement in replacements.items():
         script_as(replacement, getattr(module, name))
+        if module is F:
+            script_as(replacement.func, getattr(module, name))
     return replacements
 
 

@@ -217,6 +217,19 @@ class TestOtherPaths:
         graph = torch.fx.symbolic_trace(lambda x: fd.dropout(x, 0.3)).graph
         assert [node.target for node in graph.nodes if node.op == "call_function"] == [F.dropout]
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+    def test_scripted_functions_call_torchs(self):
+        def f(x: torch.Tensor) -> torch.Tensor:
+            x = fd.dropout(fd.dropout1d(fd.dropout2d(fd.dropout3d(x), 0.1, True)), 0.1, True, True)
+            x = fd.alpha_dropout(fd.feature_alpha_dropout(x, 0.1, True), 0.1, True)
+            return fd.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+        graph = str(torch.jit.script(f).inlined_graph)
+        for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+            assert f"aten::{name}(" in graph
+        assert "aten::scaled_dot_product_attention(" in graph
+        assert "prim::PythonOp" not in graph
+
     def test_make_fx_does_not_bake_the_mask_in(self):
         from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -3,6 +3,8 @@
 ``make test-oldest`` and ``make test-cuda`` run this under other versions of torch.
 """
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -165,3 +167,15 @@ def test_has_global_hooks():
         assert internals.has_global_hooks()
         handle.remove()
     assert not internals.has_global_hooks()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+@pytest.mark.parametrize("original", [torch.relu, torch.nn.functional.relu6])
+def test_script_as(original):
+    replacement = functools.partial(len)
+    internals.script_as(replacement, original)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return replacement(x)
+
+    assert torch.equal(torch.jit.script(f)(X), original(X))
