@@ -1,24 +1,35 @@
-"""``python -m fused_dropout``: ``info`` (``--json``) says what serves each device, ``bench`` measures, ``check`` tests
-masks.
-
-``gpu-check`` says whether the CUDA kernels are right on this machine's GPU, and how fast.
-"""
+"""``python -m fused_dropout``: what serves each device, measurements, and tests of masks."""
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
 
 import torch
 
-from . import inductor
+from . import __version__, inductor
 from .build_info import backend_info
+
+# Each command, what --help says of it, and its module, which is imported only for it: some take seconds.
+COMMANDS = {
+    "info": ("say what serves each device, and how to get a better path", ""),
+    "bench": ("compare the speed and memory of nn.Dropout and fd.Dropout here, two minutes", ".bench.command"),
+    "check": ("test the masks of any dropout: rate, scale, independence, backward", ".testing.command"),
+    "gpu-check": ("test and time the CUDA kernels on this GPU, eight minutes", ".bench.gpu.check"),
+}
 
 
 def info(arguments: Sequence[str]) -> int:
     """What a bug report needs: ``backend_info()``, and the GPUs."""
-    parser = argparse.ArgumentParser(prog="python -m fused_dropout info")
-    parser.add_argument("--json", action="store_true", help="for a program to read")
+    parser = argparse.ArgumentParser(
+        "python -m fused_dropout info",
+        description="Says which path serves each device, what was compiled, what is missing and why, and the command "
+        "that gives a better path.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for a program or a bug report")
     as_json = parser.parse_args(arguments).json
     inductor.register()  # or a problem with Inductor would show at the first compilation only
     found = backend_info()
@@ -28,24 +39,42 @@ def info(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
+    """The function of the command that is named first. Ends the process for --help, --version and mistakes."""
+    parser = argparse.ArgumentParser(
+        "python -m fused_dropout",
+        description="Dropout for PyTorch: what serves it here, how fast it is, and whether its masks are right.",
+        epilog="python -m fused_dropout COMMAND --help lists the options of a command.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fused_dropout {__version__}, torch {torch.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (description, _) in COMMANDS.items():
+        commands.add_parser(name, help=description, add_help=False)
+    name = parser.parse_args(arguments[:1]).command
+    if name is None:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    module = COMMANDS[name][1]
+    return import_module(module, __package__).main if module else info
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
-    if command == "info":
-        return info(rest)
-    if command == "bench":
-        from .bench import command as bench
-
-        return bench.main(rest)
-    if command == "check":
-        from .testing import command as check
-
-        return check.main(rest)
-    if command == "gpu-check":
-        from .bench.gpu import check as gpu_check
-
-        return gpu_check.main(rest)
-    print("usage: python -m fused_dropout info | bench | check | gpu-check [--help]", file=sys.stderr)
-    return 2
+    """Runs a command. Returns its exit status; 1 if the output cannot be written."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = _command(arguments)(arguments[1:])
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if error.filename is not None:  # a file, and not the output
+            raise
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        if not isinstance(error, BrokenPipeError):  # whoever read it has enough
+            print(f"fused_dropout: the output could not be written: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is wrong with a dropout's masks: tests that can fail, for any callable that drops.
 
     report = testing.check(my_dropout, p=0.1)    # any fn(x) -> y in training mode: ours, torch's, a compiled block
-    print(report)                                # a table of all tests, then what is wrong
+    print(report)                                # the verdict, and what shows it; report.table has all tests
     assert not report.faults
 
 ``check`` samples masks and runs every test on them: those of ``statistics``, which take masks and can be used by

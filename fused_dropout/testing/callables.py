@@ -66,14 +66,21 @@ def _mask_at_zeros(fn: Dropping, x: Tensor, drop_rate: float, alpha: float) -> R
 
 def draws_nothing(fn: Dropping, x: Tensor) -> Result:
     """``fn``, in evaluation or at p = 0, returns the values of x and leaves the default generators alone."""
+    result, moved = _idle(fn, x)
+    detail = result.detail + moved * "; the generator has moved"
+    return replace(
+        result, statistic=result.statistic + moved, p_value=float(result.p_value == 1 and not moved), detail=detail
+    )
+
+
+def _idle(fn: Dropping, x: Tensor) -> tuple[Result, bool]:
+    """Whether ``fn`` returns the values of x, and whether it moved a generator."""
 
     def states() -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if x.is_cuda else ())]
 
     before, y = states(), fn(x.clone())
-    changed = not all(map(torch.equal, before, states()))
-    result = identical("eval and p = 0", x, y, "change" + changed * "; the generator has moved")
-    return replace(result, statistic=result.statistic + changed, p_value=float(result.p_value == 1 and not changed))
+    return identical("eval and p = 0", x, y, "change"), not all(map(torch.equal, before, states()))
 
 
 def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
@@ -114,10 +121,36 @@ def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ all of them
 
 
+# The tests that show a kind of fault, by the beginnings of their names; and what the fault means, the cause first.
+_KINDS = {
+    "calls": ("every shift, long", "every shift, short", "every shift, tiny", "collisions"),
+    "rate of calls": ("rate by call",),
+    "positions": ("rate by", "rate at"),
+    "elements": ("every lag", "every shift", "runs", "blocks"),
+    "rate": ("rate",),
+    "scale": ("E[y] / x", "Var[y] / x^2", "scale"),
+    "backward at zeros": ("backward at zeros",),
+    "backward": ("backward", "checkpointed backward", "double backward"),
+    "idle": ("eval and p = 0",),
+}
+_MEANINGS = {
+    "rate": "{}",
+    "scale": "the scale is wrong: {}",
+    "backward": "backward uses another mask than forward",
+    "backward at zeros": "backward uses another mask than forward where x is 0",
+    "idle": "values change in evaluation or at p = 0",
+    "calls": "calls share masks, or parts of them",
+    "rate of calls": "the rate changes from call to call",
+    "positions": "some positions are dropped more often than others",
+    "elements": "the elements of a mask depend on each other",
+}
+_ROWS = 5  # of faults in a report
+
+
 @dataclass(frozen=True)
 class Report:
     """What ``check`` found: ``results`` of all tests, those that are ``faults`` at the level ``alpha`` of each, and
-    ``notes``. ``str()`` gives a table."""
+    ``notes``. ``str()`` gives the verdict, up to five faults and the notes; ``table`` has all tests."""
 
     p: float
     alpha: float
@@ -128,12 +161,53 @@ class Report:
     def faults(self) -> tuple[Result, ...]:
         return tuple(result for result in self.results if result.p_value < self.alpha)
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """What is wrong, in one line, the cause first; "nothing is wrong" if there are no faults."""
+        return "; ".join(self._causes()) or "nothing is wrong"
+
+    @property
+    def table(self) -> str:
+        """All tests, one a line."""
         lines = [f"p = {self.p:g}; alarm at a p-value below {self.alpha:.0e}", HEADER]
-        lines += [f"{result}{'  <- WRONG' * (result in self.faults)}" for result in self.results]
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"WRONG, {result.test}: {result.detail}" for result in self.faults] or ["nothing is wrong"]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"{result}{'  <- WRONG' * (result in self.faults)}" for result in self.results])
+
+    def _causes(self) -> dict[str, Result]:
+        """What is wrong in words, the cause first, and for each the result that shows it best."""
+        found: dict[str, Result] = {}
+        for result in self.faults:
+            kind = next(kind for kind, names in _KINDS.items() if result.test.startswith(names))
+            if kind == "calls" and " at shift 0, " in result.detail:
+                kind = "elements"  # of one call
+            found[kind] = min(found.get(kind, result), result, key=lambda r: r.p_value)
+        for kind in self._consequences(found):
+            found.pop(kind, None)
+        return {words.format(found[kind].detail): found[kind] for kind, words in _MEANINGS.items() if kind in found}
+
+    def _consequences(self, found: dict[str, Result]) -> Iterator[str]:
+        """The kinds of faults that follow from others."""
+        measured = self.p
+        if rate := found.get("rate"):
+            measured += rate.statistic * math.sqrt(self.p * (1 - self.p) / rate.n)
+            yield "scale"  # its tests go by the rate that is asked for
+        if not 1e-9 < measured < 1 - 1e-9:  # the mask is constant
+            yield from ("calls", "rate of calls", "positions", "elements", "backward at zeros")
+        elif "calls" in found or "elements" in found:
+            # The tests of rates take the draws for independent; those of calls, the elements of each.
+            yield from ("rate of calls", "backward at zeros")
+            if "elements" in found:
+                yield from ("calls", "positions")
+            if abs(measured - self.p) < 0.05:
+                yield "rate"
+
+    def __str__(self) -> str:
+        if not self.faults:
+            lines = [f"p = {self.p:g}: nothing is wrong ({len(self.results)} tests)"]
+        else:
+            lines = [f"p = {self.p:g}: WRONG: {self.verdict}"]
+            lines += [f"  {result.test}: {result.detail}" for result in [*self._causes().values()][:_ROWS]]
+            lines.append(f"  {len(self.faults)} of {len(self.results)} tests fail")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def sample(fn: Dropping, calls: int, shape: Sequence[int], dtype: torch.dtype, device: str, seconds: float) -> Tensor:
@@ -163,7 +237,8 @@ def check(
         fn: takes a tensor, returns its dropout: y is 0 where an element was dropped, x / (1 - p) elsewhere. It may work
             in place. It has to draw anew at each call; each call is meant to be independent of the others.
         p: the drop probability that ``fn`` is meant to have, 0.01 to 0.99.
-        idle: the same dropout in evaluation, or with p = 0: callables that have to return their input and draw nothing.
+        idle: the same dropout in evaluation, or with p = 0: callables that have to return their input. It is noted, and
+            no fault, if they move a generator.
         dtype, device: of the tensors that ``fn`` is given.
         n: elements of a long call, a power of two, 2^18 at least. Four of these are sampled, n / 2^10 short calls of
             1023 elements and n / 2^4 of 64: at 2^22 it takes some ten seconds.
@@ -174,11 +249,14 @@ def check(
         A Report; ``report.faults`` is empty if nothing is wrong.
 
     Raises:
-        ValueError: p is not between 0.01 and 0.99, or n too small. Whatever ``fn`` raises is passed on.
+        ValueError: p is not between 0.01 and 0.99, or n too small.
+        TypeError: ``fn`` does not return a tensor of its input's shape, dtype and device. Whatever it raises is passed
+            on.
     """
     check_settings(p, n)
     alpha = family / 50  # there are fewer than fifty tests
     with torch.no_grad():
+        check_output(fn, torch.ones(64, dtype=dtype, device=device))
         draw = partial(sample, fn, dtype=dtype, device=device, seconds=seconds / 3)
         long, short, tiny = draw(4, (n >> 18, 64, 64, 64)), draw(n >> 10, (1023,)), draw(n >> 4, (64,))
         x = torch.rand(n, dtype=torch.float32, device=device).add_(1).to(dtype)
@@ -188,18 +266,33 @@ def check(
     remarks = list(notes(fn, x[: 2**12]))
     for masks in (long, short):
         results += [replace(r, test=f"{r.test}, n = {masks[0].numel()}") for r in uniformity(masks, alpha)]
+    left_out: dict[str, int] = {}
     for test in _independence(long, short, tiny, alpha):
         try:
             results.append(test())
         except ValueError as error:  # too few draws for it, or a constant mask, at which the tests above alarm
-            remarks.append(f"a test of independence was left out: {error}")
+            left_out[str(error)] = left_out.get(str(error), 0) + 1
+    remarks += [f"tests of independence left out: {count}, since {why}" for why, count in left_out.items()]
+    at_rest = [_idle(each, x[: 2**10]) for each in idle]
+    results += [result for result, _ in at_rest]
+    if any(moved for _, moved in at_rest):
+        remarks.append("the generator moves in evaluation or at p = 0, where torch's dropout draws nothing")
     try:
-        results += [draws_nothing(each, x[: 2**10]) for each in idle]
         for result in same_mask_in_backward(fn, x[: 2**16 + 5], alpha):
             results.append(result)
     except RuntimeError as error:  # somebody's kernel may have no backward, or no double backward
         remarks.append(f"not all of backward was tested: {str(error)[:90]}")
     return Report(p, alpha, tuple(results), tuple(remarks))
+
+
+def check_output(fn: Dropping, x: Tensor) -> None:
+    """Raises TypeError if ``fn`` does not return a tensor of the shape, dtype and device of x."""
+    y = fn(x.clone())
+    if not isinstance(y, Tensor):
+        raise TypeError(f"a dropout has to return a tensor, but this returns a {type(y).__name__}")
+    if (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device):
+        given, got = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (x, y))
+        raise TypeError(f"a dropout has to return what it is given, {given}, but this returns {got}")
 
 
 def check_settings(p: float, n: int) -> None:

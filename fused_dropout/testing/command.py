@@ -1,7 +1,9 @@
 """``python -m fused_dropout check``: the tests of ``testing.check`` on a dropout that is named on the command line."""
 
 import argparse
+import copy
 import inspect
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
@@ -13,68 +15,119 @@ from torch import nn
 
 from .callables import Dropping, check, check_settings
 
+_NAMES = ("p", "drop_prob", "dropout_p", "drop_rate", "dropout")  # of the parameter that is the probability
+
 
 def adapt(target: Any, p: float) -> tuple[Dropping, list[Dropping]]:
-    """``fn`` and ``idle`` for ``testing.check``: of a module class, of a function with a parameter ``p``; of anything
-    else it is the callable itself, and nothing that has to be idle is known."""
+    """``fn`` and ``idle`` for ``testing.check``.
+
+    target: a module class, whose first argument is p; a module, whose own p it has to be; a function with a parameter
+    that is called ``p``, ``drop_prob`` or the like. Anything else is called as it is, and no form of it that has to be
+    idle is known.
+    """
     if isinstance(target, type) and issubclass(target, nn.Module):
-        return target(p), [target(p).eval(), target(0.0)]
-    try:
-        parameters = set(inspect.signature(target).parameters)
-    except ValueError:  # built in
-        parameters = set()
-    if "p" not in parameters:
+        return target(p).train(), [target(p).eval(), target(0.0).train()]
+    if isinstance(target, nn.Module):
+        return copy.deepcopy(target).train(), [copy.deepcopy(target).eval()]
+    name = _probability(target)
+    if name is None:
         return target, []
-    idle: list[Dropping] = [partial(target, p=0.0)]
-    if "training" in parameters:
-        idle.append(partial(target, p=p, training=False))
-    return partial(target, p=p), idle
+    if "training" not in inspect.signature(target).parameters:
+        return partial(target, **{name: p}), [partial(target, **{name: 0.0})]
+
+    def call(p: float, training: bool) -> Dropping:
+        return partial(target, **{name: p, "training": training})
+
+    return call(p, True), [call(0.0, True), call(p, False)]
+
+
+def _probability(target: Any) -> str | None:
+    """The parameter of a function that is the probability, or None."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # built in
+        return None
+    return next((name for name in _NAMES if name in parameters), None)
+
+
+def _probabilities(target: Any) -> list[float]:
+    """The p to test with if none is given; empty if the target has one that is not known."""
+    if isinstance(target, type) or (not isinstance(target, nn.Module) and _probability(target)):
+        return [0.1, 0.5]
+    own = next((getattr(target, name) for name in _NAMES if isinstance(getattr(target, name, None), float)), None)
+    return [] if own is None else [own]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m fused_dropout check", description="What is wrong with a dropout's masks"
+        "python -m fused_dropout check",
+        description="Tests the masks of any dropout: drop rate and scale, independence of elements and of calls, "
+        "one mask in forward and backward, evaluation. Ten seconds for each p. The exit status is 1 if something is "
+        "wrong, and 2 if nothing could be tested.",
+        epilog="Examples: check torch.nn:Dropout --p 0.1; check my_module:my_dropout --device cuda -v",
     )
     parser.add_argument(
         "target",
         nargs="?",
         default="fused_dropout:dropout",
         metavar="module:callable",
-        help="a module class, a function with a parameter p, or any fn(x) whose p is then to be given. "
-        "Default: %(default)s",
+        help="a module class, a function f(x, p), an nn.Module, or any f(x) with its --p. Default: %(default)s",
     )
-    parser.add_argument("--p", type=float, action="append", help="may be repeated. Default: 0.1 and 0.5")
+    parser.add_argument("--p", type=float, action="append", help="may be repeated. Default: 0.1 and 0.5, or a module's")
     parser.add_argument("--dtype", choices=("float32", "float64", "float16", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--n", type=int, default=2**22, help="elements of a long call. Default: %(default)s")
     parser.add_argument("--seed", type=int, help="for torch.manual_seed. Default: a fresh one")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the table of all tests, and tracebacks")
     options = parser.parse_args(argv)
     module, _, name = options.target.partition(":")
     try:
         options.callable = attrgetter(name)(import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         parser.error(f"there is no {options.target}: {error}")
-    if not options.p and adapt(options.callable, 0.5)[0] is options.callable:
-        parser.error(f"{options.target} has no parameter p: say with --p which it drops with")
-    options.p = options.p or [0.1, 0.5]
+    except Exception as error:  # whatever the user's module raises
+        parser.error(f"{module} cannot be imported: {_described(error)}")
+    if not callable(options.callable):
+        parser.error(f"{options.target} cannot be called: it is a {type(options.callable).__name__}")
+    options.p = options.p or _probabilities(options.callable)
+    if not options.p:
+        parser.error(f"{options.target} has no parameter {', '.join(_NAMES)}: say with --p which it drops with")
     try:
         for p in options.p:
             check_settings(p, options.n)
+        torch.empty(1, device=options.device)
     except ValueError as error:
         parser.error(str(error))
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {options.device} cannot be used: {_first_line(error)}")
     return options
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a report for each p. Returns the exit status: 1 if something is wrong, else 0."""
+    """Prints a report for each p. Returns the exit status: 1 if something is wrong, 2 if a p was not tested, else 0."""
     options = _parse(argv)
     seed = torch.seed() if options.seed is None else torch.manual_seed(options.seed).initial_seed()
     print(f"{options.target}, {options.dtype} on {options.device}, seed {seed}")
-    dtype, wrong = getattr(torch, options.dtype), False
+    dtype, status = getattr(torch, options.dtype), 0
     for p in options.p:
-        fn, idle = adapt(options.callable, p)
-        family = 1e-6 / len(options.p)
-        report = check(fn, p, idle=idle, dtype=dtype, device=options.device, n=options.n, seconds=12, family=family)
-        print(f"\n{report}", flush=True)
-        wrong |= bool(report.faults)
-    return int(wrong)
+        try:
+            fn, idle = adapt(options.callable, p)
+            family = 1e-6 / len(options.p)
+            report = check(fn, p, idle=idle, dtype=dtype, device=options.device, n=options.n, seconds=12, family=family)
+        except Exception as error:  # whatever the user's callable raises
+            if options.verbose:
+                traceback.print_exc()
+            print(f"p = {p:g}: NOT TESTED: {options.target} raised {_described(error)}", flush=True)
+            status = 2
+            continue
+        print(f"{report.table}\n\n{report}" if options.verbose else report, flush=True)
+        status = status or int(bool(report.faults))
+    return status

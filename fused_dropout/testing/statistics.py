@@ -66,8 +66,13 @@ def rate(mask: Tensor, p: float, alpha: float = ALPHA) -> Result:
         binomial_p_value(dropped, n, p),
         normal_limit(alpha) * deviation / n,
         "of the rate, absolute",
-        f"drops {dropped / n:.7g}, not {p:.7g}",
+        _drops(dropped / n, p),
     )
+
+
+def _drops(rate: float, p: float) -> str:
+    how_many = {0.0: "nothing", 1.0: "everything"}.get(rate, f"{rate:.7g} of the elements")
+    return f"drops {how_many}, where p is {p:.7g}"
 
 
 def mean(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:

@@ -22,7 +22,9 @@ def run(capsys, *arguments):
 def test_healthy(target, capsys):
     status, output = run(capsys, target, "--p", "0.5", "--seed", "1")
     assert status == 0, output
-    assert output.endswith("nothing is wrong\n")
+    assert "\np = 0.5: nothing is wrong (" in output
+    assert len(output.splitlines()) < 7
+    _, output = run(capsys, target, "--p", "0.5", "--seed", "1", "-v")
     for test in ("rate", "E[y] / x", "every lag", "collisions", "runs", "blocks", "double backward", "eval and p = 0"):
         assert f"\n{test}" in output
     assert "a dropped NaN or inf becomes " + ("0" if "fused" in target else "NaN") in output
@@ -31,38 +33,109 @@ def test_healthy(target, capsys):
 PLANTED = """
 import torch, torch.nn.functional as F
 
-def eight_bits(x, p):
-    return F.dropout(x, int(p * 256) / 256)
+def textbook(x, p):
+    return x * (torch.rand_like(x) >= p) / (1 - p)
+
+def identity(x, p):
+    return x * 1
+
+def zero(x, drop_prob):
+    return x * 0
+
+def half_the_rate(x, p):
+    return F.dropout(x, p / 2)
+
+def unscaled(x, p):
+    return x * (torch.rand_like(x) >= p)
+
+def columns(x, p):
+    return x * (torch.rand(*x.shape[:-1], 1) >= p) / (1 - p)
 
 class Repeats(torch.nn.Dropout):
     def forward(self, x):
-        if not self.training:
-            return F.dropout(x, self.p)
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            return F.dropout(x, self.p)
+            return F.dropout(x, self.p, self.training)
+
+class Forgetful(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.p = p
+        return F.dropout(x, p)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return F.dropout(gradient, ctx.p), None
+
+def forgetful(x, p):
+    return Forgetful.apply(x, p)
+
+def always(x, p, training=True):
+    return F.dropout(x, p)
 
 def keeps_all(x):
     return x * 1
+
+def raises(x, p):
+    raise KeyError("no more")
+
+def widens(x, p):
+    return x.double()
+
+own = torch.nn.Dropout(0.25)
+number = 3
 """
 
 
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    (tmp_path / "planted_for_check.py").write_text(PLANTED)
+    (tmp_path / "unreadable_for_check.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("planted_for_check", None)
+
+
 @pytest.mark.parametrize(
-    ("name", "tests"),
+    ("name", "verdict"),
     [
-        ("eight_bits", ["rate", "scale"]),
-        ("Repeats", ["every shift, long calls 1 apart", "every shift, short calls k apart", "eval and p = 0"]),
-        ("keeps_all", ["rate"]),
+        ("textbook", "nothing is wrong"),
+        ("identity", "WRONG: drops nothing, where p is 0.2"),
+        ("zero", "WRONG: drops everything, where p is 0.2; values change in evaluation or at p = 0"),
+        ("half_the_rate", "WRONG: drops 0."),
+        ("unscaled", "WRONG: the scale is wrong: the mean of y is 0."),
+        ("columns", "WRONG: the elements of a mask depend on each other"),
+        ("Repeats", "WRONG: calls share masks, or parts of them"),
+        ("forgetful", "WRONG: backward uses another mask than forward"),
+        ("always", "WRONG: values change in evaluation or at p = 0"),
+        ("keeps_all", "WRONG: drops nothing, where p is 0.2"),
     ],
 )
-def test_faulty(name, tests, tmp_path, monkeypatch, capsys):
-    (tmp_path / "planted_for_check.py").write_text(PLANTED)
-    monkeypatch.syspath_prepend(tmp_path)
-    status, output = run(capsys, f"planted_for_check:{name}", "--p", "0.1", "--seed", "2")
-    del sys.modules["planted_for_check"]
-    assert status == 1
-    for test in tests:
-        assert f"WRONG, {test}: " in output, output
+def test_verdict(name, verdict, planted, capsys):
+    status, output = run(capsys, f"planted_for_check:{name}", "--p", "0.2", "--seed", "2")
+    assert status == ("WRONG" in verdict)
+    second = output.splitlines()[1]
+    assert second.startswith(f"p = 0.2: {verdict}")
+    assert ("tests fail" in output) == ("WRONG" in verdict)
+    assert sum(not line.startswith("  note:") for line in output.splitlines()) <= 8
+    if name in ("unscaled", "forgetful", "half_the_rate", "columns"):
+        assert ";" not in second, "a consequence is named beside the cause"
+    assert ("the generator moves" in output) == (name in ("textbook", "unscaled", "columns", "always"))
+
+
+def test_a_module_of_ones_own(planted, capsys):
+    status, output = run(capsys, "planted_for_check:own", "--seed", "2")
+    assert status == 0
+    assert "p = 0.25: nothing is wrong" in output
+
+
+@pytest.mark.parametrize(("name", "message"), [("raises", "KeyError: 'no more'"), ("widens", "torch.float64 (64,)")])
+def test_what_cannot_be_tested(name, message, planted, capsys):
+    status, output = run(capsys, f"planted_for_check:{name}", "--p", "0.5")
+    assert status == 2
+    assert output.splitlines()[1].startswith("p = 0.5: NOT TESTED: ")
+    assert message in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -72,14 +145,26 @@ def test_faulty(name, tests, tmp_path, monkeypatch, capsys):
         (["no_such_module:f"], "there is no no_such_module:f"),
         (["torch.nn.functional"], "there is no torch.nn.functional"),
         (["torch:neg"], "say with --p"),
+        (["planted_for_check:number"], "cannot be called: it is a int"),
+        (["unreadable_for_check:f"], "unreadable_for_check cannot be imported: SyntaxError"),
+        (["--device", "no_device"], "--device no_device cannot be used: "),
         (["--p", "0.001"], "p has to be between"),
         (["--n", "1000"], "n has to be a power of two"),
     ],
 )
-def test_refusals(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+def test_refusals(arguments, message, planted, capsys):
+    with pytest.raises(SystemExit) as ended:
         main(["check", *arguments])
+    assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_no_cuda_device(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--device", "cuda"])
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "--device cuda cannot be used: " in last
 
 
 def test_report():
