@@ -110,6 +110,9 @@ def key(seed: int, device: torch.device | str | None = None) -> Tensor:
     named things only, such as ``fold_in(fold_in(key(seed), step), layer)``. One key gives one mask: derive one for each
     call, and take no mask from a key that others were derived from.
 
+    A call keeps the value of its key for backward. Compiled code keeps the tensor: do not change it through NumPy or
+    ``.data`` before backward.
+
     Args:
         seed: from -2**63 to 2**64 - 1; a negative one counts from 2**64, as in ``torch.manual_seed``.
         device: where the key is kept. Default: torch's default device. A key on the CPU serves every device; one on a
