@@ -8,15 +8,20 @@ import sys
 from collections.abc import Iterator
 from types import MethodType
 from typing import NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import modules
+from .arguments import check_module
 from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
-from .patching import FAMILY
+from .patching import FAMILY, Replacement
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_RATES = ("p", "drop_prob", "dropout", "drop_rate", "rate")  # attributes that hold a rate, here and in other libraries
+_warned: WeakSet[nn.Module] = WeakSet()  # modules that a warning of convert was about
 
 
 def _to_fused() -> dict[type, type]:
@@ -49,14 +54,15 @@ class ConvertReport(NamedTuple):
     unfused: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} fused, {len(self.torch)} of torch's to swap, {len(self.left)} left alone"]
-        found = {**self.fused, **self.torch, **self.left}
-        width = max(map(len, found), default=0)
-        more = {"pair": self.paired, "alone": self.unpaired, "layer": self.layers, "apart": self.unfused}
-        parts = {"fused": self.fused, "swap": self.torch, "left": self.left}
-        for what, names in (parts | more).items():
-            lines += [f"{what:5}  {name or '(model)':{width}}  {text}" for name, text in names.items()]
-        return "\n".join(lines)
+        lines = [f"{len(self.fused)} fused, {len(self.torch)} to swap, {len(self.left)} left alone"]
+        parts = {"fused": self.fused, "to swap": self.torch, "left": self.left}
+        parts |= {"paired": self.paired, "unpaired": self.unpaired, "layer": self.layers, "unfused": self.unfused}
+        rows = [(what, name or "(model)", text) for what, names in parts.items() for name, text in names.items()]
+        first, second = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+        lines += [f"{what:{first}}  {name:{second}}  {text}" for what, name, text in rows]
+        return "\n".join(
+            [*lines, "Functional calls such as F.dropout are not listed: fd.audit(model, inputs) finds them."]
+        )
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -75,17 +81,37 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
     if type(module) in table or type(module) in _to_originals():
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(table)):
-        return f"{type(module).__module__}.{kind}, a subclass"
+        base = next(base for base in type(module).__mro__ if base in table)
+        how = "; fd.patch() reaches it" if _calls_torch(module, table) else " with a forward of its own"
+        return f"{type(module).__module__}.{kind}, a subclass of {base.__name__}{how}"
     if isinstance(module, nn.MultiheadAttention) and module.dropout:
-        return f"{kind}: calls torch's functions, which fd.patch() reaches"
-    if isinstance(module, nn.RNNBase) and module.dropout:
-        return f"{kind}: drops inside torch's own kernel"
+        return f"{kind}: calls torch's functions, which fd.patch() reaches on a CPU"
+    if isinstance(module, nn.RNNBase) and module.dropout and module.num_layers > 1:
+        return f"{kind}: drops inside torch's own kernel, out of reach"
     if isinstance(module, nn.Identity):
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
-    looks_like_dropout = any(word in kind.lower() for word in ("dropout", "droppath", "stochasticdepth"))
-    if looks_like_dropout and not type(module).__module__.startswith("fused_dropout."):
+    looks_like_dropout = any(word in kind.lower() for word in ("dropout", "droppath", "dropblock", "stochasticdepth"))
+    is_ours = type(module).__module__.startswith("fused_dropout.")
+    holds_dropout = any(type(child) in table or type(child) in _to_originals() for child in module.children())
+    if looks_like_dropout and not is_ours and not holds_dropout:
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
+
+
+def _calls_torch(module: nn.Module, table: dict[type, type]) -> bool:
+    """Whether it is multi-head attention, or has the forward of a class of the table that is torch's."""
+    kind = type(module)
+    return isinstance(module, nn.MultiheadAttention) or any(
+        kind.forward is known.forward for known in table if issubclass(known, nn.modules.dropout._DropoutNd)
+    )
+
+
+def _drops(module: nn.Module, table: dict[type, type]) -> bool:
+    """Whether a module that is left alone drops by torch's code, as far as its attributes tell."""
+    if isinstance(F.dropout, Replacement) and _calls_torch(module, table):
+        return False  # fd.patch() is on
+    rate = next((rate for name in _RATES if isinstance(rate := getattr(module, name, None), int | float)), 0)
+    return rate > 0
 
 
 def _swappable(model: nn.Module, table: dict[type, type]) -> Iterator[tuple[str, nn.Module]]:
@@ -94,10 +120,34 @@ def _swappable(model: nn.Module, table: dict[type, type]) -> Iterator[tuple[str,
             yield name, module
 
 
-def _swap(model: nn.Module, table: dict[type, type]) -> None:
-    for _, module in _swappable(model, table):
+def _swap(model: nn.Module, table: dict[type, type]) -> int:
+    """Returns how many modules were swapped."""
+    found = {id(module): module for _, module in _swappable(model, table)}
+    for module in found.values():
         vars(module).pop("forward", None)  # the former class's
         module.__class__ = table[type(module)]
+    return len(found)
+
+
+def _log(model: nn.Module, swapped: int, fused: int) -> None:
+    """One line about a conversion: a warning if a module that drops was left alone and no warning was about it yet."""
+    import logging
+
+    table, left = _to_fused(), list[tuple[str, nn.Module]]()
+    for name, module in model.named_modules():
+        if _why_left(name, module, table) is not None and _drops(module, table):
+            left.append((name or "(model)", module))
+    text = f"fd.convert: {swapped} dropout modules swapped" + (f", {fused} fused before" if fused else "")
+    if left:
+        kinds: dict[str, list[str]] = {}
+        for name, module in left:
+            kinds.setdefault(type(module).__name__, []).append(name)
+        some = [f"{kind} ({names[0]}{', ...' if len(names) > 1 else ''})" for kind, names in list(kinds.items())[:3]]
+        text += f"; {len(left)} that drop were left alone: {', '.join(some)}{', ...' if len(kinds) > 3 else ''}"
+        text += "; print(fd.convert_report(model)) says why"
+    is_new = any(module not in _warned for _, module in left)
+    _warned.update(module for _, module in left)
+    logging.getLogger("fused_dropout").log(logging.WARNING if is_new else logging.INFO, text)
 
 
 def convert_report(model: nn.Module) -> ConvertReport:
@@ -108,16 +158,19 @@ def convert_report(model: nn.Module) -> ConvertReport:
 
     Returns:
         A ``ConvertReport``: the names of modules in ``fused``, ``torch`` and ``left``, of pairs in ``paired`` and
-        ``unpaired``, and of layers in ``layers`` and ``unfused``.
+        ``unpaired``, and of layers in ``layers`` and ``unfused``. Functional calls are not modules, so that it cannot
+        see them: ``fd.audit`` does.
 
     Example::
 
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, 2, dropout=0.2))
         >>> print(fd.convert_report(fd.convert(model)))
-        1 fused, 0 of torch's to swap, 1 left alone
+        1 fused, 0 to swap, 1 left alone
         fused  1  Dropout(p=0.1, inplace=False)
-        left   2  LSTM: drops inside torch's own kernel
+        left   2  LSTM: drops inside torch's own kernel, out of reach
+        Functional calls such as F.dropout are not listed: fd.audit(model, inputs) finds them.
     """
+    check_module(model)
     every = list(model.named_modules(remove_duplicate=False))
     table = _to_fused()
     reasons = {name: _why_left(name, module, table) for name, module in every}
@@ -175,7 +228,8 @@ def convert(
     and instances whose ``forward`` was replaced (as accelerate's hooks do); ``convert_report`` names them. Doing it
     again changes nothing but what was added since. Functional calls are not modules: ``fd.patch()`` reaches them.
     Convert before ``torch.compile``, or call ``torch.compiler.reset()`` after: before torch 2.13 a compiled model may
-    not notice.
+    not notice. The logger ``fused_dropout`` gets one line: a warning if modules that drop were left alone, once for
+    each module, else of level INFO.
 
     Args:
         model: any module, also a single ``nn.Dropout``.
@@ -199,10 +253,12 @@ def convert(
         >>> type(model[1]) is fd.Dropout
         True
     """
+    check_module(model)
     if dry_run:
         print(convert_report(model))
         return model
-    _swap(model, _to_fused())
+    before = sum(type(module) in _to_originals() for module in model.modules())
+    swapped = _swap(model, _to_fused())
     if fuse:
         from . import fusing
 
@@ -212,6 +268,7 @@ def convert(
     for owner in model.modules():
         if lora if is_lora_layer(owner) else pair_linears:
             pair(owner)
+    _log(model, swapped, before)
     return model
 
 
@@ -236,6 +293,7 @@ def revert(model: _Model) -> _Model:
     """
     from . import fusing
 
+    check_module(model)
     for owner in model.modules():
         unpair(owner)
         if not _is_replaced(owner):

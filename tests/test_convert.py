@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+import logging
 import pickle
 import sys
 import types
@@ -125,7 +126,13 @@ def test_shared_instances():
     assert set(fd.convert_report(model).fused) == {"a", "b.0"}
 
 
+class DropoutBlock(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Dropout(0.1))
+
+
 @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout:UserWarning")
 def test_what_is_left_alone():
     replaced = nn.Dropout(0.1)
     replaced.forward = lambda x: x  # as accelerate's hooks do
@@ -142,16 +149,16 @@ def test_what_is_left_alone():
             "linear": nn.Linear(2, 2),
             "other": nn.Identity(),
             "undropped": nn.GRU(2, 2, 2),
+            "one_layer": nn.GRU(2, 2, 1, dropout=0.1),
+            "DropoutBlock": DropoutBlock(),
         }
     )
     before = classes(model)
     report = fd.convert_report(model)
-    assert set(report.torch) == {"plain"}
-    assert set(report.left) == set(model) - {"plain", "linear", "other", "undropped", "lora_dropout"} | {
-        "lora_dropout.default"
-    }
+    assert set(report.torch) == {"plain", "DropoutBlock.0"}
+    assert set(report.left) == {"mine", "replaced", "scripted", "drop_path", "lora_dropout.default", "rnn", "attention"}
     fd.convert(model)
-    assert [a for a, b in zip(before, classes(model), strict=True) if a is not b] == [nn.Dropout]
+    assert [a for a, b in zip(before, classes(model), strict=True) if a is not b] == [nn.Dropout] * 2
     fd.revert(model)
     assert classes(model) == before
 
@@ -181,12 +188,55 @@ def test_dry_run(capsys):
     assert fd.convert(model, dry_run=True) is model
     assert classes(model) == before
     assert capsys.readouterr().out == (
-        "0 fused, 2 of torch's to swap, 0 left alone\n"
-        "swap   1  Dropout(p=0.3, inplace=False)\n"
-        "swap   3  Dropout(p=0.1, inplace=True)\n"
+        "0 fused, 2 to swap, 0 left alone\n"
+        "to swap  1  Dropout(p=0.3, inplace=False)\n"
+        "to swap  3  Dropout(p=0.1, inplace=True)\n"
+        "Functional calls such as F.dropout are not listed: fd.audit(model, inputs) finds them.\n"
     )
     fd.convert(model)
     assert capsys.readouterr().out == ""
+
+
+def said(caplog, model):
+    """The one line that a conversion logs, and its level."""
+    caplog.clear()
+    with caplog.at_level("INFO", "fused_dropout"):
+        fd.convert(model)
+    ((_, level, text),) = caplog.record_tuples
+    return logging.getLevelName(level), text
+
+
+def test_log_where_all_is_well(caplog, capfd):
+    model = nn.Sequential(small(), Mine(0.0), nn.LSTM(2, 2, 2), nn.MultiheadAttention(4, 2), nn.Identity())
+    assert said(caplog, model) == ("INFO", "fd.convert: 2 dropout modules swapped")
+    assert said(caplog, model) == ("INFO", "fd.convert: 0 dropout modules swapped, 2 fused before")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_log_of_what_is_left(caplog):
+    """A warning for each module that drops, when it is first left alone."""
+    model = nn.Sequential(small(), Mine(0.2), Mine(0.2), nn.LSTM(2, 2, 2, dropout=0.1))
+    text = "swapped; 3 that drop were left alone: Mine (1, ...), LSTM (3); print(fd.convert_report(model)) says why"
+    assert said(caplog, model) == ("WARNING", f"fd.convert: 2 dropout modules {text}")
+    for again in (model, model[1:], nn.Sequential(model, nn.Dropout())):
+        assert said(caplog, again)[0] == "INFO"
+    assert said(caplog, model.append(DropPath()))[0] == "WARNING"
+    assert said(caplog, copy.deepcopy(model))[0] == "WARNING"
+    more = nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1), *copy.deepcopy(model), nn.GRU(2, 2, 2, dropout=0.1))
+    assert "MultiheadAttention (0), Mine (2, ...), LSTM (4), ...;" in said(caplog, more)[1]
+
+
+def test_log_under_patch(caplog):
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1), Mine(0.2))
+    with fd.patched():
+        assert said(caplog, model)[0] == "INFO"
+    assert said(caplog, model)[0] == "WARNING"
+
+
+@pytest.mark.parametrize("function", [fd.convert, fd.revert, fd.convert_report])
+def test_only_modules(function):
+    with pytest.raises(TypeError, match=r"^model has to be an nn.Module, but is 3$"):
+        function(3)
 
 
 def test_copies_and_pickles():
@@ -233,7 +283,7 @@ def test_transformer():
     fd.convert(model)
     assert len(fd.convert_report(model).fused) == sites
     assert set(fd.convert_report(model).left.values()) == {
-        "MultiheadAttention: calls torch's functions, which fd.patch() reaches"
+        "MultiheadAttention: calls torch's functions, which fd.patch() reaches on a CPU"
     }
     assert torch.equal(model(source, target), output)
     model.train()(source, target).sum().backward()

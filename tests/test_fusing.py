@@ -683,7 +683,7 @@ def test_report(capsys):
         "2": fuses + "dropout_add: dropout1, dropout2",
     }
     fd.convert(model, fuse=True, dry_run=True)
-    assert "apart  0" in capsys.readouterr().out
+    assert "unfused  0" in capsys.readouterr().out
     assert not is_fused(model[0])
     report = fd.convert_report(fd.convert(model, fuse=True))
     assert report.layers == {
@@ -691,7 +691,7 @@ def test_report(capsys):
         "2": "dropout_add: dropout1, dropout2",
     }
     assert report.unfused.keys() == {"1"}
-    assert "layer  0" in str(report)
+    assert "layer    0" in str(report)
 
 
 def test_tracebacks_show_the_librarys_lines():
