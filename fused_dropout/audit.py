@@ -1,95 +1,73 @@
 """``audit``: every place where a model drops, seen in one forward pass in training and one in evaluation mode."""
 
 import contextlib
+import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import attention, distributed, family, functional
+from . import attention, distributed, family, functional, linear, neighbours, pairing
+from .arguments import check_module
+from .audit_report import OUT_OF_REACH, AuditReport, Site, torchs_mask
 from .build_info import backend_info
+from .convert import convert_report
 from .dispatch import is_covered
 from .patching import FAMILY, Replacement, meet_torchs_own
+from .torch_internals import is_in_backward, runs_checkpoint
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
 _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "feature_dropout")]
 _TORCHS_CODE: set[CodeType | None] = {getattr(getattr(F, name), "__code__", None) for name in FAMILY}
 _DRAWS = {"bernoulli", "bernoulli_", "native_dropout", "rand", "rand_like", "uniform_", "_cudnn_rnn", "miopen_rnn"}
 _OFF_BY_DEFAULT = {"alpha_dropout", "feature_alpha_dropout", "drop_path"}
+_ARGUMENTS = {
+    "dropout_add": ("input", "residual", "p", "training"),
+    "dropout_linear": ("input", "weight", "bias", "p", "training"),
+}
 _ATTENTION = "scaled_dot_product_attention"
-_OUT_OF_REACH = "torch, out of reach"
-_IN_CUDA_KERNEL = f"{_OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash attention draws
+_IN_CUDA_KERNEL = f"{OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash attention draws
 
 
-@dataclass
-class Site:
-    """A place that drops. module: its name in the model. call: file and line of a functional call in it, or the class
-    of a module that drops by itself. p: None if it cannot be told. train, eval: whether it dropped. saved: bytes kept
-    for backward; None if they cannot be told. path: what served it. shares_mask: the dimensions of device meshes along
-    which all ranks drew one mask for activations that differ.
-    """
+class _Place(NamedTuple):
+    """Where the call in progress stands. key: equal for all calls of one site. in_torchs: it is in torch's F.dropout.
+    checkpoint: as of ``checkpoint_role``."""
 
-    module: str
-    call: str
-    p: float | None = None
-    train: bool = False
-    eval: bool = False
-    saved: int | None = 0
-    path: str = "-"
-    shares_mask: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.module or '(model)'} [{self.call}]"
+    key: tuple[object, ...]
+    line: str
+    owner: nn.Module | None
+    in_torchs: bool
+    checkpointed: bool
 
 
-@dataclass(frozen=True)
-class AuditReport:
-    """What ``audit`` saw: ``sites`` in order of their first call; ``str()`` of it is a table."""
-
-    sites: tuple[Site, ...]
-
-    @property
-    def on_in_eval(self) -> tuple[Site, ...]:
-        """The sites that dropped in evaluation mode: a mistake more often than not. A draw whose p cannot be told is
-        not among them, since it may be for something else."""
-        return tuple(site for site in self.sites if site.eval and site.p is not None)
-
-    @property
-    def out_of_reach(self) -> tuple[Site, ...]:
-        """The sites inside torch's own kernels, where neither ``patch`` nor ``convert`` gets to."""
-        return tuple(site for site in self.sites if site.path.startswith(_OUT_OF_REACH))
-
-    @property
-    def one_mask_for_shards(self) -> tuple[Site, ...]:
-        """The sites that draw the same mask on all ranks of a mesh for different activations. These are plain shards of
-        one tensor, or the samples of data-parallel ranks that have the same seed."""
-        return tuple(site for site in self.sites if site.shares_mask)
-
-    def __str__(self) -> str:
-        rows = [("site", "p", "train", "eval", "saved", "path")]
-        for site in self.sites:
-            p = "?" if site.p is None else f"{site.p:.6g}"
-            saved = "?" if site.saved is None else f"{site.saved:,} B"
-            rows.append((str(site), p, "drops" if site.train else "-", "DROPS" if site.eval else "-", saved, site.path))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        if self.on_in_eval:
-            lines.append(f"dropout is on in eval mode: {', '.join(map(str, self.on_in_eval))}")
-        if self.out_of_reach:
-            lines.append(f"nobody can reach: {', '.join(map(str, self.out_of_reach))}")
-        if self.one_mask_for_shards:
-            sites = ", ".join(f"{site} along {' and '.join(site.shares_mask)}" for site in self.one_mask_for_shards)
-            lines.append(f"one mask on all ranks, for activations that differ: {sites}")
-        return "\n".join(lines)
+def _place_of(names: dict[int, str]) -> _Place:
+    """Looks at the stack. names: of the model's modules, by id."""
+    line, owner, in_torchs, checkpointed = "", None, False, False
+    key: tuple[object, ...] = ()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if owner is None:
+            in_torchs = in_torchs or code in _TORCHS_CODE
+            if not line and not code.co_filename.startswith(_INTERNAL):
+                line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+                key = code.co_filename, frame.f_lineno
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            owner = first if id(first) in names else None
+        checkpointed = checkpointed or runs_checkpoint(code)
+        frame = frame.f_back
+    return _Place(
+        (names.get(id(owner), "(function)"), *key), line or type(owner).__name__, owner, in_torchs, checkpointed
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -101,65 +79,58 @@ class _Recorder(TorchDispatchMode):
         self.sites: dict[tuple[object, ...], Site] = {}
         self.training = True
         self.inside: Site | None = None  # of a function that drops
+        self.packed: dict[int, int] = {}  # inside it: what backward will need, bytes by storage
         self.drawn: dict[int, Site] = {}  # by storage
         self.alive: list[Tensor] = []  # so that no storage is taken for an earlier one
         self.meshes = distributed.meshes_of(model)
         self.fingerprints: dict[str, list[distributed.Fingerprint]] = {}  # one for each call, by the site's name
 
-    def site(self) -> tuple[Site, nn.Module | None, bool]:
-        """The site of the call in progress, the module that it is in, and whether it is in torch's F.dropout."""
-        place: tuple[object, ...] = ()  # of the call: two on one line are two sites
-        call, owner, in_torchs = "", None, False
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            code = frame.f_code
-            in_torchs = in_torchs or code in _TORCHS_CODE
-            if not call and not code.co_filename.startswith(_INTERNAL):
-                call = f"{Path(code.co_filename).name}:{frame.f_lineno}"
-                place = code.co_filename, frame.f_lineno, frame.f_lasti
-            if code.co_varnames[:1] == ("self",) and id(frame.f_locals.get("self")) in self.names:
-                owner = frame.f_locals["self"]
-                break
-            frame = frame.f_back
-        name = self.names.get(id(owner), "")
-        call = call or type(owner).__name__
-        return self.sites.setdefault((name, *place), Site(name, call)), owner, in_torchs
-
-    def record(self, site: Site, p: float | None, path: str) -> None:
+    def record(self, place: _Place, p: float | None, path: str) -> Site:
+        key = place.key if len(place.key) == 1 else (*place.key, p)  # a line may hold two dropouts
+        site = self.sites.setdefault(key, Site(str(place.key[0]), place.line))
+        if self.training or not site.train:
+            site.times += 1
         site.train |= self.training
         site.eval |= not self.training
+        site.checkpointed |= self.training and place.checkpointed
         site.path = path
         site.p = p if p is not None else site.p
+        return site
 
     def pack(self, tensor: Tensor) -> Tensor:
         with contextlib.suppress(RuntimeError, NotImplementedError):  # no storage
             storage = tensor.untyped_storage()
-            site = self.inside or self.drawn.pop(storage._cdata, None)
-            if site is not None and site.saved is not None:
+            if self.inside is not None:
+                self.packed[storage._cdata] = storage.nbytes()
+                self.alive.append(tensor)
+            elif self.training and (site := self.drawn.pop(storage._cdata, None)) and site.saved is not None:
                 site.saved += storage.nbytes()
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         namespace, name = func._schema.name.split("::")
-        if self.inside is None and (namespace == "fused_dropout" or name in _DRAWS) and name != "draw_keys":
+        draws = (namespace == "fused_dropout" and name != "draw_keys") or name in _DRAWS
+        if draws and self.inside is None and not is_in_backward():
             arguments = func._schema.arguments
             given = {a.name: a.default_value for a in arguments}  # torch leaves out what is as by default: p = 0.5
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | (kwargs or {})
             p = given.get("dropout", given.get("p"))
             if p == 0 or given.get("train") is False:
                 return outputs
+            place = _place_of(self.names)
             if isinstance(p, float) and name.startswith("bernoulli"):
                 p = round(1 - p, 12)
-            site, owner, in_torchs = self.site()
             path = f"own code, aten::{name}"
-            if isinstance(owner, nn.RNNBase):
-                p, path, site.saved = owner.dropout, _OUT_OF_REACH, None
+            if isinstance(place.owner, nn.RNNBase):
+                p, path = place.owner.dropout, OUT_OF_REACH
             elif namespace == "fused_dropout":
                 path = _fused_path(given["key"])
-            elif in_torchs or name == "native_dropout":
+            elif place.in_torchs or name == "native_dropout":
                 path = "torch"
-            self.record(site, p if isinstance(p, float) else None, path)
+            site = self.record(place, p if isinstance(p, float) else None, path)
+            if path == OUT_OF_REACH or namespace == "fused_dropout":
+                site.saved = None  # under a mode, such as this one, another path serves, which keeps more
             for tensor in (given.get("key"), *(outputs if isinstance(outputs, tuple) else (outputs,))):
                 if isinstance(tensor, Tensor):
                     self.alive.append(tensor)
@@ -175,25 +146,42 @@ class _Recorder(TorchDispatchMode):
                 )
 
     def watched(self, name: str, function: Callable[..., Tensor], fused: bool) -> Callable[..., Tensor]:
+        names = _ARGUMENTS.get(name, ("input", "p", "training"))
+
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+            given = dict(zip(names, args, strict=False)) | kwargs
             input: Any = given.get("input", given.get("x"))
             p = given.get("p", given.get("drop_prob", 0.5))
             training = given.get("training", given.get("train", name not in _OFF_BY_DEFAULT))
             if self.inside is not None or not training or p == 0:
                 return function(*args, **kwargs)
-            self.inside, _, _ = self.site()
-            takes = fused and not has_torch_function_unary(input) and is_covered(input)
-            self.record(self.inside, float(p), _fused_path(input) if takes else "torch")
+            plain = not has_torch_function_unary(input) and is_covered(input)
+            takes = fused and plain
+            # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.
+            modes = _disable_current_modes() if takes else contextlib.nullcontext()
+            if is_in_backward():  # of a checkpoint, which runs its block again
+                with modes:
+                    return function(*args, **kwargs)
+            place = _place_of(self.names)
+            site = self.inside = self.record(place, float(p), _fused_path(input) if takes else "torch")
+            site.reached_by = ("patch",) if plain and not fused else ()
             knows_shard = fused and (given.get("shard") is not None or distributed.is_distributed(input))
             if not knows_shard:
                 self.fingerprint_call(input, given.get("generator"), given.get("key"))
+            self.packed.clear()
             try:
-                # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.
-                with _disable_current_modes() if takes else contextlib.nullcontext():
-                    return function(*args, **kwargs)
+                with modes:
+                    result = function(*args, **kwargs)
             finally:
                 self.inside = None
+            if self.training and site.saved is not None:
+                for tensor in (*args, *kwargs.values(), result):
+                    if isinstance(tensor, Tensor) and self.packed:
+                        self.packed.pop(tensor.untyped_storage()._cdata, None)
+                site.saved += sum(self.packed.values())
+                if takes and input.requires_grad and torch.is_grad_enabled() and not place.checkpointed:
+                    site.torch_saved += torchs_mask(name, input, given.get("noise_shape"))
+            return result
 
         return call
 
@@ -202,24 +190,35 @@ class _Recorder(TorchDispatchMode):
             p = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
             if self.inside is not None or p == 0:
                 return function(*args, **kwargs)
-            self.inside, _, _ = self.site()
             query: Any = args[0] if args else kwargs.get("query")
             on_cpu = isinstance(query, Tensor) and query.is_cpu
-            takes = function is attention.scaled_dot_product_attention and is_covered(query)
-            takes = takes and on_cpu and query.dtype in attention.DTYPES
-            path = _fused_path(query) if takes else _OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
-            self.record(self.inside, float(p), path)
-            if not (distributed.is_distributed(query) and function is attention.scaled_dot_product_attention):
+            reached = on_cpu and is_covered(query) and query.dtype in attention.DTYPES
+            ours = function is attention.scaled_dot_product_attention
+            takes = reached and ours
+            modes = _disable_current_modes() if takes else contextlib.nullcontext()
+            if is_in_backward():
+                with modes:
+                    return function(*args, **kwargs)
+            path = OUT_OF_REACH if on_cpu else _IN_CUDA_KERNEL
+            if reached:
+                path = _fused_path(query) if ours else "torch"
+            place = _place_of(self.names)
+            site = self.inside = self.record(place, float(p), path)
+            site.reached_by = ("patch",) if reached and not ours else ()
+            if not (distributed.is_distributed(query) and ours):
                 self.fingerprint_call(query, kwargs.get("generator"), kwargs.get("dropout_key"))
-            saved, self.inside.saved = self.inside.saved, None
             try:
-                with _disable_current_modes() if takes else contextlib.nullcontext():
+                with modes:
                     result = function(*args, **kwargs)
-                if takes and saved is not None:  # besides its inputs and its result: a key, and two numbers a row
-                    self.inside.saved = saved + (16 + 8 * result[..., 0].numel()) * result.requires_grad
-                return result
             finally:
                 self.inside = None
+            if not takes:
+                site.saved = None
+            elif site.saved is not None and result.requires_grad and self.training and not place.checkpointed:
+                site.saved += 16 + 8 * result[..., 0].numel()  # a key, and two numbers a row
+                keys: Any = args[1] if len(args) > 1 else kwargs["key"]
+                site.torch_saved += query[..., 0].numel() * keys.shape[-2] * query.itemsize
+            return result
 
         return call
 
@@ -229,8 +228,9 @@ class _Recorder(TorchDispatchMode):
         import fused_dropout
 
         meet_torchs_own()
-        names = (*FAMILY, "drop_path")
-        modules = (F, functional, family, fused_dropout)
+        names = (*FAMILY, "drop_path", "dropout_add", "relu_dropout", "dropout_linear")
+        modules = [F, functional, family, fused_dropout, neighbours, linear, pairing]
+        modules += [sys.modules[name] for name in ("fused_dropout.fusing",) if name in sys.modules]
         places = [(module, name) for module in modules for name in names if name in vars(module)]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}
@@ -257,42 +257,83 @@ def _fused_path(tensor: Tensor) -> str:
 
 @contextlib.contextmanager
 def _restoring(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Puts back training flags, buffers and random state."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    """Puts back training flags, buffers, gradients and random state."""
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    buffers = [(m, name, b, b if b is None else b.clone()) for m in modules for name, b in m._buffers.items()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    values = (*tree_leaves(inputs), *(value for module in modules for value in vars(module).values()))
+    generators = {id(g): (g, g.get_state()) for g in values if isinstance(g, Generator)}
     tensors = [t for t in (*tree_leaves(inputs), *model.parameters()) if isinstance(t, Tensor)]
+    pythons = random.getstate()
     with torch.random.fork_rng(devices=sorted({t.get_device() for t in tensors if t.is_cuda})):
         try:
+            for parameter, _ in gradients:
+                parameter.grad = None
             yield
         finally:
+            random.setstate(pythons)
+            for generator, state in generators.values():
+                generator.set_state(state)
             for module, training in flags:
                 module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer.copy_(value)
+                    module._buffers[name] = buffer if buffer is None or value is None else buffer.copy_(value)
 
 
-def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
+def _module_of(function: Any) -> nn.Module | None:
+    """The module that a bound method belongs to."""
+    while isinstance(function, partial):
+        function = function.func
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _rows_of_idle(model: nn.Module, sites: dict[tuple[object, ...], Site]) -> None:
+    """Adds the modules that would drop and never did, less those that a fused layer calls as one with its own work."""
+    layers = convert_report(model).layers if "fused_dropout.fusing" in sys.modules else {}
+    for name, module in model.named_modules():
+        is_rnn = isinstance(module, nn.RNNBase)
+        p = module.dropout * (module.num_layers > 1) if is_rnn else getattr(module, "p", 0)
+        in_layer = name.rpartition(".")[0] in layers or type(module) is pairing.PairedDropout
+        if (is_rnn or isinstance(module, nn.modules.dropout._DropoutNd)) and p > 0 and not in_layer:
+            path = OUT_OF_REACH if is_rnn else "-"
+            sites.setdefault((name,), Site(name, type(module).__name__, p, path=path))
+
+
+def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: Any) -> AuditReport:
     """Runs a model once in training and once in evaluation mode, and reports every site that drops.
 
     It sees torch's own dropout as well as the fused one, functional calls as well as modules, dropout inside
     ``nn.LSTM`` and ``scaled_dot_product_attention``, and masks that a model draws itself with ``bernoulli`` or
-    ``rand``. The inputs are copied, and training flags, buffers and the random state are put back; nothing runs
-    backward, so that gradients stay as they are. A compiled model runs uncompiled. While it runs, torch's dropout
-    functions are wrapped for the whole process.
+    ``rand``. A compiled model runs uncompiled. While it runs, torch's dropout functions are wrapped for the whole
+    process.
+
+    The inputs are copied. Training flags, gradients, buffers such as the running statistics of batch normalization,
+    the random state of torch and Python, and generators of modules are put back. A model is not run backward. What
+    else a call changes stays: parameters that a training step updates, logs, attributes.
 
     Args:
-        model: any module.
-        inputs, kwargs: what the model is called with.
+        model: any module; or a function that calls one, such as ``lightning_module.training_step``. The module of a
+            bound method is found; any other function needs ``of``.
+        inputs, kwargs: what it is called with.
+        of: the module that a function calls. Without one it runs once, as it is, and sites have no names. Default:
+            ``None``
 
     Where parameters are DTensors, the ranks of their device meshes compare their masks and activations at the end, so
     that all have to call it.
 
     Returns:
-        An ``AuditReport``; ``print`` it for a table. Its ``sites`` hold the module's name, the call, p, whether the
-        site dropped in train and in eval, the bytes saved for backward and the path that served it.
+        An ``AuditReport``; ``print`` it for a table. Its first line has how many sites are fused, and the bytes kept
+        for backward: what torch's dropout would keep, and what is kept. The last says what to call next. Its ``sites``
+        hold the module's name, the call, p, whether the site dropped in train and in eval, how often, the bytes saved
+        for backward and the path that served it.
 
     Raises:
+        TypeError: model is neither a module nor a function.
         Whatever the model raises, after all was put back.
 
     Example::
@@ -303,29 +344,44 @@ def audit(model: nn.Module, *inputs: Any, **kwargs: Any) -> AuditReport:
         >>> report = fd.audit(Model(), torch.ones(8, requires_grad=True))
         >>> [(site.p, site.train, site.eval, site.path, site.saved) for site in report.on_in_eval]
         [(0.1, True, True, 'torch', 32)]
+        >>> report.summary
+        '0 of 1 site fused, 32 B kept for backward'
+        >>> report.advice
+        'next: fd.patch() would fuse 1 of these sites'
     """
-    recorder = _Recorder(model)
-    with _restoring(model, (inputs, kwargs)):
-        for training in (True, False):
+    if not callable(model):
+        raise TypeError(f"model has to be an nn.Module or a function, but is {model!r}")
+    if of is not None:
+        check_module(of)
+    module = of if of is not None else model if isinstance(model, nn.Module) else _module_of(model)
+    evaluated = module is not None
+    if module is None:
+        module = nn.Module()
+    recorder = _Recorder(module)
+    with _restoring(module, (inputs, kwargs)):
+        for training in (True, False) if evaluated else (True,):
             recorder.training = training
-            model.train(training)
+            module.train(training)
             args, named = tree_map_only(
                 Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (inputs, kwargs)
             )
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor)
-            with recorder.watching(), recorder, hooks, torch.set_grad_enabled(training):
+            # A function may run backward.
+            grad = torch.set_grad_enabled(training or not isinstance(model, nn.Module))
+            with recorder.watching(), recorder, hooks, grad:
                 model(*args, **named)
-    for name, module in model.named_modules():
-        p = getattr(module, "dropout", 0) if isinstance(module, nn.RNNBase) else getattr(module, "p", 0)
-        if isinstance(module, (nn.RNNBase, nn.modules.dropout._DropoutNd)) and p > 0:
-            path = _OUT_OF_REACH if isinstance(module, nn.RNNBase) else "-"
-            kind = type(module).__name__
-            recorder.sites.setdefault((name,), Site(name, kind, p, path=path))
+    _rows_of_idle(module, recorder.sites)
     for mesh in recorder.meshes:
         for dim, names in distributed.one_mask_for_shards(mesh, recorder.fingerprints).items():
             for site in recorder.sites.values():
                 site.shares_mask += (dim,) * (str(site) in names)
+    swappable = convert_report(module).torch
     for site in recorder.sites.values():
-        if site.path.startswith("own code") and not site.saved:
+        own = site.path.startswith("own code")
+        if own and not site.saved:
             site.saved = None  # a mask made from what was drawn is not known as one
-    return AuditReport(tuple(recorder.sites.values()))
+        if not site.fused:
+            site.torch_saved = site.saved or 0
+        if site.module in swappable and (own or site.reached_by):
+            site.reached_by = ("convert", *site.reached_by)
+    return AuditReport(tuple(recorder.sites.values()), evaluated)

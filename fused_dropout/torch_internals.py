@@ -8,6 +8,8 @@ through all of them under each version of torch that is tested.
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 is_compiling = torch.compiler.is_compiling
+_CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
 
 
 def is_recorded() -> bool:
@@ -149,6 +152,17 @@ def script_as(replacement: Any, original: Any) -> None:
         # What scripts a function with a boolean flag in two forms, here with one form and a flag that nobody passes.
         either = {"if_true": original, "if_false": original, "index": 99, "arg_name": "", "default": False}
         torch._jit_internal.boolean_dispatched[replacement] = either | {"func_name": original.__name__}
+
+
+def runs_checkpoint(code: CodeType) -> bool:
+    """Whether a frame with this code runs a block for torch.utils.checkpoint. Functions of other names than these are
+    not known as such, and audit shows 0 B for what is checkpointed."""
+    return code.co_filename.endswith(_CHECKPOINT) and code.co_name in ("checkpoint", "forward")
+
+
+def is_in_backward() -> bool:
+    """Whether autograd's engine runs, in this thread. Without the name the first audit raises AttributeError."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

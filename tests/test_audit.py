@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import importlib
 import inspect
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import dropout as bound_before
+from torch.utils.checkpoint import checkpoint
 
 import fused_dropout as fd
 
@@ -103,14 +105,16 @@ def test_out_of_reach():
             x, _ = self.attention(x, x, x, need_weights=False)
             return F.scaled_dot_product_attention(x, x, x, None, 0.1)
 
-    report = fd.audit(Model(), torch.randn(3, 4, 8))
+    report = fd.audit(Model().double(), torch.randn(3, 4, 8).double())
     assert [(s.module, s.p, s.train, s.eval) for s in report.out_of_reach] == [
         ("rnn", 0.25, True, False),
         ("attention", 0.3, True, False),
         ("", 0.1, True, True),
     ]
     assert report.sites == report.out_of_reach
-    assert "nobody can reach: rnn [LSTM], attention [MultiheadAttention], (model) [test_audit.py:" in str(report)
+    assert "out of reach: rnn [LSTM], attention [MultiheadAttention], (model) [test_audit.py:" in str(report)
+    assert not report.advice
+    assert not fd.audit(nn.GRU(8, 8, 1), torch.randn(3, 4, 8)).sites
 
 
 def test_attention(fused):
@@ -205,7 +209,24 @@ def test_shared_module_and_loops():
                 x = F.dropout(self.b(self.a(x)), 0.2, self.training)
             return x
 
-    assert [(s.module, s.saved) for s in fd.audit(Model(), X).sites] == [("a", 6 * 4 * 48), ("", 3 * 4 * 48)]
+    assert [(s.module, s.times, s.saved) for s in fd.audit(Model(), X).sites] == [
+        ("a", 6, 6 * 4 * 48),
+        ("", 3, 3 * 4 * 48),
+    ]
+
+
+def test_one_row_a_line_and_rate():
+    class Model(nn.Module):
+        def forward(this, x):
+            x = F.dropout(x, 0.1) + F.dropout(x, 0.1) + F.dropout(x, 0.2)
+            for p in (0.1, 0.2):
+                x = F.dropout(x, p)
+            return x
+
+    model = nn.Sequential(Model(), Model())
+    assert [(s.module, s.p, s.times) for s in fd.audit(model, X).sites] == [
+        (name, *row) for name in "01" for row in ((0.1, 2), (0.2, 1), (0.1, 1), (0.2, 1))
+    ]
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -255,30 +276,169 @@ def test_keyword_inputs_and_odd_tensors():
     assert not fd.audit(nn.Dropout(0.1), torch.ones(2, 0)).on_in_eval
 
 
-def test_compiled_model_and_checkpoint():
-    from torch.utils.checkpoint import checkpoint
-
+def test_compiled_model():
     compiled = torch.compile(nn.Sequential(nn.Dropout(0.1)), backend="aot_eager")
     compiled(X)
     assert [(s.module, s.p, s.train) for s in fd.audit(compiled, X).sites] == [("_orig_mod.0", 0.1, True)]
 
-    class Model(nn.Module):
-        def forward(self, x):
-            return checkpoint(Functional(), x, use_reentrant=False)
 
-    assert [s.saved for s in fd.audit(Model(), X).sites] == [0] * 4, "what is kept is the input of the block"
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["torch", "converted"])
+def test_checkpoint(reentrant, way):
+    """What is kept is the input of the block, not a mask; recomputation is no further call."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside, self.outside = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 8)), nn.Dropout(0.1)
+
+        def forward(self, x):
+            return self.outside(checkpoint(self.inside, x, use_reentrant=reentrant))
+
+        def step(self, x):
+            self(x).sum().backward()
+
+    model = fd.convert(Model()) if way == "converted" else Model()
+    for report in (fd.audit(model, X), fd.audit(model.step, X)):
+        first, last = report.sites
+        assert (first.module, first.checkpointed, first.saved, first.torch_saved, first.times) == (
+            "inside.0",
+            True,
+            0,
+            0,
+            1,
+        )
+        assert (last.checkpointed, last.saved, last.torch_saved) == (False, 16 if way == "converted" else 192, 192)
+        assert [line.count("checkpointed") for line in str(report).splitlines()][:4] == [0, 0, 1, 0]
+
+
+class Trained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1))
+
+    def forward(self, x):
+        return F.dropout(self.body(x), 0.2, self.training)
+
+    def training_step(self, batch, index):
+        return self(batch[0]).sum() + index
+
+
+def test_a_function_in_place_of_the_model():
+    model = Trained().eval()
+    names = [("body.1", True, False), ("", True, False)]
+
+    def rows(report):
+        return [(s.module, s.train, s.eval) for s in report.sites]
+
+    def step(x):
+        return model(F.dropout(x, 0.3, model.training))
+
+    for function in (model.training_step, functools.partial(model.training_step, index=0)):
+        report = fd.audit(function, [X], *([0] if function == model.training_step else []))
+        assert rows(report) == names
+        assert report.evaluated
+        assert report.advice.startswith("next: fd.convert(model) would fuse 1")
+    assert rows(fd.audit(step, X, of=model)) == [("(function)", True, False), *names]
+    assert not model.training
+    # Nothing tells of which module step is, so that its flags are left as they are.
+    assert not fd.audit(step, X).sites
+    report = fd.audit(lambda x: F.dropout(x, 0.3), X)
+    assert rows(report) == [("(function)", True, False)]
+    assert "of=model" in str(report)
+    assert not report.on_in_eval
+
+
+@pytest.mark.parametrize("model", [3, None])
+def test_what_it_takes(model):
+    with pytest.raises(TypeError, match=f"^model has to be an nn.Module or a function, but is {model}$"):
+        fd.audit(model, X)
+    with pytest.raises(TypeError, match=r"^model has to be an nn.Module, but is 3$"):
+        fd.audit(print, X, of=3)
 
 
 def test_transformer_table():
     model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.2, batch_first=True)
     report = fd.audit(model, torch.randn(3, 5, 16), torch.randn(3, 4, 16))
     assert len(report.sites) == (3 + 1) + (4 + 2)
-    assert {s.path for s in report.sites} == {"torch", "torch, out of reach"}
+    assert {s.path for s in report.sites} == {"torch"}
     assert not report.on_in_eval
     lines = str(report).splitlines()
-    assert lines[0].split() == ["site", "p", "train", "eval", "saved", "path"]
-    row = ["decoder.layers.0.dropout1", "[Dropout]", "0.2", "drops", "-", "768", "B", "torch"]
+    assert lines[1].split() == ["site", "p", "train", "eval", "times", "saved", "path"]
+    row = ["decoder.layers.0.dropout1", "[Dropout]", "0.2", "drops", "-", "1", "768", "B", "torch"]
     assert row in [line.split() for line in lines]
+
+
+def test_first_and_last_line(fused):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Dropout(0.2), nn.Dropout(0))
+            self.attention, self.rnn = nn.MultiheadAttention(8, 2, dropout=0.1), nn.GRU(8, 8, 2, dropout=0.1)
+
+        def forward(self, x):
+            x = F.dropout(self.layers(x), 0.1, self.training)[None]
+            return self.rnn(self.attention(x, x, x, need_weights=False)[0])
+
+    model, x = Model(), torch.randn(512, 8)
+
+    def ends():
+        lines = str(fd.audit(model, x)).splitlines()
+        return lines[0], lines[-1]
+
+    assert ends() == (
+        "0 of 5 sites fused, 48 KiB kept for backward, unknown at 2",
+        "next: fd.convert(model) would fuse 2 of these sites, fd.patch() would fuse 4",
+    )
+    fd.convert(model)
+    assert ends() == (
+        "2 of 5 sites fused, 48 KiB to 16 KiB kept for backward, unknown at 2",
+        "next: fd.patch() would fuse 2 of these sites",
+    )
+    with fd.patched():
+        first, last = ends()
+    assert first.startswith("4 of 5 sites fused")
+    assert last == "out of reach: rnn [GRU]"
+    assert str(fd.audit(nn.Linear(8, 8), x)) == "nothing dropped"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("Dropout", (2, 3, 4)),
+        ("Dropout1d", (2, 3, 4)),
+        ("Dropout1d", (3, 4)),
+        ("Dropout2d", (2, 3, 4, 4)),
+        ("Dropout3d", (2, 3, 4, 4, 4)),
+        ("Dropout3d", (3, 4, 4, 4)),
+        ("AlphaDropout", (2, 3, 4)),
+        ("FeatureAlphaDropout", (2, 3, 4)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_torchs_dropout(name, shape, dtype):
+    """What the report says of a fused site is what torch's module keeps."""
+    model, x = nn.Sequential(getattr(nn, name)(0.2)), torch.ones(shape, dtype=dtype, requires_grad=True)
+    (before,), (after,) = fd.audit(model, x).sites, fd.audit(fd.convert(model), x).sites
+    assert before.saved == before.torch_saved == after.torch_saved > 0
+    assert after.saved == 16
+    assert fd.audit(model, x.detach()).sites[0].torch_saved == 0
+
+
+def test_bytes_of_dropout_and_its_neighbours(fused):
+    """Besides their inputs and results, dropout_add and dropout_linear keep a key, and relu_dropout keeps nothing."""
+    model = nn.Sequential(fd.ReLUDropout(0.1), fd.DropoutLinear(8, 8, p=0.1))
+    model.add = fd.DropoutAdd(0.1)
+    model.forward = lambda x: model.add(model[1](model[0](x)), x)
+    sites = {site.call: (site.saved, site.torch_saved, site.path) for site in fd.audit(model, X).sites}
+    assert sites == {
+        "ReLUDropout": (0, 192, fused),
+        "DropoutLinear": (16, 192, fused),
+        "DropoutAdd": (16, 192, fused),
+    }
+    layer = fd.convert(nn.TransformerEncoderLayer(8, 2, 8, 0.1), fuse=True)
+    sites = [(s.call, s.times, s.saved) for s in fd.audit(layer, X[None]).sites if s.fused]
+    assert sites == [("TransformerEncoderLayer", 3, 32)]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -289,14 +449,12 @@ def test_hugging_face_bert(attention, fused):
     config = transformers.BertConfig(**sizes, intermediate_size=64, attn_implementation=attention)
     model, ids = transformers.BertModel(config), torch.arange(48).reshape(4, 12)
     output = model.eval()(ids).last_hidden_state
-    in_attention = "torch" if attention == "eager" else "torch, out of reach"
-    assert [s.path for s in fd.audit(model, ids).sites if s.train] == ["torch", in_attention, "torch", "torch"]
-    assert [s.path for s in fd.audit(fd.convert(model), ids).sites if s.train] == [fused, in_attention, fused, fused]
+    assert [s.path for s in fd.audit(model, ids).sites if s.train] == ["torch"] * 4
+    assert [s.path for s in fd.audit(fd.convert(model), ids).sites if s.train] == [fused, "torch", fused, fused]
     assert torch.equal(model(ids).last_hidden_state, output)
     fd.revert(model)
     with fd.patched():
-        paths = [s.path for s in fd.audit(model, ids).sites if s.train]
-        assert paths == [fused, fused if attention == "eager" else in_attention, fused, fused]
+        assert [s.path for s in fd.audit(model, ids).sites if s.train] == [fused] * 4
         assert torch.equal(model(ids).last_hidden_state, output)
 
 

@@ -4,12 +4,14 @@
 """
 
 import functools
+import sys
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from fused_dropout import autograd, operators
 from fused_dropout import torch_internals as internals
@@ -145,6 +147,23 @@ def test_unwrapped_constant():
 
     assert internals.unwrapped_constant(StandIn()) is X
     assert internals.unwrapped_constant(X) is X
+
+
+def test_checkpoint_and_backward():
+    def look(x):
+        frame, runs = sys._getframe(1), False
+        while frame:
+            runs, frame = runs or internals.runs_checkpoint(frame.f_code), frame.f_back
+        seen.append((runs, internals.is_in_backward()))
+        return x * x
+
+    seen = []
+    look(X)
+    assert seen == [(False, False)]
+    for reentrant in (False, True):
+        seen.clear()
+        checkpoint(look, X.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
+        assert [seen[0], seen[1][1]] == [(True, False), True]
 
 
 def test_has_hooks():

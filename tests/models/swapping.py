@@ -217,7 +217,7 @@ class Promises:
             paths = {
                 "module": "torch",
                 "call": "torch",
-                "attention": "torch, out of reach",
+                "attention": "torch",
                 "kernel": "torch, out of reach",
                 "path": "own code",
                 "own": "own code",

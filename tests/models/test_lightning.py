@@ -96,3 +96,13 @@ def test_audit_names_every_site():
         ("", 0.2, "torch"),
         ("body.2", 0.5, "fused"),
     ]
+
+
+def test_audit_of_the_training_step():
+    model = Classifier()
+    report = fd.audit(model.training_step, DATA[:16], 0)
+    assert [(s.module, s.p, s.train, s.eval) for s in report.sites] == [
+        ("", 0.2, True, False),
+        ("body.2", 0.5, True, False),
+    ]
+    assert report.advice == "next: fd.convert(model) would fuse 1 of these sites, fd.patch() would fuse 2"
