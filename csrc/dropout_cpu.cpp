@@ -16,7 +16,7 @@ namespace fused_dropout {
 
 const CpuKernels& choose_kernels() {
   const char* setting = std::getenv("FUSED_DROPOUT_CPU_ISA");  // native.py has checked it
-  const std::string_view wanted = setting ? setting : "auto";
+  const std::string_view wanted = setting && *setting ? setting : "auto";
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // Some compilers' __builtin_cpu_supports do not know F16C.

@@ -5,7 +5,6 @@ with the same key. ``apply`` saves the key for backward and nothing else, 16 byt
 and under dispatch modes ``compose`` serves, which saves a mask.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from .torch_internals import (
     is_fake,
     is_watched,
 )
+from .warn import warn
 
 _PLAIN = (Tensor, Parameter)
 
@@ -92,11 +92,15 @@ def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
     if type(saved) is Tensor and saved.is_cpu and saved.dtype == torch.uint64:
         if saved.view(torch.int64).tolist() == words:
             return
-        warnings.warn(
-            "fused_dropout: recomputation drew another mask than forward did, and the gradients are of neither. Let "
-            "the checkpoint preserve the state of the generator, or give dropout a key.",
-            stacklevel=2,
-        )
+        warn_of_another_mask()
+
+
+def warn_of_another_mask() -> None:
+    """Called from C++, too."""
+    warn(
+        "recomputation drew another mask than forward did, and the gradients are of neither. Let the checkpoint "
+        "preserve the state of the generator, or give dropout a key."
+    )
 
 
 def must_compose(x: Tensor) -> bool:

@@ -2,16 +2,18 @@
 
 import json
 import platform
+import re
 import shlex
 import shutil
-import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
 import torch
 
 from . import __version__, inductor, native
+from .warn import warn
 
 
 class BackendInfo(NamedTuple):
@@ -20,8 +22,8 @@ class BackendInfo(NamedTuple):
     devices: for each device type "native", or "reference", or "compiled reference" where Inductor makes a kernel of
     that. cpu_isa: the instruction set of the CPU kernels, if they are there. eager: whether the C++ binding takes the
     calls outside of transforms. notes: a line for each thing that is missing. improve: the command that would give a
-    better path, or None. built: what was compiled for what (built, torch, cuda, architectures, and left_out with the
-    reasons), empty if there is no record.
+    better path, or what to do where there is no such command, or None. built: what was compiled for what (built, torch,
+    cuda, architectures, and left_out with the reasons), empty if there is no usable record.
     """
 
     version: str
@@ -55,34 +57,62 @@ class BackendInfo(NamedTuple):
         return "\n".join(lines)
 
 
-def how_to_improve() -> str | None:
-    """The command that would give what is missing here, from the sources that this package was installed from."""
+def how_to_improve(**settings: str) -> str | None:
+    """The command that would give what is missing here, with these environment variables; or what to do, where the
+    sources are not known."""
     if not native.missing:
         return None
-    if native.backend == "python":
+    if native.backend == "reference":
         return "unset FUSED_DROPOUT_BACKEND"
-    source, again = "--no-binary fused-dropout fused-dropout", "--force-reinstall --no-deps --no-cache-dir"
+    if "_cuda" in native.missing and (native.release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
+        settings["FUSED_DROPOUT_BUILD"] = "cuda"  # brings nvcc from PyPI where there is none, from CUDA 13 on
+    variables = " ".join(f"{name}={value}" for name, value in settings.items())
+    if source := _sources():
+        # Not find_spec("pip"): setuptools' hook takes that for a build, and takes its distutils out of this process.
+        has_pip = any(metadata.distributions(name="pip"))
+        command = f"{'pip install' if has_pip else 'uv pip install --no-build-isolation'} {source}"
+        command = f"{variables} {command}" if variables else command
+    else:
+        command = "reinstall from the sources" + (f" with {variables}" if variables else "")
+    needed = []
+    if native.release(torch.__version__) < native.OLDEST_TORCH:
+        needed.append(f"torch {'.'.join(map(str, native.OLDEST_TORCH))} or later")
+    if compiler := _compiler_to_get():
+        needed.append(compiler)
+    return f"with {' and '.join(needed)}: {command}" if needed else command
+
+
+def _compiler_to_get() -> str:
+    """What to do about the C++ compiler; empty if the one that is there will do. toolchain.py has the words of why."""
+    why = native.built().get("left_out", {}).get("_C", "")
+    if variable := re.match("no working C\\+\\+ compiler: (CXX|CC) is ", why):
+        return f"{variable[1]} unset or naming a working C++ compiler (apt-get install g++)"
+    if why.startswith("no working C++ compiler: ") or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "a working C++ compiler on PATH (apt-get install g++)"
+    return ""
+
+
+def _sources() -> str | None:
+    """The sources that this package was installed from, and the options to install them again, as pip takes them. None
+    if only the user knows where they are."""
+    again = "--force-reinstall --no-deps --no-cache-dir"
     try:
         origin = json.loads(metadata.distribution("fused-dropout").read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        origin = {}
+    except metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+        clone = Path(__file__).parents[1]
+        return f"-e {shlex.quote(str(clone))}" if (clone / "setup.py").exists() else None
+    if not origin:
+        return f"{again} --no-binary fused-dropout fused-dropout"
     if "vcs_info" in origin:
-        source = f"{origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
-    elif origin.get("url", "").endswith(".whl"):
-        source = "SOURCES"  # which only the user knows
-    elif origin:
-        source = shlex.quote(unquote(urlparse(origin["url"]).path))
-        again = "-e" if origin.get("dir_info", {}).get("editable") else again
-    # Not find_spec("pip"): setuptools' hook takes that for a build, and takes its distutils out of this process.
-    has_pip = any(metadata.distributions(name="pip"))
-    command = f"{'pip install' if has_pip else 'uv pip install --no-build-isolation'} {again} {source}"
-    if "_cuda" in native.missing and (native.release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
-        command = f"FUSED_DROPOUT_BUILD=cuda {command}"  # brings nvcc from PyPI where there is none, from CUDA 13 on
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        command = f"with a C++ compiler on PATH (apt-get install g++): {command}"
-    if native.release(torch.__version__) < native.OLDEST_TORCH:
-        command = f"with torch {'.'.join(map(str, native.OLDEST_TORCH))} or later: {command}"
-    return command
+        return f"{again} {origin['vcs_info']['vcs']}+{origin['url']}@{origin['vcs_info']['commit_id']}"
+    if origin["url"].endswith(".whl"):
+        return None
+    if not origin["url"].startswith("file:"):
+        return f"{again} {shlex.quote(origin['url'])}"
+    path = unquote(urlparse(origin["url"]).path)
+    if not Path(path).exists():
+        return None
+    return f"{'-e' if origin.get('dir_info', {}).get('editable') else again} {shlex.quote(path)}"
 
 
 def _path(device: str) -> str:
@@ -103,7 +133,7 @@ def backend_info() -> BackendInfo:
         devices={device: _path(device) for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]},
         eager=native.eager is not None,
         cpu_isa=native.kernels.cpu_isa if native.kernels else None,
-        notes=(*map(native.note, native.missing), *filter(None, [inductor.problem])),
+        notes=(*map(native.note, native.missing), *filter(None, [native.why_no_record(), inductor.problem])),
         improve=how_to_improve(),
         built=native.built(),
     )
@@ -111,8 +141,4 @@ def backend_info() -> BackendInfo:
 
 # Once, when the package is imported.
 if native.warned_of:
-    warnings.warn(
-        f"fused_dropout: {'; '.join(map(native.note, native.warned_of))}. Better by: {how_to_improve()}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    warn(f"{'; '.join(map(native.note, native.warned_of))}. Better by: {how_to_improve()}")

@@ -4,7 +4,6 @@
 that number their elements otherwise than by memory order from 0: nothing is compiled again when these change.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .build_info import how_to_improve
 from .inductor import FORM, for_every_size
+from .warn import warn
 
 _failed: set[tuple[Any, ...]] = set()  # what did not compile here: then the reference serves as it is
 
@@ -34,11 +34,9 @@ def _write_in_place(x: Tensor, *arguments: Any) -> None:
 @cache
 def _say_once() -> None:
     better = f" Better by: {how_to_improve()}" if how_to_improve() else ""
-    warnings.warn(
-        "fused_dropout: there are no CUDA kernels. The reference serves, for which torch.compile makes a kernel now, "
-        f"in some seconds.{better}",
-        RuntimeWarning,
-        stacklevel=5,
+    warn(
+        "there are no CUDA kernels. The reference serves, for which torch.compile makes a kernel now, in some seconds."
+        f"{better}"
     )
 
 
@@ -71,7 +69,7 @@ def _run(
         raise
     except Exception as error:
         _failed.add((function, out.dtype))
-        warnings.warn(f"fused_dropout: it does not compile here, and stays slow: {error}", RuntimeWarning, stacklevel=3)
+        warn(f"it does not compile here, and stays slow: {error}")
         return False
     return True
 

@@ -8,7 +8,6 @@ Without one of them the first call with a DTensor raises AttributeError or Impor
 """
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from . import keys, reference, windows
 from .torch_internals import constant_while_tracing, is_distributed, unwrapped_constant
+from .warn import warn
 
 # The meshes whose ranks have compared keys, and whether these came from a generator that the caller gave.
 _compared: set[tuple[Any, bool]] = set()
@@ -92,21 +92,21 @@ def agree(mesh: Any, generator: Generator | None, compiling: bool) -> bool:
             _compared.add(comparison)
             return True
         different = (
-            f"fused_dropout: the ranks of {mesh} are seeded differently, and each would draw a mask of its own for one "
-            "distributed tensor"
+            f"the ranks of {mesh} are seeded differently, and each would draw a mask of its own for one distributed "
+            "tensor"
         )
         if compiling:
-            raise RuntimeError(f"{different}. Call torch.manual_seed with the same number on all of them")
+            raise RuntimeError(
+                f"fused_dropout: {different}. Call torch.manual_seed with the same number on all of them"
+            )
         state = generator.get_state().to(device)
         for group in groups:
             dist.broadcast(state, group=group, group_src=0)
         generator.set_state(state.cpu())
         _compared.add(comparison)
-    warnings.warn(
+    warn(
         f"{different}. All take the generator state of the first from now on. Better call torch.manual_seed with the "
-        "same number on all of them",
-        RuntimeWarning,
-        stacklevel=4,
+        "same number on all of them"
     )
     return True
 

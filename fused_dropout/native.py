@@ -18,7 +18,7 @@ import torch
 from . import __version__
 
 _SETTINGS = {
-    "FUSED_DROPOUT_BACKEND": ("auto", "native", "python"),
+    "FUSED_DROPOUT_BACKEND": ("auto", "native", "reference"),
     "FUSED_DROPOUT_CPU_ISA": ("auto", "avx512", "avx2", "portable"),
     "FUSED_DROPOUT_COMPILE": ("auto", "fuse", "kernel"),
 }
@@ -28,19 +28,48 @@ OLDEST_TORCH = (2, 11)  # whose stable ABI the kernels are kept to
 _OLDEST_FOR_THE_REFERENCE = (2, 8)  # as in pyproject.toml
 
 
-def _setting(name: str) -> str:
-    value = os.environ.get(name, "auto")
+def _setting(name: str, **older: str) -> str:
+    """The value of an environment variable; "auto" if it is unset or empty. older: other words for a value."""
+    value = os.environ.get(name) or "auto"
+    value = older.get(value, value)
     if value not in _SETTINGS[name]:
         raise ValueError(f"{name} has to be one of {', '.join(_SETTINGS[name])}, but is {value!r}")
     return value
 
 
 def built() -> dict[str, Any]:
-    """What setup.py wrote down: what was compiled, for what, and what was left out; empty without a record."""
+    """What setup.py wrote down: what was compiled, for what, and what was left out; empty without a usable record."""
+    return _record()[0]
+
+
+def why_no_record() -> str:
+    """Why the record cannot be used; empty if it can, or if there is none."""
+    return _record()[1]
+
+
+def _record() -> tuple[dict[str, Any], str]:
     try:
-        return json.loads((_FOLDER / "_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
+        found = json.loads((_FOLDER / "_build.json").read_text())
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, f"_build.json cannot be read ({type(error).__name__}), and is ignored"
+    if not _is_record(found):
+        return {}, "_build.json is not what setup.py writes, and is ignored"
+    return found, ""
+
+
+def _is_record(found: Any) -> bool:
+    """Whether this holds all that setup.py writes, as strings of one line each."""
+    if not isinstance(found, dict):
+        return False
+    names, left_out = found.get("built"), found.get("left_out")
+    if not isinstance(names, list) or not isinstance(left_out, dict) or ("cuda" in found) != ("architectures" in found):
+        return False
+    texts = [*names, *left_out.values(), *(found[n] for n in ("torch", "cuda", "architectures") if n in found)]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        return False
+    return re.fullmatch(r"\d{1,4}(\.\d{1,4})*", found.get("cuda", "0")) is not None
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -116,8 +145,8 @@ def _load(name: str) -> tuple[ModuleType | None, str, bool]:
 def _load_all() -> tuple[dict[str, ModuleType | None], dict[str, str], list[str]]:
     """Each library's module or None; for each missing one the reason; and those that the user is to be warned of."""
     modules: dict[str, ModuleType | None] = dict.fromkeys(_LIBRARIES)
-    if backend == "python":
-        return modules, dict.fromkeys(_LIBRARIES, "not used: FUSED_DROPOUT_BACKEND=python"), []
+    if backend == "reference":
+        return modules, dict.fromkeys(_LIBRARIES, "not used: FUSED_DROPOUT_BACKEND=reference"), []
     if release(torch.__version__) < OLDEST_TORCH:
         why = f"not used: they need torch {'.'.join(map(str, OLDEST_TORCH))}, and this is {torch.__version__}"
         return modules, {"_C": why}, ["_C"]
@@ -143,7 +172,7 @@ def note(name: str) -> str:
 
 if release(torch.__version__) < _OLDEST_FOR_THE_REFERENCE:
     raise ImportError(f"fused_dropout needs torch 2.8 or later, and this is {torch.__version__}")
-backend = _setting("FUSED_DROPOUT_BACKEND")
+backend = _setting("FUSED_DROPOUT_BACKEND", python="reference")
 _setting("FUSED_DROPOUT_CPU_ISA")  # the library reads it when it is loaded
 # What torch.compile is given: the mask's arithmetic, to fuse with the neighbours, or the kernel as it is.
 compile_as = _setting("FUSED_DROPOUT_COMPILE")
@@ -153,7 +182,7 @@ kernels: ModuleType | None = _modules["_C"]
 cuda_kernels: ModuleType | None = _modules["_cuda"]
 eager: ModuleType | None = _modules["_eager"]
 if backend == "native" and kernels is None:
-    raise ImportError(f"FUSED_DROPOUT_BACKEND=native, but {note('_C')}")
+    raise ImportError(f"FUSED_DROPOUT_BACKEND=native, but {_LIBRARIES['_C']} {missing['_C']}")
 
 
 def _has_triton() -> bool:
@@ -164,7 +193,8 @@ def _has_triton() -> bool:
 
 def compiles_reference() -> bool:
     """Whether Inductor compiles the reference for the GPU, since there are no CUDA kernels."""
-    return backend != "python" and not cuda_kernels and bool(torch.version.cuda or torch.version.hip) and _has_triton()
+    on_gpu = bool(torch.version.cuda or torch.version.hip)
+    return backend != "reference" and not cuda_kernels and on_gpu and _has_triton()
 
 
 def withdraw_cuda_kernels(why: str) -> None:

@@ -6,7 +6,6 @@ for the devices that it was built for. All are pure functions of an explicit key
 keys from a default generator.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from .build_info import how_to_improve
 from .distributed import on_shard
 from .inductor import FORM
 from .torch_internals import constant_while_tracing, is_compiling, is_distributed, is_recorded, keep_draws_apart
+from .warn import warn
 
 _library = torch.library.Library("fused_dropout", "DEF")
 _WINDOW = "float p, Tensor key, SymInt start=0, SymInt[]? index_strides=None"
@@ -243,12 +243,8 @@ def settle_cuda(device: torch.device) -> bool:
         native.withdraw_cuda_kernels(f"not used: {why}")
         _serve_cuda_by_reference()
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        warnings.warn(
-            f"fused_dropout: {native.note('_cuda')}. The reference serves instead. Better by: "
-            f"TORCH_CUDA_ARCH_LIST={capability} {how_to_improve()}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        better = how_to_improve(TORCH_CUDA_ARCH_LIST=capability)
+        warn(f"{native.note('_cuda')}. The reference serves instead. Better by: {better}")
     elif native.eager is not None:
         native.eager.serve_cuda(device.index)
     _settled.add(device.index)

@@ -24,7 +24,7 @@ def ones(**options):
 
 
 def test_served_by_the_kernels(info, request):
-    if info.backend == "python" or request.config.getoption("--hide"):
+    if info.backend == "reference" or request.config.getoption("--hide"):
         pytest.skip("told to do without them")
     assert info.devices["cuda"] == "native", info
 

@@ -57,7 +57,7 @@ def outcomes(run):
         "no eager binding": run("_eager"),
         "no kernels": run("_C"),
         "neither": run("_C,_eager"),
-        "by environment": run(FUSED_DROPOUT_BACKEND="python"),
+        "by environment": run(FUSED_DROPOUT_BACKEND="reference"),
         "avx2": run(FUSED_DROPOUT_CPU_ISA="avx2"),
         "portable": run(FUSED_DROPOUT_CPU_ISA="portable"),
         "one thread": run(threads=1),
@@ -91,21 +91,38 @@ def test_what_is_missing_is_said_once(outcomes):
     assert outcomes["by environment"]["warnings"] == []
 
 
-@pytest.mark.parametrize("value", ["fast", ""])
 @pytest.mark.parametrize(
     ("name", "allowed"),
-    [("FUSED_DROPOUT_BACKEND", "auto, native, python"), ("FUSED_DROPOUT_CPU_ISA", "auto, avx512, avx2, portable")],
+    [
+        ("FUSED_DROPOUT_BACKEND", "auto, native, reference"),
+        ("FUSED_DROPOUT_CPU_ISA", "auto, avx512, avx2, portable"),
+        ("FUSED_DROPOUT_COMPILE", "auto, fuse, kernel"),
+    ],
 )
-def test_unknown_setting_is_an_error(run, name, allowed, value):
-    done = run(code="import fused_dropout", **{name: value})
+def test_unknown_setting_is_an_error(run, name, allowed):
+    done = run(code="import fused_dropout", **{name: "fast"})
     assert done.returncode != 0
-    assert f"{name} has to be one of {allowed}, but is {value!r}" in done.stderr
+    assert f"{name} has to be one of {allowed}, but is 'fast'" in done.stderr
+
+
+def test_empty_setting_counts_as_unset(run):
+    names = ("FUSED_DROPOUT_BACKEND", "FUSED_DROPOUT_CPU_ISA", "FUSED_DROPOUT_COMPILE")
+    code = (
+        "import fused_dropout as fd; print(fd.backend_info().backend, fd.backend_info().cpu_isa, fd.native.compile_as)"
+    )
+    empty, auto = run(code=code, **dict.fromkeys(names, "")), run(code=code, **dict.fromkeys(names, "auto"))
+    assert empty.stdout == auto.stdout != "", empty.stderr
+
+
+def test_older_word_for_the_reference(run):
+    done = run(code="import fused_dropout as fd; print(fd.backend_info())", FUSED_DROPOUT_BACKEND="python")
+    assert "backend reference" in done.stdout, done.stderr
 
 
 def test_native_demanded_but_missing_is_an_error(run):
     hidden = "import sys; sys.modules['fused_dropout._C'] = None; import fused_dropout"
     done = run(code=hidden, FUSED_DROPOUT_BACKEND="native")
-    assert "ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built" in done.stderr
+    assert done.stderr.endswith("ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built\n")
 
 
 # Limits the address space, so that each call runs out of memory. Prints the error of torch's own dropout, then of ours.

@@ -225,6 +225,34 @@ def test_nothing_is_written_and_nothing_asked_of_home(outcome, package, tmp_path
     assert {path: path.stat().st_mtime_ns for path in package.rglob("*")} == files
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        *("", "[]", "3", "null", '"x"', "{", "[" * 100_000, "\xff", "{}"),
+        '{"built": "x", "left_out": {}}',
+        '{"built": [1], "left_out": {}}',
+        '{"built": ["_C"], "left_out": []}',
+        '{"built": [], "left_out": {"_C": ["x"]}}',
+        '{"built": [], "left_out": {}, "torch": 5}',
+        '{"built": ["_cuda"], "left_out": {}, "torch": "2.13.0", "cuda": 13, "architectures": "9.0"}',
+        '{"built": ["_cuda"], "left_out": {}, "torch": "2.13.0", "cuda": "x", "architectures": "9.0"}',
+        '{"built": ["_cuda"], "left_out": {}, "torch": "2.13.0", "cuda": "13.0", "architectures": null}',
+        '{"built": ["_cuda"], "left_out": {}, "torch": "2.13.0", "cuda": "13.0"}',
+        '{"built": ["\\ud800"], "left_out": {}}',
+    ],
+)
+def test_record_that_cannot_be_used(outcome, package, record):
+    """It counts as none, and ``info`` says so; with the libraries, and without them."""
+    (package / "_build.json").write_text(record, encoding="latin-1")
+    found = outcome()
+    assert found["cpu"] == fd.backend_info().devices["cpu"]
+    assert "compiled   nothing" in found["text"]
+    assert [note for note in found["notes"] if note.startswith("_build.json ") and note.endswith("ignored")]
+    found = outcome("sys.modules['fused_dropout._C'] = None")
+    assert found["cpu"] == "reference"
+    assert len([note for note in found["notes"] if note.startswith("_build.json ")]) == 1
+
+
 def test_path_with_spaces_and_letters(tmp_path, package):
     odd = tmp_path / "ein Ordner, größer" / "日本"
     odd.mkdir(parents=True)
@@ -283,15 +311,18 @@ def test_info_says_what_serves_and_why(capsys, monkeypatch):
     ("origin", "command"),
     [
         (None, "--no-cache-dir --no-binary fused-dropout fused-dropout"),
-        ({"url": "file:///a%20b", "dir_info": {}}, "--no-cache-dir '/a b'"),
-        ({"url": "file:///a", "dir_info": {"editable": True}}, "install -e /a"),
-        ({"url": "file:///a/x-0.1.tar.gz", "archive_info": {}}, "--no-cache-dir /a/x-0.1.tar.gz"),
-        ({"url": "file:///a/x-0.1-cp310-abi3-linux.whl", "archive_info": {}}, "--no-cache-dir SOURCES"),
+        ({"url": "file:///tmp/a%20b", "dir_info": {}}, "--no-cache-dir '/tmp/a b'"),
+        ({"url": "file:///tmp/a", "dir_info": {"editable": True}}, "install -e /tmp/a"),
+        ({"url": "file:///tmp/x-0.1.tar.gz", "archive_info": {}}, "--no-cache-dir /tmp/x-0.1.tar.gz"),
+        ({"url": "https://host/x-0.1.tar.gz", "archive_info": {}}, "--no-cache-dir https://host/x-0.1.tar.gz"),
+        ({"url": "file:///tmp/x-0.1-cp310-abi3-linux.whl", "archive_info": {}}, None),
+        ({"url": "file:///nonexistent/a", "dir_info": {}}, None),
         ({"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/x.git@abc"),
     ],
 )
 def test_command_that_rebuilds(monkeypatch, origin, command):
-    """It names where the package came from, and no cache: pip's would give the same library again."""
+    """It names where the package came from, and no cache: pip's would give the same library again. Where only the user
+    knows the sources, it is words."""
 
     class Distribution:
         @staticmethod
@@ -299,13 +330,24 @@ def test_command_that_rebuilds(monkeypatch, origin, command):
             return origin and json.dumps(origin)
 
     monkeypatch.setattr(build_info.metadata, "distribution", lambda name: Distribution)
-    monkeypatch.setattr(native, "missing", {"_eager": "not built"})
-    assert command in build_info.how_to_improve()
-    monkeypatch.setattr(native, "missing", {"_cuda": "not built"})
+    monkeypatch.setattr(build_info.Path, "exists", lambda path: "nonexistent" not in path.parts)
     monkeypatch.setattr(build_info.shutil, "which", lambda name: None if name == "nvcc" else f"/bin/{name}")
-    for cuda, brings_nvcc in (("13.0", True), ("12.8", False)):  # PyPI has nvcc from CUDA 13 on
-        monkeypatch.setattr(torch.version, "cuda", cuda)
-        assert build_info.how_to_improve().startswith("FUSED_DROPOUT_BUILD=cuda pip install") == brings_nvcc
+    monkeypatch.setattr(native, "built", lambda: {})
+    monkeypatch.setattr(native, "missing", {"_eager": "not built"})
+    if command:
+        assert build_info.how_to_improve().endswith(command)
+    else:
+        assert build_info.how_to_improve() == "reinstall from the sources"
+    monkeypatch.setattr(native, "missing", {"_cuda": "not built"})
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # PyPI has nvcc from CUDA 13 on
+    assert "FUSED_DROPOUT_BUILD" not in build_info.how_to_improve()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    improve = build_info.how_to_improve(TORCH_CUDA_ARCH_LIST="9.0")
+    settings = "TORCH_CUDA_ARCH_LIST=9.0 FUSED_DROPOUT_BUILD=cuda"
+    if command:
+        assert improve.startswith(f"{settings} pip install ")
+    else:
+        assert improve == f"reinstall from the sources with {settings}"
     monkeypatch.setattr(native, "missing", {})
     assert build_info.how_to_improve() is None
 
