@@ -1,7 +1,7 @@
 """What is compiled, for what, and what is left out and why: said in three lines, and in fused_dropout/_build.json.
 
-FUSED_DROPOUT_BUILD=auto|cuda|cpu|none (auto), FUSED_DROPOUT_CUDART=static|shared (static), TORCH_CUDA_ARCH_LIST,
-VERBOSE=1. With "auto" what does not compile is left out, and the fallback serves; "cuda" and "cpu" fail then.
+docs/environment.md has the variables. With FUSED_DROPOUT_BUILD=auto what does not compile is left out, and the fallback
+serves; "cuda" and "cpu" fail then.
 """
 
 import json
@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.append("build_backend")
-from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_nothing
+from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_it_failed, why_nothing
 
 SOURCES = {
     "_C": [
@@ -97,7 +97,7 @@ class Build(build_ext):
         self.extensions = [each for each, message in zip(extensions, messages, strict=True) if not message]
         for name, message in filter(all, zip(planned, messages, strict=True)):
             print(message, file=sys.stderr)
-            left_out[name] = next((line for line in message.splitlines() if "error" in line), message)
+            left_out[name] = why_it_failed(message)
         report("fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout")
 
 

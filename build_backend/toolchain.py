@@ -10,7 +10,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from setuptools.errors import ExecError
 OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
 PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
 NO_TORCH = "there is no torch"
+NO_COMPILER = "no working C++ compiler"  # fused_dropout/build_info.py looks for these words
 ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")
 
 
@@ -31,8 +34,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml; without
 
 
 def setting(name, *allowed):
-    """An environment variable's value; the first of those allowed if it is not set."""
-    if (value := os.environ.get(name, allowed[0])) not in allowed:
+    """An environment variable's value; the first of those allowed if it is unset or empty."""
+    if (value := os.environ.get(name) or allowed[0]) not in allowed:
         raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
     return value
 
@@ -57,14 +60,40 @@ def find_torch():
 
 
 def find_compiler():
-    """The one that CXX names, after a wrapper and before options, if it is there; else the system's."""
+    """The one that CXX names, after a wrapper and before options, if it is there; else the first of the system's that
+    works."""
     asked = [found for word in os.environ.get("CXX", "").split() if (found := shutil.which(word))]
-    found = asked[-1:] or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
-    if found and not asked:
-        os.environ["CXX"] = found[0]
-    if found:
-        os.environ.setdefault("CC", found[0])  # what nvcc is told to use
-    return found[0] if found else None
+    there = asked[-1:] or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
+    if not there:
+        return None
+    found = asked[-1] if asked else next(filter(works, there), there[0])
+    if not asked:
+        os.environ["CXX"] = found
+    os.environ["CC"] = os.environ.get("CC") or found  # what nvcc is told to use
+    return found
+
+
+@cache
+def works(command):
+    """Whether this compiler, with its options, compiles and links one line of C++."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "one.cpp"), Path(folder, "one.so")
+        source.write_text("#include <cstddef>\n")
+        try:
+            subprocess.run([*command.split(), "-shared", "-fPIC", source, "-o", library], capture_output=True)
+        except OSError:
+            return False
+        return library.exists()
+
+
+def why_no_compiler(variable="CXX"):
+    """What is wrong with the compiler of an environment variable; empty if it works."""
+    if not compiler:
+        return f"{NO_COMPILER}: there is none on PATH"
+    if works(os.environ[variable]):
+        return ""
+    named = f"{variable} is {ASKED[variable]}" if ASKED[variable] else os.environ[variable]
+    return f"{NO_COMPILER}: {named}, which fails on a program of one line"
 
 
 class Toolkit(NamedTuple):
@@ -93,7 +122,7 @@ def find_toolkit(torch):
     if not torch or not torch["cuda"]:
         return Toolkit(None, why_not="this torch is built without CUDA")
     major, others = torch["cuda"].split(".")[0], []
-    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    homes = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     system = [*os.environ.get("PATH", "").split(os.pathsep), *map(str, Path("/usr/local").glob("cuda*/bin"))]
     installed = [str(folder) for path in sys.path for folder in Path(path).glob("nvidia/cu*/bin")]
     for place in homes + system + installed:
@@ -110,6 +139,7 @@ def find_toolkit(torch):
 BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
 CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 VERBOSE = bool(os.environ.get("VERBOSE"))
+ASKED = {name: os.environ.get(name) for name in ("CXX", "CC")}  # before find_compiler sets them
 if not VERBOSE:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -142,11 +172,24 @@ def compile_alone(extension, command, folder):
 
 
 def _run(command, **_):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    english = {**os.environ, "LC_ALL": "C"}  # for why_it_failed
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    done = subprocess.run(command, env=english, **pipes)
     if VERBOSE:
         print(*command, done.stdout, file=sys.stderr)
     if done.returncode:
-        raise ExecError(done.stdout)
+        raise ExecError(done.stdout.strip() or f"{command[0]} ended with exit status {done.returncode}")
+
+
+_ERROR = re.compile(r"(^|[:)] )(fatal |internal compiler )?error: |undefined reference|cannot find")
+
+
+def why_it_failed(message):
+    """One line of what compile_alone returned: the compiler's first error; or, without one, that CC does not work."""
+    lines = [re.sub(r"\x1b\[[\d;]*[mK]", "", line) for line in message.splitlines() if line.strip()]
+    first = next((line for line in lines if _ERROR.search(line)), None)
+    line = first or why_no_compiler("CC") or lines[-1]
+    return "".join(filter(str.isprintable, " ".join(line.split())))
 
 
 def why_nothing():
@@ -154,9 +197,7 @@ def why_nothing():
         return "FUSED_DROPOUT_BUILD=none"
     if torch and release(torch["__version__"]) < OLDEST:
         return f"torch {torch['__version__']} is older than {'.'.join(map(str, OLDEST))}"
-    if not compiler:
-        return "there is no C++ compiler"
-    return "" if torch else NO_TORCH
+    return why_no_compiler() or ("" if torch else NO_TORCH)
 
 
 def missing():

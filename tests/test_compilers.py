@@ -1,0 +1,116 @@
+"""What a build without a compiler for our sources says, and what the import of its result says then.
+
+``setup.py`` runs as pip runs it, with stand-ins for the compiler. None of these builds compiles anything of ours.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from forks import Forks
+
+from fused_dropout import native
+
+ROOT = Path(__file__).parents[1]
+REFUSES_OURS = """#!/bin/sh
+for argument in "$@"; do case "$argument" in csrc/*)
+    echo "csrc/philox.h:3:1: warning: an unused error"
+    {says}
+    exit 1;;
+esac; done
+exec c++ "$@"
+"""
+ASKED = "echo 'csrc/mask.h:7:1: error: no GNU extensions' >&2; echo 'csrc/mask.h:8:1: error: more' >&2"
+
+too_old_a_torch = native.release(torch.__version__) < native.OLDEST_TORCH
+needs_kernels_torch = pytest.mark.skipif(too_old_a_torch, reason="nothing is compiled for this torch")
+
+
+def has_no_setuptools(done):
+    return "No module named 'setuptools'" in done.stderr or "pip install 'setuptools>=77'" in done.stderr
+
+
+def build(into, **settings):
+    """The reason for which the CPU kernels were left out."""
+    cleared = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "VERBOSE")}
+    environment = cleared | {"FUSED_DROPOUT_BUILD": "", **settings}
+    command = [sys.executable, "setup.py", "build", "--build-lib", into]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if has_no_setuptools(done):
+        pytest.skip("setuptools is missing or too old")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return json.loads((into / "fused_dropout/_build.json").read_text())["left_out"]["_C"]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    with Forks() as started:
+        yield started
+
+
+def warning_of(forks, package):
+    done = forks.run("import fused_dropout", PYTHONPATH=str(package))
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if "fused_dropout: " in line]
+    return warning
+
+
+@needs_kernels_torch
+@pytest.mark.parametrize(
+    ("settings", "why", "better"),
+    [
+        ({"CXX": "/bin/false"}, "CXX is /bin/false, which fails on a program of one line", "CXX unset or naming"),
+        ({"CXX": "/bin/true", "CC": "/bin/false"}, "CXX is /bin/true, which fails on a program", "CXX unset or naming"),
+        ({"PATH": "/nonexistent"}, "there is none on PATH", "a working C++ compiler on PATH"),
+    ],
+)
+def test_no_working_compiler(forks, tmp_path, settings, why, better):
+    reason = build(tmp_path, **settings)
+    assert reason.startswith("no working C++ compiler: ")
+    assert why in reason
+    warning = warning_of(forks, tmp_path)
+    assert reason in warning
+    assert f"Better by: with {better}" in warning
+    assert "apt-get install g++" in warning
+
+
+@needs_kernels_torch
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [(ASKED, "csrc/mask.h:7:1: error: no GNU extensions"), ("", "csrc/philox.h:3:1: warning: an unused error")],
+)
+def test_compiler_that_does_not_take_our_sources(forks, tmp_path, says, why):
+    """The first error it gives is the reason, or the last line where there is none."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(REFUSES_OURS.format(says=says))
+    compiler.chmod(0o755)
+    assert subprocess.run([compiler, "--version"], capture_output=True).returncode == 0, "no c++ behind it"
+    assert build(tmp_path, CXX=str(compiler)) == why
+    warning = warning_of(forks, tmp_path)
+    assert f"CPU kernels not built: {why}; the pure-PyTorch reference serves instead" in warning
+    assert "no working C++ compiler" not in warning
+
+
+def test_first_error():
+    """Of other compilers and languages; without one, a C compiler that does not work is the reason."""
+    messages = {
+        "a.cu(12): error: no\n": "a.cu(12): error: no",
+        "\x1b[01ma.cpp:1:2:\x1b[K \x1b[31mfatal error: \x1b[Kno\tsuch file\n": "a.cpp:1:2: fatal error: no such file",
+        "cc1plus: error: bad value\n": "cc1plus: error: bad value",
+        "a.o: in f\na.cpp: undefined reference to `g'\n": "a.cpp: undefined reference to `g'",
+        "nvcc fatal   : Failed to preprocess host compiler properties.\n": "no working C++ compiler: CC is /bin/false, "
+        "which fails on a program of one line",
+    }
+    code = "import json, sys; from toolchain import why_it_failed; "
+    code += "print(json.dumps([why_it_failed(message) for message in json.loads(sys.argv[1])]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "build_backend"), "CC": "/bin/false", "CXX": ""}
+    command = [sys.executable, "-c", code, json.dumps(list(messages))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if has_no_setuptools(done) or '"no working C++ compiler: there is none' in done.stdout:
+        pytest.skip("no compiler, or setuptools is missing or too old")
+    assert json.loads(done.stdout) == list(messages.values())
