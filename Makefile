@@ -9,8 +9,12 @@ FAKEGPU ?= ../shared/fakegpu
 ACTIVE := $(shell [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c \
 	'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null && echo "$$VIRTUAL_ENV")
 VENV := $(or $(ACTIVE),.venv)
-PY := $(VENV)/bin/python
-INSTALLED := build/installed$(subst /,-,$(VENV))
+PY := "$(VENV)/bin/python"
+# Paths may have spaces, which make takes for the end of a name: they are escaped, or replaced in the names of stamps.
+SPACE := $(subst ,, )
+VENV_PYTHON := $(subst $(SPACE),\ ,$(VENV))/bin/python
+OF_VENV := $(subst $(SPACE),_,$(subst /,-,$(VENV)))
+INSTALLED := build/installed$(OF_VENV)
 CUDA_PY := .venv-cuda/bin/python
 OLDEST_PY := .venv-oldest/bin/python
 FLOOR_PY := .venv-floor/bin/python
@@ -51,7 +55,7 @@ examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and
 
 # Threads that spin while they wait would slow down the run beside them.
 test: export OMP_WAIT_POLICY := passive
-test: export CPU_KERNELS_TEST = $(abspath $(CPU_KERNELS))
+test: export CPU_KERNELS_TEST = $(CPU_KERNELS:%=$(CURDIR)/%)
 test: $(INSTALLED) $(CPU_KERNELS) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
 	@# Side by side, for the second core.
 	@{ \
@@ -70,7 +74,7 @@ test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap an
 test-sharded: $(INSTALLED) ## masks, gradients and trainings of two and four processes against one: every dtype and layout, twenty steps
 	$(PY) -m pytest -q --every-cell tests/test_dtensors.py
 
-test-models: build/models$(subst /,-,$(VENV)) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
+test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
 	$(PY) -m pytest -q tests/models
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
@@ -88,7 +92,7 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
 
-wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
+wheel: build/torch-cuda build/dev$(OF_VENV) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
 	rm -rf dist build/wheel
 	FUSED_DROPOUT_BUILD=cuda $(CUDA_PY) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel \
 		--config-settings=--build-option=--py-limited-api=cp310 .
@@ -100,7 +104,7 @@ wheel: build/torch-cuda build/dev$(subst /,-,$(VENV)) ## dist/: the wheel for ev
 import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch": less than 30 ms
 	@$(PY) tools/import_time.py
 
-FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) $(abspath $(FAKEGPU))/fake_gpu.py
+FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) "$(abspath $(FAKEGPU))/fake_gpu.py"
 FAKE_PYTEST = -m pytest -q -m gpu -p no:cacheprovider
 test-fakegpu: test-fakegpu-90 test-fakegpu-80 ## run the tests marked gpu on an interpreter of the built PTX, for two architectures; with -j2 side by side
 
@@ -154,17 +158,17 @@ sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels u
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
 	$(PY) tools/readme_numbers.py
 
-lint: build/dev$(subst /,-,$(VENV)) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
+lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
 	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
+	"$(VENV)/bin/clang-format" --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 	$(PY) -m mypy
 
-format: build/dev$(subst /,-,$(VENV)) ## rewrite the sources as lint wants them
+format: build/dev$(OF_VENV) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
+	"$(VENV)/bin/clang-format" -i csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 
 clean: ## remove what was built, and the environments
 	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
@@ -172,7 +176,7 @@ clean: ## remove what was built, and the environments
 .venv/bin/python .venv-cuda/bin/python .venv-oldest/bin/python .venv-floor/bin/python:
 	$(PYTHON) -m venv $(@:%/bin/python=%)
 
-$(INSTALLED): $(PY) $(SOURCES)
+$(INSTALLED): $(VENV_PYTHON) $(SOURCES)
 	@echo "installing into $(VENV): torch, the test and bench extras, and this package, compiled if there is a compiler"
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	@$(PY) -m pip install -q "setuptools>=77"
@@ -186,7 +190,7 @@ $(INSTALLED): $(PY) $(SOURCES)
 
 # For the torch that is there. A torchvision that was built for another one breaks what imports it: without it, timm's tests
 # are skipped.
-build/models$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
+build/models$(OF_VENV): $(INSTALLED) pyproject.toml
 	@$(PY) -m pip install -q --no-build-isolation -e ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
 	@$(PY) -c 'import torchvision' 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
 	@touch $@
@@ -203,14 +207,14 @@ build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread -DFUSED_DROPOUT_KERN
 build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) tests/golden.h $(wildcard csrc/*.h csrc/simd/*.h)
 	@# The sources side by side: if one does not compile, its object is missing in the end.
 	rm -rf $@.objects && mkdir $@.objects
-	headers=$$($(PY) -c 'import torch.utils.cpp_extension as c; print(*("-isystem " + path for path in c.include_paths()))'); \
+	mapfile -t headers < <($(PY) -c 'import torch.utils.cpp_extension as c; print(*("-isystem" + path for path in c.include_paths()), sep="\n")'); \
 	for source in $(KERNELS_TEST); do \
-		$(CXX) -std=c++17 $(SANITIZE) -ffp-contract=off -pthread -Wno-uninitialized -Icsrc $$headers -c $$source \
+		$(CXX) -std=c++17 $(SANITIZE) -ffp-contract=off -pthread -Wno-uninitialized -Icsrc "$${headers[@]}" -c $$source \
 			-o $@.objects/$$(basename $$source .cpp).o & \
 	done; wait
 	$(CXX) $(SANITIZE) -pthread $(patsubst %.cpp,$@.objects/%.o,$(notdir $(KERNELS_TEST))) -o $@
 
-build/dev$(subst /,-,$(VENV)): $(INSTALLED) pyproject.toml
+build/dev$(OF_VENV): $(INSTALLED) pyproject.toml
 	@$(PY) tools/extra.py dev >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
 	@touch $@
 
