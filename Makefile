@@ -2,9 +2,9 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
-FAKEGPU ?= ../shared/fakegpu
+PYTHON := $(or $(PYTHON),python3)
+TORCH := $(or $(TORCH),torch==2.13.0)
+FAKEGPU := $(or $(FAKEGPU),../shared/fakegpu)
 
 ACTIVE := $(shell [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c \
 	'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null && echo "$$VIRTUAL_ENV")

@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 sys.path.append("build_backend")
-from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, toolkit, torch, why_it_failed, why_nothing
+from toolchain import BUILD, CUDART, OLDEST, compile_alone, compiler, jobs, toolkit, torch, why_it_failed, why_nothing
 
 SOURCES = {
     "_C": [
@@ -92,7 +92,7 @@ class Build(build_ext):
             os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures(self.editable_mode)
             os.environ["CUDA_HOME"] = toolkit.folder  # cpp_extension reads it when it is imported
         extensions = self.distribution.ext_modules = [extension(n, self.distribution.get_version()) for n in planned]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(planned))) as side_by_side:
+        with ThreadPoolExecutor(jobs(len(planned))) as side_by_side:
             messages = list(side_by_side.map(lambda each: compile_alone(each, self, places.name), extensions))
         self.extensions = [each for each, message in zip(extensions, messages, strict=True) if not message]
         for name, message in filter(all, zip(planned, messages, strict=True)):

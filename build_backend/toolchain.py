@@ -136,6 +136,13 @@ def find_toolkit(torch):
     return Toolkit(None, why_not=f"there is no nvcc of CUDA {major}" + "".join(dict.fromkeys(others)))
 
 
+def jobs(at_most):
+    """How many extensions to compile side by side."""
+    if not re.fullmatch("[1-9][0-9]{0,3}", asked := os.environ.get("MAX_JOBS") or str(at_most)):
+        raise SystemExit(f"MAX_JOBS has to be a number from 1 on, but is {asked!r}")
+    return min(int(asked), at_most)
+
+
 BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
 CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 VERBOSE = bool(os.environ.get("VERBOSE"))

@@ -11,7 +11,8 @@ import pytest
 
 from fused_dropout import native
 
-CSRC = Path(__file__).parent.parent / "csrc"
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 EAGER = ("eager.h", "eager.cpp", "dropout_linear.cpp", "neighbours.cpp")
 # The last one has torch's operations for compiled programs, as C functions.
 STABLE = re.compile(r"torch/(csrc/stable/|headeronly/|csrc/inductor/aoti_torch/(c/|generated/c_shim_cpu\.h))")
@@ -64,10 +65,44 @@ def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
     (tmp_path / "wrapper").touch(0o755)
     code = "import os, toolchain; print(toolchain.compiler, os.environ['CXX'], os.environ['CC'], sep='|')"
     environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "CC")}
-    environment |= {"PYTHONPATH": str(CSRC.parent / "build_backend"), "PATH": f"{os.environ['PATH']}:{tmp_path}"} | (
+    environment |= {"PYTHONPATH": str(ROOT / "build_backend"), "PATH": f"{os.environ['PATH']}:{tmp_path}"} | (
         {"CXX": asked} if asked else {}
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     found, cxx, cc = done.stdout.strip().split("|")
     assert found == cc == shutil.which(compiler)
     assert cxx == (asked if kept else found)
+
+
+def test_document_of_environment_variables():
+    """It has each variable that the sources read, no other of ours, and the values that are allowed."""
+    rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", (ROOT / "docs/environment.md").read_text(), re.M)
+    documented = {name: values for names, values in rows for name in re.findall(r"`([A-Z_]+)`", names)}
+    folders = [ROOT / name for name in ("build_backend", "csrc", "fused_dropout", "benchmarks")]
+    files = [ROOT / "setup.py", *(file for folder in folders for file in folder.rglob("*.*"))]
+    text = "".join(f.read_text() for f in files if f.suffix in (".py", ".ipynb", ".h", ".cpp", ".cu", ".cuh"))
+    ours = set(re.findall(r'"(FUSED_DROPOUT_[A-Z_]+)\\?"', text))
+    read = ours | set(re.findall(r'(?:environ\.get\(|environ\[|getenv\()"([A-Z_]+)"', text)) - {"PATH"}
+    assert read <= documented.keys()
+    assert {name for name in documented if name.startswith("FUSED_DROPOUT_")} == ours
+    settings = {name: list(values) for name, values in native._SETTINGS.items()}
+    for name, values in re.findall(r'setting\("(\w+)", (.+?)\)', (ROOT / "build_backend/toolchain.py").read_text()):
+        settings[name] = re.findall(r"\w+", values)
+    assert len(settings) == 5
+    for name, values in settings.items():
+        assert re.findall(r"`(\w+)`", documented[name]) == values
+
+
+def test_make_in_an_environment_whose_path_has_a_space(tmp_path):
+    """Each command quotes it, and no name of a target or a prerequisite is cut there."""
+    if not shutil.which("make") or not Path(sys.prefix, "bin/python").exists():
+        pytest.skip("no make, or no environment")
+    active = tmp_path / "my env"
+    active.symlink_to(sys.prefix)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "-n", "test", "lint", "bench", "gpu-check", "wheel", "test-models", "sanitize"]
+    settings = environment | {"VIRTUAL_ENV": str(active)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'"{active}/bin/python" -m pytest' in done.stdout
+    assert not re.search(rf'[^"]{re.escape(str(active))}/', done.stdout)

@@ -1,9 +1,13 @@
 """A warning names the line of the user's that it is about: none of ours, of torch's or of the import system's."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from forks import Forks
 
+from fused_dropout import native
 from fused_dropout.warn import warn
 
 # Programs, and the line that the warning has to name.
@@ -50,6 +54,11 @@ def test_warning_at_a_call(forks, tmp_path, hide):
     before = f"import sys; sys.modules.update({{'fused_dropout.{hide}': None}}); " if hide else ""
     done = forks.run(f"{before}import users", PYTHONPATH=f"{tmp_path}")
     assert f"{tmp_path}/users.py:7: RuntimeWarning: fused_dropout: recomputation drew" in done.stderr, done.stderr
+
+
+def test_no_other_way_to_warn():
+    sources = [*Path(native.__file__).parent.rglob("*.py"), *(Path(__file__).parents[1] / "csrc").rglob("*.[ch]*")]
+    assert [s.name for s in sources if re.search(r"warnings\.warn\w*\(|TORCH_WARN\w*\(", s.read_text())] == ["warn.py"]
 
 
 @pytest.mark.parametrize("names", [{"__name__": "torch._inductor.codecache.c4x"}, {}], ids=["named", "nameless"])
