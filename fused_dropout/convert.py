@@ -78,6 +78,10 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
+    if type(module).__module__.startswith("torch.ao.nn.quantized"):
+        return None  # it hands its input on
+    if type(module) in table and "qconfig" in vars(module):
+        return f"{kind} that is prepared for quantization"
     if type(module) in table or type(module) in _to_originals():
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(table)):
@@ -116,7 +120,7 @@ def _drops(module: nn.Module, table: dict[type, type]) -> bool:
 
 def _swappable(model: nn.Module, table: dict[type, type]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in table and not _is_replaced(module):
+        if type(module) in table and not _is_replaced(module) and "qconfig" not in vars(module):
             yield name, module
 
 
@@ -230,6 +234,10 @@ def convert(
     Convert before ``torch.compile``, or call ``torch.compiler.reset()`` after: before torch 2.13 a compiled model may
     not notice. The logger ``fused_dropout`` gets one line: a warning if modules that drop were left alone, once for
     each module, else of level INFO.
+
+    Where torch's eager or FX quantization prepares a module, that one becomes torch's again, as ``revert`` does it, and
+    ``convert`` leaves it alone: torch quantizes a converted model as it quantizes the original. Call ``revert`` first
+    where linear layers are paired and ``quantize_dynamic`` is to find them, and where FX is to find a ``DropPath``.
 
     Args:
         model: any module, also a single ``nn.Dropout``.

@@ -86,6 +86,11 @@ class FusedLayer(nn.Module):
     _fused_dropout_original: type[nn.Module]
     _fused_dropout_rewritten: Rewritten
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # as in Keyed
+            unfuse(self)
+        nn.Module.__setattr__(self, name, value)
+
     def _fused_dropout_sum(self, residual: Any, dropout: Any, x: Any, swapped: bool = False) -> Any:
         return _sum(residual, dropout, x, swapped)
 

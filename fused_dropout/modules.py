@@ -24,6 +24,16 @@ from . import family, functional
 from .arguments import check_generator, check_key, check_number, noise_sizes
 
 
+def is_leaf(module: nn.Module, proxy: Proxy) -> bool:
+    """Whether FX records a call of this module, as it does of torch's: the graph then knows eval()."""
+    return isinstance(proxy.tracer, Tracer) and proxy.tracer.root is not module
+
+
+def recorded(module: nn.Module, proxy: Proxy) -> Any:
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy,), {})
+
+
 class Keyed(nn.Module):
     """generator and key; class attributes, so that a module of torch's can become one of these by an assignment to its
     ``__class__``."""
@@ -39,13 +49,12 @@ class Keyed(nn.Module):
             check_key(key)
             self.key = key
 
-    def _is_leaf(self, proxy: Proxy) -> bool:
-        """Whether FX records a call of this module, as it does of torch's: the graph then knows eval()."""
-        return isinstance(proxy.tracer, Tracer) and proxy.tracer.root is not self
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # torch's quantization prepares the module, and its tables know torch's classes alone
+            from .convert import revert
 
-    def _recorded(self, proxy: Proxy) -> Proxy:
-        tracer: Any = proxy.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
+            revert(self)
+        nn.Module.__setattr__(self, name, value)
 
     def extra_repr(self) -> str:
         shown = {"generator": self.generator, "key": self.key, "noise_shape": getattr(self, "noise_shape", None)}
@@ -123,8 +132,8 @@ class Dropout(Fused, nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout(input, self.p, self.training, self.inplace)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return functional.dropout(
             input,
             self.p,
@@ -155,8 +164,8 @@ class Dropout1d(Fused, nn.Dropout1d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout1d(input, self.p, self.training, self.inplace)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return family.dropout1d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -185,8 +194,8 @@ class Dropout2d(Fused, nn.Dropout2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout2d(input, self.p, self.training, self.inplace)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return family.dropout2d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -209,8 +218,8 @@ class Dropout3d(Fused, nn.Dropout3d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.dropout3d(input, self.p, self.training, self.inplace)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return family.dropout3d(input, self.p, self.training, self.inplace, generator=self.generator, key=self.key)
 
 
@@ -233,8 +242,8 @@ class AlphaDropout(Fused, nn.AlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.alpha_dropout(input, self.p, self.training)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return family.alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
@@ -257,8 +266,8 @@ class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return F.feature_alpha_dropout(input, self.p, self.training)
-        if isinstance(input, Proxy) and self._is_leaf(input):
-            return self._recorded(input)
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         return family.feature_alpha_dropout(input, self.p, self.training, generator=self.generator, key=self.key)
 
 
@@ -306,8 +315,8 @@ class DropPath(Keyed):
             kept = torch.rand([x.size(0)] + [1] * (x.dim() - 1), device=x.device) >= self.drop_prob
             scaled = x / (1.0 - self.drop_prob) if self.scale_by_keep and self.drop_prob < 1.0 else x
             return torch.where(kept, scaled, torch.zeros_like(x))
-        if isinstance(x, Proxy) and self._is_leaf(x):
-            return self._recorded(x)
+        if isinstance(x, Proxy) and is_leaf(self, x):
+            return recorded(self, x)
         return family.drop_path(
             x, self.drop_prob, self.training, self.scale_by_keep, generator=self.generator, key=self.key
         )

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .linear import dropout_linear
-from .modules import Dropout
+from .modules import Dropout, is_leaf, recorded
 from .torch_internals import has_hooks
 
 _HANDLES = "_fused_dropout_pairing"
@@ -66,7 +67,14 @@ class PairedDropout(Dropout):
 class PairedLinear(nn.Linear):
     """``nn.Linear`` that drops what a ``PairedDropout`` handed on."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":  # as in Keyed
+            self.__class__ = nn.Linear  # type: ignore[assignment]
+        nn.Module.__setattr__(self, name, value)
+
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and is_leaf(self, input):
+            return recorded(self, input)
         call = _thread.call
         if call is None:
             return super().forward(input)

@@ -437,7 +437,7 @@ def test_bytes_of_dropout_and_its_neighbours(fused):
         "DropoutAdd": (16, 192, fused),
     }
     layer = fd.convert(nn.TransformerEncoderLayer(8, 2, 8, 0.1), fuse=True)
-    sites = [(s.call, s.times, s.saved) for s in fd.audit(layer, X[None]).sites if s.fused]
+    sites = [(s.call, s.times, s.saved) for s in fd.audit(layer, X[None]).sites if s.call != "MultiheadAttention"]
     assert sites == [("TransformerEncoderLayer", 3, 32)]
 
 
