@@ -1,10 +1,12 @@
 """audit: every site that drops is named, with what it saved, and the model is as it was."""
 
+import contextlib
 import copy
 import doctest
 import functools
 import importlib
 import inspect
+import random
 import subprocess
 import sys
 
@@ -252,18 +254,52 @@ def test_nothing_is_left_behind(patched):
     fd.unpatch()
 
 
-def test_an_error_passes_and_leaves_nothing():
-    class Fails(nn.Module):
-        def forward(self, x):
-            raise KeyError(F.dropout(x))
+class Changes(nn.Module):
+    """Changes all that audit puts back, and fails in the given mode."""
 
-    before, state = (F.dropout, torch.dropout, F.scaled_dot_product_attention), torch.get_rng_state()
-    model = Fails().eval()
-    with pytest.raises(KeyError):
-        fd.audit(model, X)
-    assert (F.dropout, torch.dropout, F.scaled_dot_product_attention) == before
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not model.training
+    def __init__(self, fails_in=None):
+        super().__init__()
+        self.norm, self.frozen, self.fails_in = nn.BatchNorm1d(8), nn.BatchNorm1d(8).eval(), fails_in
+        self.drop = fd.Dropout(0.1, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("late", None)
+        self.register_buffer("count", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        self.late, self.count = x.detach(), self.count + 1
+        y = F.dropout(self.drop(self.frozen(self.norm(x))), random.random() / 2)
+        if self.training is self.fails_in:
+            raise KeyError(y)
+        return y
+
+    def step(self, x):
+        y = self(x)
+        y.sum().backward()
+        return y
+
+
+@pytest.mark.parametrize("fails_in", [None, True, False])
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_all_is_put_back(fails_in, has_gradients):
+    model = Changes()
+    if has_gradients:
+        model.step(X)
+    model.fails_in = fails_in
+    parameters, names = list(model.parameters()), (F.dropout, torch.dropout, F.scaled_dot_product_attention)
+    gradients = [p.grad for p in parameters]
+
+    def state():
+        tensors = dict(model.named_buffers()) | model.state_dict() | {"gradients": gradients}
+        randoms = torch.get_rng_state(), model.drop.generator.get_state()
+        flags = [m.training for m in model.modules()]
+        return {"tensors": tensors, "torch": randoms, "python": random.getstate(), "flags": flags, "late": model.late}
+
+    before = copy.deepcopy(state())
+    for function in (model, model.step):
+        with pytest.raises(KeyError) if fails_in is not None else contextlib.nullcontext():
+            fd.audit(function, X)
+        torch.testing.assert_close(state(), before, rtol=0, atol=0)
+        assert all(p.grad is gradient for p, gradient in zip(parameters, gradients, strict=True))
+        assert (F.dropout, torch.dropout, F.scaled_dot_product_attention) == names
 
 
 def test_keyword_inputs_and_odd_tensors():
