@@ -62,7 +62,7 @@ def _place_of(names: dict[int, str]) -> _Place:
                 line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
                 key = code.co_filename, frame.f_lineno
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            owner = first if id(first) in names else None
+            owner = first if id(first) in names or isinstance(first, nn.RNNBase) else None
         checkpointed = checkpointed or runs_checkpoint(code)
         frame = frame.f_back
     return _Place(

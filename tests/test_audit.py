@@ -382,6 +382,8 @@ def test_a_function_in_place_of_the_model():
     report = fd.audit(lambda x: F.dropout(x, 0.3), X)
     assert rows(report) == [("(function)", True, False)]
     assert "of=model" in str(report)
+    rnn = nn.LSTM(8, 8, 2, dropout=0.1)
+    assert [s.p for s in fd.audit(lambda x: rnn(x), X).out_of_reach] == [0.1]
     assert not report.on_in_eval
 
 
