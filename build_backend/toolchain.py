@@ -167,7 +167,8 @@ def compile_alone(extension, command, folder):
             super().build_extensions()
 
     try:
-        alone = Alone(command.distribution, use_ninja=False)  # whose output would go past us
+        alone = Alone(command.distribution)  # with setuptools 77.0.3 it takes no option
+        alone.use_ninja = False  # its output would go past us
         alone.inplace, alone.editable_mode = command.inplace, command.editable_mode
         alone.build_temp, alone.force = f"{folder}/{extension.name}", True
         alone.ensure_finalized()

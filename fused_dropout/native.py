@@ -99,6 +99,8 @@ def _is_whole(library: bytes) -> bool:
 
 def _why_refused(name: str, library: bytes) -> str:
     """Why not to load this file, read before it is: loading it would register its kernels."""
+    if not library:
+        return "is empty"
     if not _is_whole(library):
         return "is truncated"
     mark = f"fused_dropout.{name} ".encode()
@@ -122,13 +124,22 @@ def _driver() -> int:
     return version.value // 1000
 
 
+def _why_not_there(name: str) -> str:
+    if why := built().get("left_out", {}).get(name):
+        return f"not built: {why}"
+    if name not in built().get("built", []):
+        return "not built"
+    if others := sorted(file.name for file in _FOLDER.glob(f"{name}.*.so")):
+        return f"not built for this Python: {others[0]} is for another one"
+    return "not found: the build made a file, and it is gone"
+
+
 def _load(name: str) -> tuple[ModuleType | None, str, bool]:
     """The extension module from the package's own folder; or None, why, and whether that was to be expected."""
     full_name = f"fused_dropout.{name}"
     files = [file for suffix in EXTENSION_SUFFIXES if (file := _FOLDER / f"{name}{suffix}").exists()]
     if not files or sys.modules.get(full_name, name) is None:
-        why = built().get("left_out", {}).get(name)
-        return None, "not built" + (f": {why}" if why else ""), True
+        return None, _why_not_there(name), True
     try:
         if not (why := _why_refused(name, files[0].read_bytes())):
             loader = ExtensionFileLoader(full_name, str(files[0]))

@@ -2,33 +2,30 @@
 
 import sys
 import warnings
+from types import FrameType
 
 from .torch_internals import constant_while_tracing
 
 # Modules whose frames stand between the user's line and the cause. Code that torch generates has a name of torch's, or
 # none.
-_BETWEEN = {"fused_dropout", "torch", "importlib", "_frozen_importlib", "_frozen_importlib_external", None}
+_BETWEEN = {"fused_dropout", "torch", "importlib", "_frozen_importlib", "_frozen_importlib_external", "runpy", None}
 
 
 @constant_while_tracing
 def warn(message: str) -> None:
     """Warns at the innermost line that is neither this package's nor torch's nor the import system's.
 
-    ``warnings.warn`` takes names of files to skip only from Python 3.12 on. In a thread of autograd's, all lines may be
-    ours: then the outermost one is named.
+    ``warnings.warn`` takes names of files to skip only from Python 3.12 on. Where there is no such line, as in a thread
+    of autograd's, the warning names line 1 of ``sys``, as Python's own do.
     """
-    frame = sys._getframe(1)
-    while _top_package(frame.f_globals) in _BETWEEN and frame.f_back:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _top_package(frame.f_globals) in _BETWEEN:
         frame = frame.f_back
-    own = frame.f_globals
-    warnings.warn_explicit(
-        f"fused_dropout: {message}",
-        RuntimeWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-        own.get("__name__"),
-        own.setdefault("__warningregistry__", {}),
+    file, line, own = (
+        ("sys", 1, vars(sys)) if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
     )
+    registry = own.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(f"fused_dropout: {message}", RuntimeWarning, file, line, own.get("__name__"), registry)
 
 
 def _top_package(names: dict[str, object]) -> str | None:

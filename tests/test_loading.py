@@ -96,7 +96,7 @@ def test_truncated_library(outcome, package):
     is_refused(outcome(), "is truncated")
     for part in (4, 63, 64, 65, 100, 1000, *range(4096, len(whole) * 9 // 10, 4096)):
         assert native._why_refused("_C", whole[:part]) == "is truncated"
-    assert native._why_refused("_C", b"") == f"is of version unknown, and this is {fd.__version__}"
+    assert native._why_refused("_C", b"") == "is empty"
     assert native._why_refused("_C", whole) == ""
 
 
@@ -129,7 +129,18 @@ def test_library_that_is_not_ours(outcome, package):
 @needs_kernels
 def test_no_library(outcome, package):
     library(package, "_C").unlink()
+    is_refused(outcome(), "not found: the build made a file, and it is gone")
+    (package / "_build.json").unlink()
     is_refused(outcome(), "not built")
+
+
+def test_library_for_another_python(outcome, package):
+    if native.eager is None:
+        pytest.skip("no eager binding")
+    (package / "_build.json").write_text('{"built": ["_C", "_eager"], "left_out": {}}')
+    library(package, "_eager").rename(package / "_eager.cpython-39-x86_64-linux-gnu.so")
+    notes = outcome()["notes"]
+    assert "eager binding not built for this Python: _eager.cpython-39-x86_64-linux-gnu.so is for another one" in notes
 
 
 @needs_kernels
@@ -139,7 +150,7 @@ def test_no_library_elsewhere_is_taken(outcome, package, tmp_path):
     elsewhere.mkdir(parents=True)
     shutil.move(library(package, "_C"), elsewhere)
     shutil.copy(next(elsewhere.iterdir()), elsewhere.parent)
-    is_refused(outcome(f"sys.path.append({str(elsewhere.parent)!r})"), "not built")
+    is_refused(outcome(f"sys.path.append({str(elsewhere.parent)!r})"), "not found")
 
 
 def test_eager_binding_of_another_torch(outcome, package):

@@ -197,6 +197,9 @@ def test_4_extra_cuda(cuda, sources):
 def test_5_no_compiler(cpu, sources):
     cpu.pip("install", sources, PATH=path_without(*COMPILERS))
     only_the_reference_serves(cpu, "no working C++ compiler")
+    cpu.pip("install", "--force-reinstall", "--no-deps", sources, CXX="/bin/false")
+    info = only_the_reference_serves(cpu, "no working C++ compiler: CXX is /bin/false")
+    assert info["improve"].startswith("with CXX unset or naming a working C++ compiler")
     tests = [str(ROOT / "tests" / name) for name in ("test_mask.py", "test_keys.py", "test_gradients.py")]
     done = cpu.run("-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -211,7 +214,7 @@ def test_6_another_torch_where_it_is_built(wheels, cpu):
     assert not info["eager"]
     (warning,) = cpu.warnings()
     assert "eager binding" in warning
-    assert "pip install" in warning
+    assert "Better by: reinstall from the sources" in warning
     assert cpu.digest() == DIGEST
 
 
