@@ -64,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns its exit status; 1 if the output cannot be written."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = _command(arguments)(arguments[1:])
-        sys.stdout.flush()
-        return status
+        try:
+            return _command(arguments)(arguments[1:])
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except OSError as error:
         if error.filename is not None:  # a file, and not the output
             raise

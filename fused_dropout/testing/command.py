@@ -15,18 +15,32 @@ from torch import nn
 
 from .callables import Dropping, check, check_settings
 
-_NAMES = ("p", "drop_prob", "dropout_p", "drop_rate", "dropout")  # of the parameter that is the probability
+_NAMES = (
+    "p",
+    "drop_prob",
+    "dropout_p",
+    "dropout_prob",
+    "drop_rate",
+    "prob",
+    "rate",
+    "dropout",
+)  # of the parameter that is the probability
 
 
 def adapt(target: Any, p: float) -> tuple[Dropping, list[Dropping]]:
     """``fn`` and ``idle`` for ``testing.check``.
 
-    target: a module class, whose first argument is p; a module, whose own p it has to be; a function with a parameter
-    that is called ``p``, ``drop_prob`` or the like. Anything else is called as it is, and no form of it that has to be
-    idle is known.
+    target: a module class with a parameter that is called ``p``, ``drop_prob`` or the like, or else p as the first; a
+    module, whose own p it has to be; a function with such a parameter. Anything else is called as it is, and no form of
+    it that has to be idle is known.
     """
     if isinstance(target, type) and issubclass(target, nn.Module):
-        return target(p).train(), [target(p).eval(), target(0.0).train()]
+        name = _probability(target)
+
+        def make(p: float) -> nn.Module:
+            return target(**{name: p}) if name else target(p)
+
+        return make(p).train(), [make(p).eval(), make(0.0).train()]
     if isinstance(target, nn.Module):
         return copy.deepcopy(target).train(), [copy.deepcopy(target).eval()]
     name = _probability(target)
@@ -81,11 +95,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-v", "--verbose", action="store_true", help="print the table of all tests, and tracebacks")
     options = parser.parse_args(argv)
     module, _, name = options.target.partition(":")
+    if not name or module.endswith(".py") or "/" in module:
+        parser.error(f"{options.target} has to be module:callable, such as my_package.my_module:my_dropout")
     try:
         options.callable = attrgetter(name)(import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
+    except AttributeError as error:
         parser.error(f"there is no {options.target}: {error}")
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         parser.error(f"{module} cannot be imported: {_described(error)}")
     if not callable(options.callable):
         parser.error(f"{options.target} cannot be called: it is a {type(options.callable).__name__}")
@@ -95,7 +111,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         for p in options.p:
             check_settings(p, options.n)
-        torch.empty(1, device=options.device)
+        torch.zeros(1, device=options.device).item()
     except ValueError as error:
         parser.error(str(error))
     except (AssertionError, RuntimeError) as error:
@@ -104,7 +120,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _described(error: BaseException) -> str:
@@ -122,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fn, idle = adapt(options.callable, p)
             family = 1e-6 / len(options.p)
             report = check(fn, p, idle=idle, dtype=dtype, device=options.device, n=options.n, seconds=12, family=family)
-        except Exception as error:  # whatever the user's callable raises
+        except (Exception, SystemExit) as error:  # whatever the user's callable raises
             if options.verbose:
                 traceback.print_exc()
             print(f"p = {p:g}: NOT TESTED: {options.target} raised {_described(error)}", flush=True)

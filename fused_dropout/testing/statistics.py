@@ -71,8 +71,8 @@ def rate(mask: Tensor, p: float, alpha: float = ALPHA) -> Result:
 
 
 def _drops(rate: float, p: float) -> str:
-    how_many = {0.0: "nothing", 1.0: "everything"}.get(rate, f"{rate:.7g} of the elements")
-    return f"drops {how_many}, where p is {p:.7g}"
+    how_many = {0.0: "nothing", 1.0: "everything"}.get(rate, f"{rate:.4g} of the elements")
+    return f"drops {how_many}, where p is {p:.4g}"
 
 
 def mean(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:

@@ -70,6 +70,32 @@ class Forgetful(torch.autograd.Function):
 def forgetful(x, p):
     return Forgetful.apply(x, p)
 
+class Unscaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        kept = torch.rand_like(x) >= p
+        ctx.save_for_backward(kept)
+        return x * kept / (1 - p)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+def unscaled_backward(x, p):
+    return Unscaled.apply(x, p)
+
+def by_position(x, p):
+    rate = torch.where(torch.arange(x.numel()) % 2 == 0, p * 0.5, p * 1.5).view(x.shape)
+    return x * (torch.rand_like(x) >= rate) / (1 - p)
+
+class Sized(torch.nn.Dropout):
+    def __init__(self, size, *, rate):
+        super().__init__(rate)
+
+class Named(Sized):
+    def __init__(self, size=3, *, rate=0.5):
+        super().__init__(size, rate=rate)
+
 def always(x, p, training=True):
     return F.dropout(x, p)
 
@@ -81,6 +107,12 @@ def raises(x, p):
 
 def widens(x, p):
     return x.double()
+
+def flattens(x, p):
+    return x.flatten()
+
+def leaves(x, p):
+    raise SystemExit(0)
 
 own = torch.nn.Dropout(0.25)
 number = 3
@@ -107,6 +139,9 @@ def planted(tmp_path, monkeypatch):
         ("columns", "WRONG: the elements of a mask depend on each other"),
         ("Repeats", "WRONG: calls share masks, or parts of them"),
         ("forgetful", "WRONG: backward uses another mask than forward"),
+        ("unscaled_backward", "WRONG: backward scales wrongly: gradients are not divided by 1 - p"),
+        ("by_position", "WRONG: some positions are dropped more often than others"),
+        ("Named", "nothing is wrong"),
         ("always", "WRONG: values change in evaluation or at p = 0"),
         ("keeps_all", "WRONG: drops nothing, where p is 0.2"),
     ],
@@ -118,9 +153,10 @@ def test_verdict(name, verdict, planted, capsys):
     assert second.startswith(f"p = 0.2: {verdict}")
     assert ("tests fail" in output) == ("WRONG" in verdict)
     assert sum(not line.startswith("  note:") for line in output.splitlines()) <= 8
-    if name in ("unscaled", "forgetful", "half_the_rate", "columns"):
+    if name in ("unscaled", "forgetful", "half_the_rate", "columns", "Repeats", "by_position"):
         assert ";" not in second, "a consequence is named beside the cause"
-    assert ("the generator moves" in output) == (name in ("textbook", "unscaled", "columns", "always"))
+    moves = ("textbook", "unscaled", "columns", "by_position", "unscaled_backward", "always")
+    assert ("the generator moves" in output) == (name in moves)
 
 
 def test_a_module_of_ones_own(planted, capsys):
@@ -129,7 +165,16 @@ def test_a_module_of_ones_own(planted, capsys):
     assert "p = 0.25: nothing is wrong" in output
 
 
-@pytest.mark.parametrize(("name", "message"), [("raises", "KeyError: 'no more'"), ("widens", "torch.float64 (64,)")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "KeyError: 'no more'"),
+        ("widens", "torch.float64 (64,)"),
+        ("flattens", "(2, 4, 8) on cpu, but this returns"),
+        ("leaves", "raised SystemExit: 0"),
+        ("Sized", "missing 1 required positional argument: 'size'"),
+    ],
+)
 def test_what_cannot_be_tested(name, message, planted, capsys):
     status, output = run(capsys, f"planted_for_check:{name}", "--p", "0.5")
     assert status == 2
@@ -142,8 +187,10 @@ def test_what_cannot_be_tested(name, message, planted, capsys):
     ("arguments", "message"),
     [
         (["torch:no_such"], "there is no torch:no_such"),
-        (["no_such_module:f"], "there is no no_such_module:f"),
-        (["torch.nn.functional"], "there is no torch.nn.functional"),
+        (["no_such_module:f"], "no_such_module cannot be imported: ModuleNotFoundError"),
+        (["torch.nn.functional"], "torch.nn.functional has to be module:callable"),
+        (["my_file.py:f"], "my_file.py:f has to be module:callable"),
+        (["--device", "meta"], "--device meta cannot be used"),
         (["torch:neg"], "say with --p"),
         (["planted_for_check:number"], "cannot be called: it is a int"),
         (["unreadable_for_check:f"], "unreadable_for_check cannot be imported: SyntaxError"),
