@@ -124,7 +124,7 @@ def _driver() -> int:
     return version.value // 1000
 
 
-def _why_not_there(name: str) -> str:
+def _why_no_file(name: str) -> str:
     if why := built().get("left_out", {}).get(name):
         return f"not built: {why}"
     if name not in built().get("built", []):
@@ -138,8 +138,10 @@ def _load(name: str) -> tuple[ModuleType | None, str, bool]:
     """The extension module from the package's own folder; or None, why, and whether that was to be expected."""
     full_name = f"fused_dropout.{name}"
     files = [file for suffix in EXTENSION_SUFFIXES if (file := _FOLDER / f"{name}{suffix}").exists()]
-    if not files or sys.modules.get(full_name, name) is None:
-        return None, _why_not_there(name), True
+    if sys.modules.get(full_name, name) is None:  # hidden by a test
+        return None, "not built", True
+    if not files:
+        return None, _why_no_file(name), True
     try:
         if not (why := _why_refused(name, files[0].read_bytes())):
             loader = ExtensionFileLoader(full_name, str(files[0]))
