@@ -143,5 +143,5 @@ class TestWithoutARule:
 
     def test_a_key_is_refused(self):
         for options in ({"key": KEY}, {"generator": torch.Generator()}):
-            with pytest.raises(TypeError, match="are for the fused path"):
+            with pytest.raises(TypeError, match="are for strided tensors"):
                 fd.dropout(WithoutWhere(inputs()[0]), P, **options)
