@@ -126,11 +126,11 @@ def drop_part(
         assert output is not None  # is_covered said so
         return output
 
-    if inplace:
-        check_no_overlap(x)  # drop() checks each run alone
     if is_empty(x):
         # A compiler removes a draw whose result is not used.
         return autograd.apply(x, float(p), key, 0, index_strides) if is_compiling() and key is not None else x
+    if inplace:
+        check_no_overlap(x)  # drop() checks each run alone
     output = windows.over_runs(on_window, x, part.runs, 0, index_strides, inplace)
     return x if inplace else output
 

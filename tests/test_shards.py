@@ -274,3 +274,9 @@ def test_compiles_once_for_all_offsets(dynamic):
 def test_in_place_on_memory_that_runs_share(begins):
     with pytest.raises(RuntimeError, match="single memory location"):
         fd.dropout(torch.ones(1, 6).expand(4, 6), P, inplace=True, key=KEY, shard=((64, 6), (begins, 0)))
+
+
+def test_in_place_on_a_part_without_elements():
+    """Its strides may be those of an expanded tensor: nothing is written, as in torch."""
+    x = torch.empty_strided((7, 0, 3), (0, 1, 0))
+    assert fd.dropout(x, 0.5, inplace=True, key=KEY, shard=((8, 2, 3), (1, 2, 0))) is x
