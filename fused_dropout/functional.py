@@ -186,17 +186,16 @@ def keep_mask(
     like = None
     if isinstance(x_or_shape, Tensor):
         shape, like = list(x_or_shape.shape), x_or_shape.detach()
-        check_key(key, like.device if device is None else torch.device(device))
         if device is not None and like.device != torch.device(device):
             like = torch.empty_like(like, dtype=torch.bool, device=device) if reference.is_dense(like) else None
     else:
         shape = sizes(x_or_shape)
         if device is None:
             device = key.device if isinstance(key, Tensor) and key.is_cuda else "cpu"
-        check_key(key, torch.device(device))
     if like is None:
         # One element stands for all: only shape, layout and device are looked at.
         like = torch.empty((), dtype=torch.bool, device=device).expand(shape)
+    check_key(key, like.device)
     if is_distributed(like):
         register_rules()
     if shard is None:
