@@ -368,7 +368,8 @@ def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: An
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor)
             # A function may run backward.
             grad = torch.set_grad_enabled(training or not isinstance(model, nn.Module))
-            with recorder.watching(), recorder, hooks, grad:
+            uncompiled = torch.compiler.set_stance("force_eager")
+            with recorder.watching(), recorder, hooks, grad, uncompiled:
                 model(*args, **named)
     _rows_of_idle(module, recorder.sites)
     for mesh in recorder.meshes:
