@@ -368,8 +368,7 @@ def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: An
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor)
             # A function may run backward.
             grad = torch.set_grad_enabled(training or not isinstance(model, nn.Module))
-            uncompiled = torch.compiler.set_stance("force_eager")
-            with recorder.watching(), recorder, hooks, grad, uncompiled:
+            with recorder.watching(), recorder, hooks, grad, torch.compiler.set_stance("force_eager"):
                 model(*args, **named)
     _rows_of_idle(module, recorder.sites)
     for mesh in recorder.meshes:
