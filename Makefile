@@ -10,7 +10,7 @@ ACTIVE := $(shell [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c \
 	'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null && echo "$$VIRTUAL_ENV")
 VENV := $(or $(ACTIVE),.venv)
 PY := "$(VENV)/bin/python"
-# Paths may have spaces, which make takes for the end of a name: they are escaped, or replaced in the names of stamps.
+# A path may have spaces, at which make ends a name. They are escaped here, and replaced in the names of stamp files.
 SPACE := $(subst ,, )
 VENV_PYTHON := $(subst $(SPACE),\ ,$(VENV))/bin/python
 OF_VENV := $(subst $(SPACE),_,$(subst /,-,$(VENV)))

@@ -46,8 +46,8 @@ def extension(name, version):
     flags += [f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"] * (name != "_eager")
     options = {
         "cxx": [*flags, "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
-        # Each architecture is compiled by itself: as many at once as there are CPUs, or as MAX_JOBS allows.
-        "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden", f"--threads={os.environ.get('MAX_JOBS') or 0}"],
+        # nvcc compiles each architecture separately: one thread for each CPU, or fewer by MAX_JOBS.
+        "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden", f"--threads={jobs(os.cpu_count() or 1)}"],
     }
     make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
     made = make(f"fused_dropout.{name}", SOURCES[name], extra_compile_args=options, py_limited_api=name != "_eager")

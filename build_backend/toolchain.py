@@ -69,7 +69,7 @@ def find_compiler():
     found = asked[-1] if asked else next(filter(works, there), there[0])
     if not asked:
         os.environ["CXX"] = found
-    os.environ["CC"] = os.environ.get("CC") or found  # what nvcc is told to use
+    os.environ["CC"] = os.environ.get("CC") or found  # nvcc's host compiler
     return found
 
 
@@ -137,7 +137,7 @@ def find_toolkit(torch):
 
 
 def jobs(at_most):
-    """How many extensions to compile side by side."""
+    """How many compilations may run at once: MAX_JOBS, and ``at_most`` if it is unset or larger."""
     if not re.fullmatch("[1-9][0-9]{0,3}", asked := os.environ.get("MAX_JOBS") or str(at_most)):
         raise SystemExit(f"MAX_JOBS has to be a number from 1 on, but is {asked!r}")
     return min(int(asked), at_most)
@@ -146,7 +146,7 @@ def jobs(at_most):
 BUILD = setting("FUSED_DROPOUT_BUILD", "auto", "cuda", "cpu", "none")
 CUDART = setting("FUSED_DROPOUT_CUDART", "static", "shared")
 VERBOSE = bool(os.environ.get("VERBOSE"))
-ASKED = {name: os.environ.get(name) for name in ("CXX", "CC")}  # before find_compiler sets them
+ASKED = {name: os.environ.get(name) for name in ("CXX", "CC")}  # the user's values, before find_compiler sets its own
 if not VERBOSE:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -168,7 +168,7 @@ def compile_alone(extension, command, folder):
 
     try:
         alone = Alone(command.distribution)  # with setuptools 77.0.3 it takes no option
-        alone.use_ninja = False  # its output would go past us
+        alone.use_ninja = False  # ninja's output could not be caught
         alone.inplace, alone.editable_mode = command.inplace, command.editable_mode
         alone.build_temp, alone.force = f"{folder}/{extension.name}", True
         alone.ensure_finalized()
@@ -193,7 +193,7 @@ _ERROR = re.compile(r"(^|[:)] )(fatal |internal compiler )?error: |undefined ref
 
 
 def why_it_failed(message):
-    """One line of what compile_alone returned: the compiler's first error; or, without one, that CC does not work."""
+    """One line from the output of compile_alone: the compiler's first error, or else that CC does not work."""
     lines = [re.sub(r"\x1b\[[\d;]*[mK]", "", line) for line in message.splitlines() if line.strip()]
     first = next((line for line in lines if _ERROR.search(line)), None)
     line = first or why_no_compiler("CC") or lines[-1]

@@ -240,7 +240,7 @@ namespace {
 void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
   if (saved.unsafeGetTensorImpl() == own.unsafeGetTensorImpl() || !is_readable(saved)) return;
   if (std::memcmp(saved.const_data_ptr(), own.const_data_ptr(), 2 * sizeof(uint64_t)) == 0) return;
-  // TORCH_WARN would name a line of torch's.
+  // TORCH_WARN would report a line of torch, not of the user.
   const py::gil_scoped_acquire gil;
   py::module_::import("fused_dropout.autograd").attr("warn_of_another_mask")();
 }

@@ -13,7 +13,7 @@ import torch
 from . import __version__, inductor
 from .build_info import backend_info
 
-# Each command, what --help says of it, and its module, which is imported only for it: some take seconds.
+# Command: its description and its module. A module is imported only for its command, since some take seconds.
 COMMANDS = {
     "info": ("say what serves each device, and how to get a better path", ""),
     "bench": ("compare the speed and memory of nn.Dropout and fd.Dropout here, two minutes", ".bench.command"),
@@ -40,7 +40,7 @@ def info(arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
-    """The function of the command that is named first. Ends the process for --help, --version and mistakes."""
+    """Returns the function of the command. Ends the process for --help, --version and a wrong command."""
     parser = argparse.ArgumentParser(
         "python -m fused_dropout",
         description="Dropout for PyTorch: what serves it here, how fast it is, and whether its masks are right.",
@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # a file, and not the output
+        if error.filename is not None:  # the error is about a file, not about the output
             raise
         with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
-        if not isinstance(error, BrokenPipeError):  # whoever read it has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would write again when it exits
+        if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe on purpose
             print(f"fused_dropout: the output could not be written: {error.strerror}", file=sys.stderr)
         return 1
 

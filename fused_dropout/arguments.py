@@ -1,4 +1,4 @@
-"""Which arguments a call takes. Each error names the value that was given and what is allowed."""
+"""Checks of arguments. Each error names the value that was given and what is allowed."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -23,7 +23,7 @@ def check_arguments(
             device.
         RuntimeError: p is NaN.
     """
-    # The usual call costs no second one.
+    # The conditions of why_refused, repeated to save a function call where nothing is wrong.
     if type(p) is not float or not 0.0 <= p <= 1.0 or (training is not True and training is not False):
         error = why_refused(p, training)
         if error is not None:
@@ -35,13 +35,13 @@ def check_arguments(
 
 
 def why_refused(p: float, training: bool) -> Exception | None:
-    """The error for a p or training that torch's dropout refuses too, of torch's class; None if both are fine."""
+    """The error for a wrong p or training, of the class that torch raises; None if both are fine."""
     if type(p) is not float and not _is_number(p):
         return _no_number(p)
     if training is not True and training is not False:
         return TypeError(f"training has to be True or False, but is {training!r}")
     if not 0.0 <= p <= 1.0:
-        # torch raises ValueError in Python, by comparisons that a NaN passes, and RuntimeError in C++.
+        # As in torch: its check in Python raises ValueError, but lets a NaN pass; its check in C++ raises RuntimeError.
         kind = ValueError if p == p else RuntimeError
         return kind(f"dropout probability has to be between 0 and 1, but got {p}")
     return None
@@ -60,7 +60,7 @@ def check_number(p: float) -> None:
 def _is_number(p: object) -> bool:
     if isinstance(p, Tensor):
         return p.dim() == 0 and not p.requires_grad
-    return isinstance(p, (float, int, SymFloat, SymInt, Real))  # NumPy's scalars are Real, its arrays are not
+    return isinstance(p, (float, int, SymFloat, SymInt, Real))  # Real includes NumPy's scalars, but not its arrays
 
 
 def _no_number(p: object) -> TypeError:
@@ -160,7 +160,7 @@ def noise_sizes(noise_shape: Any) -> list[int | None]:
         TypeError: it is not a sequence of integers and None.
     """
     try:
-        return [n if n is None else _size(n) for n in noise_shape]
+        return [n if n is None else as_size(n) for n in noise_shape]
     except TypeError:
         raise TypeError(f"noise_shape has to be a sequence of integers and None, but is {noise_shape!r}") from None
 
@@ -173,7 +173,7 @@ def sizes(shape: Any) -> list[int]:
         ValueError: a size is negative.
     """
     try:
-        found = [_size(n) for n in shape]
+        found = [as_size(n) for n in shape]
     except TypeError:
         raise TypeError(f"a shape has to be a sequence of integers, but is {shape!r}") from None
     if any(type(n) is int and n < 0 for n in found):
@@ -181,6 +181,6 @@ def sizes(shape: Any) -> list[int]:
     return found
 
 
-def _size(n: Any) -> Any:
-    """An entry of a shape as an int. A compiler's symbolic size stays symbolic."""
+def as_size(n: Any) -> Any:
+    """An entry of a shape, or a position, as an int. A compiler's symbolic number stays symbolic."""
     return n if isinstance(n, (int, SymInt)) else index(n)

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
@@ -22,7 +22,7 @@ from .audit_report import OUT_OF_REACH, AuditReport, Site, torchs_mask
 from .build_info import backend_info
 from .convert import convert_report
 from .dispatch import is_covered
-from .patching import FAMILY, Replacement, meet_torchs_own
+from .patching import FAMILY, meet_torchs_own, unpatched
 from .torch_internals import is_in_backward, runs_checkpoint
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
@@ -39,8 +39,9 @@ _IN_CUDA_KERNEL = f"{OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash att
 
 
 class _Place(NamedTuple):
-    """Where the call in progress stands. key: equal for all calls of one site. in_torchs: it is in torch's F.dropout.
-    checkpoint: as of ``checkpoint_role``."""
+    """The place of the current call. key: the same for all calls of one site. line: file and line of the user's code.
+    owner: the module whose method calls. in_torchs: whether the call is inside torch's F.dropout. checkpointed: whether
+    it is inside a checkpoint."""
 
     key: tuple[object, ...]
     line: str
@@ -50,7 +51,7 @@ class _Place(NamedTuple):
 
 
 def _place_of(names: dict[int, str]) -> _Place:
-    """Looks at the stack. names: of the model's modules, by id."""
+    """Finds the place on the stack. names: of the model's modules, by id."""
     line, owner, in_torchs, checkpointed = "", None, False, False
     key: tuple[object, ...] = ()
     frame: FrameType | None = sys._getframe(1)
@@ -86,7 +87,7 @@ class _Recorder(TorchDispatchMode):
         self.fingerprints: dict[str, list[distributed.Fingerprint]] = {}  # one for each call, by the site's name
 
     def record(self, place: _Place, p: float | None, path: str) -> Site:
-        key = place.key if len(place.key) == 1 else (*place.key, p)  # a line may hold two dropouts
+        key = place.key if len(place.key) == 1 else (*place.key, p)  # two dropouts on one line may have different rates
         site = self.sites.setdefault(key, Site(str(place.key[0]), place.line))
         if self.training or not site.train:
             site.times += 1
@@ -130,7 +131,7 @@ class _Recorder(TorchDispatchMode):
                 path = "torch"
             site = self.record(place, p if isinstance(p, float) else None, path)
             if path == OUT_OF_REACH or namespace == "fused_dropout":
-                site.saved = None  # under a mode, such as this one, another path serves, which keeps more
+                site.saved = None  # the recorder is a mode, under which more is saved than without it
             for tensor in (given.get("key"), *(outputs if isinstance(outputs, tuple) else (outputs,))):
                 if isinstance(tensor, Tensor):
                     self.alive.append(tensor)
@@ -157,9 +158,9 @@ class _Recorder(TorchDispatchMode):
                 return function(*args, **kwargs)
             plain = not has_torch_function_unary(input) and is_covered(input)
             takes = fused and plain
-            # Not while the recorder looks on: that is a transform to the fused path, which would save otherwise.
+            # The recorder is a dispatch mode. Under a mode the composition serves, which saves a mask.
             modes = _disable_current_modes() if takes else contextlib.nullcontext()
-            if is_in_backward():  # of a checkpoint, which runs its block again
+            if is_in_backward():  # a checkpoint runs its block again
                 with modes:
                     return function(*args, **kwargs)
             place = _place_of(self.names)
@@ -237,12 +238,11 @@ class _Recorder(TorchDispatchMode):
         attentions = {module: getattr(module, _ATTENTION) for module in (F, fused_dropout)}
         try:
             for (module, name), function in before.items():
-                function = function.func if isinstance(function, Replacement) else function
+                function = unpatched(function)
                 ours = (getattr(function, "__module__", None) or "").startswith("fused_dropout")
                 setattr(module, name, self.watched(name, function, ours))
             for module, function in attentions.items():
-                function = function.func if isinstance(function, Replacement) else function
-                setattr(module, _ATTENTION, self.watched_attention(function))
+                setattr(module, _ATTENTION, self.watched_attention(unpatched(function)))
             yield
         finally:
             for module, function in attentions.items():
@@ -292,9 +292,9 @@ def _module_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _rows_of_idle(model: nn.Module, sites: dict[tuple[object, ...], Site]) -> None:
-    """Adds the modules that would drop and never did, less those that a fused layer calls as one with its own work."""
-    layers = convert_report(model).layers if "fused_dropout.fusing" in sys.modules else {}
+def _rows_of_idle(model: nn.Module, layers: Collection[str], sites: dict[tuple[object, ...], Site]) -> None:
+    """Adds rows for the modules that could drop and never did. Dropouts inside of fused layers, whose names are given,
+    are left out: the layer drops in their place."""
     for name, module in model.named_modules():
         is_rnn = isinstance(module, nn.RNNBase)
         p = module.dropout * (module.num_layers > 1) if is_rnn else getattr(module, "p", 0)
@@ -370,18 +370,18 @@ def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: An
             grad = torch.set_grad_enabled(training or not isinstance(model, nn.Module))
             with recorder.watching(), recorder, hooks, grad, torch.compiler.set_stance("force_eager"):
                 model(*args, **named)
-    _rows_of_idle(module, recorder.sites)
+    report = convert_report(module)
+    _rows_of_idle(module, report.layers, recorder.sites)
     for mesh in recorder.meshes:
         for dim, names in distributed.one_mask_for_shards(mesh, recorder.fingerprints).items():
             for site in recorder.sites.values():
                 site.shares_mask += (dim,) * (str(site) in names)
-    swappable = convert_report(module).torch
     for site in recorder.sites.values():
         own = site.path.startswith("own code")
         if own and not site.saved:
             site.saved = None  # a mask made from what was drawn is not known as one
         if not site.fused:
             site.torch_saved = site.saved or 0
-        if site.module in swappable and (own or site.reached_by):
+        if site.module in report.torch and (own or site.reached_by):
             site.reached_by = ("convert", *site.reached_by)
     return AuditReport(tuple(recorder.sites.values()), evaluated)

@@ -81,7 +81,7 @@ class AuditReport:
 
     @property
     def summary(self) -> str:
-        """How many sites are fused, and the bytes kept for backward: torch's dropout's, and what there are."""
+        """How many sites are fused, and the bytes kept for backward: by torch's dropout, and now."""
         sites = [site for site in self.sites if site.drops]
         if not sites:
             return "nothing dropped"

@@ -58,8 +58,8 @@ class BackendInfo(NamedTuple):
 
 
 def how_to_improve(**settings: str) -> str | None:
-    """The command that would give what is missing here, with these environment variables; or what to do, where the
-    sources are not known."""
+    """The command that installs what is missing, or a sentence if the sources are not known. settings: environment
+    variables for the command."""
     if not native.missing:
         return None
     if native.backend == "reference":
@@ -83,7 +83,7 @@ def how_to_improve(**settings: str) -> str | None:
 
 
 def _compiler_to_get() -> str:
-    """What to do about the C++ compiler; empty if the one that is there will do. toolchain.py has the words of why."""
+    """Which C++ compiler to install; empty if there is one that works. It reads the reason that toolchain.py wrote."""
     why = native.built().get("left_out", {}).get("_C", "")
     if variable := re.match("no working C\\+\\+ compiler: (CXX|CC) is ", why):
         return f"{variable[1]} unset or naming a working C++ compiler (apt-get install g++)"
@@ -93,8 +93,7 @@ def _compiler_to_get() -> str:
 
 
 def _sources() -> str | None:
-    """The sources that this package was installed from, and the options to install them again, as pip takes them. None
-    if only the user knows where they are."""
+    """pip's arguments that install this package again from its sources; None if it is not known where these are."""
     again = "--force-reinstall --no-deps --no-cache-dir"
     try:
         origin = json.loads(metadata.distribution("fused-dropout").read_text("direct_url.json") or "{}")

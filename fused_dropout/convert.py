@@ -20,8 +20,8 @@ from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY, Replacement
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_RATES = ("p", "drop_prob", "dropout", "drop_rate", "rate")  # attributes that hold a rate, here and in other libraries
-_warned: WeakSet[nn.Module] = WeakSet()  # modules that a warning of convert was about
+_RATES = ("p", "drop_prob", "dropout", "drop_rate", "rate")  # attributes with a drop rate, in torch and other libraries
+_warned: WeakSet[nn.Module] = WeakSet()  # modules that convert has warned of
 
 
 def _to_fused() -> dict[type, type]:
@@ -75,14 +75,14 @@ def _is_replaced(module: nn.Module) -> bool:
 
 def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | None:
     """Why a module that may be taken for dropout is not swapped; None if nobody would take it for that."""
-    kind = type(module).__name__
+    kind, known = type(module).__name__, {*table, *table.values(), PairedDropout}
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
     if type(module).__module__.startswith("torch.ao.nn.quantized"):
-        return None  # it hands its input on
+        return None  # it returns its input
     if type(module) in table and "qconfig" in vars(module):
         return f"{kind} that is prepared for quantization"
-    if type(module) in table or type(module) in _to_originals():
+    if type(module) in known:
         return f"{kind} whose forward was replaced on the instance" if _is_replaced(module) else None
     if isinstance(module, tuple(table)):
         base = next(base for base in type(module).__mro__ if base in table)
@@ -96,14 +96,14 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
         return f"{kind}: drops nothing" if "drop" in name.lower() else None
     looks_like_dropout = any(word in kind.lower() for word in ("dropout", "droppath", "dropblock", "stochasticdepth"))
     is_ours = type(module).__module__.startswith("fused_dropout.")
-    holds_dropout = any(type(child) in table or type(child) in _to_originals() for child in module.children())
+    holds_dropout = any(type(child) in known for child in module.children())
     if looks_like_dropout and not is_ours and not holds_dropout:
         return f"{type(module).__module__}.{kind}, not torch's"
     return None
 
 
 def _calls_torch(module: nn.Module, table: dict[type, type]) -> bool:
-    """Whether it is multi-head attention, or has the forward of a class of the table that is torch's."""
+    """Whether its dropout calls torch.nn.functional: multi-head attention, and subclasses with torch's forward."""
     kind = type(module)
     return isinstance(module, nn.MultiheadAttention) or any(
         kind.forward is known.forward for known in table if issubclass(known, nn.modules.dropout._DropoutNd)
@@ -111,7 +111,7 @@ def _calls_torch(module: nn.Module, table: dict[type, type]) -> bool:
 
 
 def _drops(module: nn.Module, table: dict[type, type]) -> bool:
-    """Whether a module that is left alone drops by torch's code, as far as its attributes tell."""
+    """Whether a module that is left alone drops, judged by its drop rate, without the fused path."""
     if isinstance(F.dropout, Replacement) and _calls_torch(module, table):
         return False  # fd.patch() is on
     rate = next((rate for name in _RATES if isinstance(rate := getattr(module, name, None), int | float)), 0)
@@ -134,7 +134,7 @@ def _swap(model: nn.Module, table: dict[type, type]) -> int:
 
 
 def _log(model: nn.Module, swapped: int, fused: int) -> None:
-    """One line about a conversion: a warning if a module that drops was left alone and no warning was about it yet."""
+    """Logs one line about a conversion: a warning if a module that drops was left alone for the first time."""
     import logging
 
     table, left = _to_fused(), list[tuple[str, nn.Module]]()
@@ -265,7 +265,8 @@ def convert(
     if dry_run:
         print(convert_report(model))
         return model
-    before = sum(type(module) in _to_originals() for module in model.modules())
+    originals = _to_originals()
+    before = sum(type(module) in originals for module in model.modules())
     swapped = _swap(model, _to_fused())
     if fuse:
         from . import fusing

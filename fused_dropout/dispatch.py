@@ -45,7 +45,7 @@ def drop(
     scale: float | None = None,
     start: int = 0,
 ) -> Tensor | None:
-    """Dropout in training, 0 < p <= 1, with arguments that ``arguments.py`` has checked.
+    """Dropout in training, with 0 < p <= 1. ``arguments.py`` has checked the arguments.
 
     index_strides, scale, start: as in the operator. Returns None if torch's own dropout has to serve.
 

@@ -145,7 +145,8 @@ def _channelwise(
 
 
 def _lead_strides(lead: int, shape: Sequence[int]) -> list[int]:
-    """Row-major index strides of the first dimensions, one or two, for a mask that is broadcast over the others."""
+    """Index strides of a mask with one draw for each index of the first ``lead`` dimensions, one or two: row-major for
+    these, 0 for the others."""
     return [shape[1] if lead == 2 else 1, 1][:lead] + [0] * (len(shape) - lead)
 
 

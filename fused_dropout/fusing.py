@@ -87,7 +87,7 @@ class FusedLayer(nn.Module):
     _fused_dropout_rewritten: Rewritten
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # as in Keyed
+        if name == "qconfig":  # torch quantizes the module now: see modules.Keyed
             unfuse(self)
         nn.Module.__setattr__(self, name, value)
 

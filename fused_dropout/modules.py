@@ -30,6 +30,7 @@ def is_leaf(module: nn.Module, proxy: Proxy) -> bool:
 
 
 def recorded(module: nn.Module, proxy: Proxy) -> Any:
+    """Records a call of this module on the proxy in the FX graph."""
     tracer: Any = proxy.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy,), {})
 
@@ -50,7 +51,7 @@ class Keyed(nn.Module):
             self.key = key
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # torch's quantization prepares the module, and its tables know torch's classes alone
+        if name == "qconfig":  # torch quantizes the module now, and its tables have torch's own classes only
             from .convert import revert
 
             revert(self)

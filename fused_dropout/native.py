@@ -29,7 +29,7 @@ _OLDEST_FOR_THE_REFERENCE = (2, 8)  # as in pyproject.toml
 
 
 def _setting(name: str, **older: str) -> str:
-    """The value of an environment variable; "auto" if it is unset or empty. older: other words for a value."""
+    """The value of an environment variable; "auto" if it is unset or empty. older: former values, by name."""
     value = os.environ.get(name) or "auto"
     value = older.get(value, value)
     if value not in _SETTINGS[name]:
@@ -60,7 +60,7 @@ def _record() -> tuple[dict[str, Any], str]:
 
 
 def _is_record(found: Any) -> bool:
-    """Whether this holds all that setup.py writes, as strings of one line each."""
+    """Whether this has the fields and types that setup.py writes, and each text is one line."""
     if not isinstance(found, dict):
         return False
     names, left_out = found.get("built"), found.get("left_out")
@@ -125,9 +125,10 @@ def _driver() -> int:
 
 
 def _why_no_file(name: str) -> str:
-    if why := built().get("left_out", {}).get(name):
+    record = built()
+    if why := record.get("left_out", {}).get(name):
         return f"not built: {why}"
-    if name not in built().get("built", []):
+    if name not in record.get("built", []):
         return "not built"
     if others := sorted(file.name for file in _FOLDER.glob(f"{name}.*.so")):
         return f"not built for this Python: {others[0]} is for another one"

@@ -68,7 +68,7 @@ class PairedLinear(nn.Linear):
     """``nn.Linear`` that drops what a ``PairedDropout`` handed on."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # as in Keyed
+        if name == "qconfig":  # torch quantizes the module now: see modules.Keyed
             self.__class__ = nn.Linear  # type: ignore[assignment]
         nn.Module.__setattr__(self, name, value)
 

@@ -32,10 +32,11 @@ _FUSED: dict[str, Callable[..., Tensor]] = {"dropout": functional.dropout} | {
 
 
 class Replacement(partial):
-    """A function that stands at a name of torch's, and is pickled as what stands there when it is loaded.
+    """A fused function under a name of torch's, such as ``torch.nn.functional.dropout``.
 
-    A plain function would be pickled as an import of this package, and not at all once torch's own is back. Dynamo and
-    ``inspect`` know ``functools.partial``.
+    It is pickled by that name, so that loading it gives the function that has the name then. A plain function would be
+    pickled by the name of this package, and could not be pickled at all after ``unpatch()``. It is a
+    ``functools.partial``, since Dynamo and ``inspect`` handle those.
     """
 
     _place: str
@@ -56,6 +57,11 @@ class Replacement(partial):
         return self
 
 
+def unpatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that a replacement calls; any other function itself."""
+    return function.func if isinstance(function, Replacement) else function
+
+
 _lock = threading.Lock()
 _on = False  # between patch() and unpatch()
 _depth = 0  # of patched(), over all threads
@@ -67,7 +73,7 @@ def _alias(name: str, fused: Callable[..., Tensor] | dict[int, Callable[..., Ten
     original, inplace = getattr(torch, name), name.endswith("_")
 
     def alias(input: Tensor, p: float, train: bool) -> Tensor:
-        # A wrong p or train raises in torch's words, which are not F.dropout's.
+        # torch.dropout and F.dropout word their errors differently, so torch's function raises them.
         if not isinstance(input, Tensor) or has_torch_function_unary(input) or why_refused(p, train):
             return original(input, p, train)
         function = fused.get(input.dim()) if isinstance(fused, dict) else fused

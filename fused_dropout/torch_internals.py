@@ -142,26 +142,27 @@ def apply_without_functorch(function: type[torch.autograd.Function]) -> Any:
 
 
 def script_as(replacement: Any, original: Any) -> None:
-    """Lets torch.jit.script compile ``original`` where it meets ``replacement``. Scripting is deprecated: without these
-    names it refuses to compile what calls a patched function."""
+    """Lets torch.jit.script compile ``original`` in place of ``replacement``. Scripting is deprecated. Without these
+    names it cannot compile code that calls a patched function."""
     with suppress(AttributeError):
         operator = torch.jit._builtins._find_builtin(original)
         if operator is not None:
             torch.jit._builtins._register_builtin(replacement, operator)
             return
-        # What scripts a function with a boolean flag in two forms, here with one form and a flag that nobody passes.
+        # TorchScript compiles one of two functions here, by the value of a flag. Both are the original, and the flag is
+        # an argument that no call has.
         either = {"if_true": original, "if_false": original, "index": 99, "arg_name": "", "default": False}
         torch._jit_internal.boolean_dispatched[replacement] = either | {"func_name": original.__name__}
 
 
 def runs_checkpoint(code: CodeType) -> bool:
-    """Whether a frame with this code runs a block for torch.utils.checkpoint. Functions of other names than these are
-    not known as such, and audit shows 0 B for what is checkpointed."""
+    """Whether this code is the function of torch.utils.checkpoint that runs a block. If torch renames it, audit shows
+    0 B in place of "checkpointed"."""
     return code.co_filename.endswith(_CHECKPOINT) and code.co_name in ("checkpoint", "forward")
 
 
 def is_in_backward() -> bool:
-    """Whether autograd's engine runs, in this thread. Without the name the first audit raises AttributeError."""
+    """Whether this thread runs a backward pass. Without the name the first audit raises AttributeError."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from operator import index
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arguments import as_size
 from .reference import order_by_stride
 
 # The positions that a part holds along one dimension of the global tensor, in the order in which it holds them. Each
@@ -34,8 +34,8 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
     """
     try:
         whole, offsets = shard
-        whole = tuple(map(_integer, whole))
-        beginnings = [tuple(map(_integer, own)) if isinstance(own, Sequence) else (_integer(own),) for own in offsets]
+        whole = tuple(map(as_size, whole))
+        beginnings = [tuple(map(as_size, own)) if isinstance(own, Sequence) else (as_size(own),) for own in offsets]
     except (TypeError, ValueError):
         raise TypeError(
             f"shard has to be (global_shape, offsets), each with an entry a dimension, but is {shard}"
@@ -58,11 +58,6 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
             raise ValueError(f"shard: runs of {count} at {own} overlap in dimension {d}")
         runs.append(joined([(first, count) for first in own]) if count else [])
     return Part(whole, runs)
-
-
-def _integer(n: int) -> int:
-    """n as an integer. A compiler's count stays symbolic: ``index`` would make it a constant."""
-    return n if isinstance(n, int) else index(n)
 
 
 def chunk(runs: Runs, n: int, rank: int) -> Runs:

@@ -1,4 +1,4 @@
-"""Wrong arguments: what torch refuses is refused, with an error of torch's class, in one line that names the value."""
+"""Wrong arguments: we refuse what torch refuses. The error has torch's class, and names the value in one line."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ FAMILY = ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "fe
 X = torch.ones(2, 3, 4)
 KEY = fd.key(1)
 SQUARE = torch.ones(1, 2, 4, 4)
-# Each of our functions, with p and training.
+# Calls of our functions with p and training.
 CALLS = {name: lambda p, training, name=name, **more: getattr(fd, name)(X, p, training, **more) for name in FAMILY} | {
     "drop_path": lambda p, training, **more: fd.drop_path(X, p, training, **more),
     "dropout_add": lambda p, training, **more: fd.dropout_add(X, X, p, training, **more),
@@ -24,7 +24,7 @@ WRONG_P += [torch.tensor(0.25, requires_grad=True), torch.tensor([0.25]), torch.
 WRONG_TRAINING = [None, 0, 1, "yes", np.bool_(True), torch.tensor(True)]
 
 
-# torch comments on the number of dimensions.
+# torch warns of the number of dimensions.
 pytestmark = pytest.mark.filterwarnings("ignore:dropout[23]d")
 
 
@@ -47,7 +47,7 @@ def error_of(call, *args, **kwargs):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("p", WRONG_P, ids=repr)
 def test_p(p, training):
-    # torch finds fault with two numbers for p in a comparison, whatever they are.
+    # torch refuses a p of several numbers when it compares them, with another class of error.
     theirs = {TypeError} if isinstance(p, torch.Tensor) and p.numel() > 1 else set()
     for name in FAMILY:
         wanted = theirs or {error_of(getattr(F, name), X, p, training)[0]}
@@ -74,7 +74,7 @@ def test_training(p, training):
         assert error_of(getattr(F, name), X, p, training)[0] is TypeError
         with fd.patched():
             assert error_of(getattr(F, name), X, p, training) == wanted
-            # By the short form in torch's own words.
+            # The short form raises torch's own error.
             short = torch.dropout if name[-1] == "d" else getattr(torch, name)
             assert error_of(short, X, p, training)[0] is TypeError
 
@@ -133,7 +133,7 @@ def test_key(bad, error, message):
     kind, text = error_of(fd.keep_mask, (3,), 0.5, bad)
     assert kind is error
     assert message in text
-    if message != "meta":  # a device is right or wrong only together with an input
+    if message != "meta":  # without an input, any device of a key is right
         for call in (lambda key: fd.Dropout(key=key), lambda key: fd.fold_in(key, 1), fd.split):
             assert error_of(call, bad)[0] is error
 

@@ -255,7 +255,7 @@ def test_nothing_is_left_behind(patched):
 
 
 class Changes(nn.Module):
-    """Changes all that audit puts back, and fails in the given mode."""
+    """Changes everything that audit restores, and raises in the given mode."""
 
     def __init__(self, fails_in=None):
         super().__init__()
@@ -323,7 +323,7 @@ def test_compiled_model():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("way", ["torch", "converted"])
 def test_checkpoint(reentrant, way):
-    """What is kept is the input of the block, not a mask; recomputation is no further call."""
+    """A checkpoint keeps the input of the block, and no mask. Recomputation does not count as a call."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -379,7 +379,7 @@ def test_a_function_in_place_of_the_model():
         assert report.advice.startswith("next: fd.convert(model) would fuse 1")
     assert rows(fd.audit(step, X, of=model)) == [("(function)", True, False), *names]
     assert not model.training
-    # Nothing tells of which module step is, so that its flags are left as they are.
+    # audit cannot know the module of a plain function, so it leaves the flags alone.
     assert not fd.audit(step, X).sites
     report = fd.audit(lambda x: F.dropout(x, 0.3), X)
     assert rows(report) == [("(function)", True, False)]
@@ -457,7 +457,7 @@ def test_first_and_last_line(fused):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_torchs_dropout(name, shape, dtype):
-    """What the report says of a fused site is what torch's module keeps."""
+    """``torch_saved`` of a fused site is what torch's module saves."""
     model, x = nn.Sequential(getattr(nn, name)(0.2)), torch.ones(shape, dtype=dtype, requires_grad=True)
     (before,), (after,) = fd.audit(model, x).sites, fd.audit(fd.convert(model), x).sites
     assert before.saved == before.torch_saved == after.torch_saved > 0
@@ -466,7 +466,7 @@ def test_bytes_of_torchs_dropout(name, shape, dtype):
 
 
 def test_bytes_of_dropout_and_its_neighbours(fused):
-    """Besides their inputs and results, dropout_add and dropout_linear keep a key, and relu_dropout keeps nothing."""
+    """dropout_add and dropout_linear save a key besides their inputs and results, and relu_dropout saves nothing."""
     model = nn.Sequential(fd.ReLUDropout(0.1), fd.DropoutLinear(8, 8, p=0.1))
     model.add = fd.DropoutAdd(0.1)
     model.forward = lambda x: model.add(model[1](model[0](x)), x)

@@ -102,7 +102,7 @@ RECORD = speed.Comparison("cpu", "float32", 2**10, "forward", P, 2.0, 1.0, 2.0, 
 
 @pytest.fixture
 def one_record(tmp_path, monkeypatch):
-    """In a folder of its own, nothing but RECORD is measured."""
+    """Replaces all measurements by RECORD, in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "plan", lambda *_: [command.Task("speed", "a task", lambda: [RECORD])])
     return tmp_path
@@ -146,7 +146,7 @@ def test_busy_machine(share, warned, one_record, monkeypatch, capsys):
 
 
 def test_share_of_the_cpu():
-    """More busy threads than cores cannot all get what they ask for."""
+    """With more busy threads than cores, the share falls below 1."""
     assert 0 < environment.cpu_share(4 * os.cpu_count()) < 0.5
 
 
@@ -163,7 +163,7 @@ def test_refusals(arguments, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("with_tqdm", [True, False])
 def test_progress(with_tqdm, monkeypatch, capsys):
-    """A bar on a terminal; without tqdm, lines. Nothing on standard output."""
+    """A bar on a terminal, and lines without tqdm. Both leave standard output alone."""
     if with_tqdm:
         pytest.importorskip("tqdm")
     else:

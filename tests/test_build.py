@@ -75,7 +75,7 @@ def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
 
 
 def test_document_of_environment_variables():
-    """It has each variable that the sources read, no other of ours, and the values that are allowed."""
+    """It lists all variables that the sources read, with their allowed values, and no others of ours."""
     rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", (ROOT / "docs/environment.md").read_text(), re.M)
     documented = {name: values for names, values in rows for name in re.findall(r"`([A-Z_]+)`", names)}
     folders = [ROOT / name for name in ("build_backend", "csrc", "fused_dropout", "benchmarks")]
@@ -94,7 +94,7 @@ def test_document_of_environment_variables():
 
 
 def test_make_in_an_environment_whose_path_has_a_space(tmp_path):
-    """Each command quotes it, and no name of a target or a prerequisite is cut there."""
+    """All commands quote the path, and no target or prerequisite ends at the space."""
     if not shutil.which("make") or not Path(sys.prefix, "bin/python").exists():
         pytest.skip("no make, or no environment")
     active = tmp_path / "my env"

@@ -11,7 +11,7 @@ from fused_dropout.__main__ import COMMANDS, main
 
 
 def ended(capsys, *arguments):
-    """Exit status, standard output and standard error of a command line that argparse ends."""
+    """Exit status, standard output and standard error, if argparse ends the process."""
     with pytest.raises(SystemExit) as ending:
         main(arguments)
     return ending.value.code, *capsys.readouterr()

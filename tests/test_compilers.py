@@ -1,4 +1,4 @@
-"""What a build without a compiler for our sources says, and what the import of its result says then.
+"""Builds whose compiler cannot compile our sources: what the build reports, and what the import warns of.
 
 ``setup.py`` runs as pip runs it, with stand-ins for the compiler. None of these builds compiles anything of ours.
 """
@@ -35,7 +35,7 @@ def has_no_setuptools(done):
 
 
 def build(into, **settings):
-    """The reason for which the CPU kernels were left out."""
+    """Why the build left out the CPU kernels."""
     cleared = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "VERBOSE")}
     environment = cleared | {"FUSED_DROPOUT_BUILD": "", **settings}
     command = [sys.executable, "setup.py", "build", "--build-lib", into]
@@ -85,7 +85,7 @@ def test_no_working_compiler(forks, tmp_path, settings, why, better):
     [(ASKED, "csrc/mask.h:7:1: error: no GNU extensions"), ("", "csrc/philox.h:3:1: warning: an unused error")],
 )
 def test_compiler_that_does_not_take_our_sources(forks, tmp_path, says, why):
-    """The first error it gives is the reason, or the last line where there is none."""
+    """The reason is the compiler's first error, or its last line if there is no error."""
     compiler = tmp_path / "compiler"
     compiler.write_text(REFUSES_OURS.format(says=says))
     compiler.chmod(0o755)
@@ -97,7 +97,7 @@ def test_compiler_that_does_not_take_our_sources(forks, tmp_path, says, why):
 
 
 def test_first_error():
-    """Of other compilers and languages; without one, a C compiler that does not work is the reason."""
+    """Errors of several compilers. Without an error line, the reason is a C compiler that does not work."""
     messages = {
         "a.cu(12): error: no\n": "a.cu(12): error: no",
         "\x1b[01ma.cpp:1:2:\x1b[K \x1b[31mfatal error: \x1b[Kno\tsuch file\n": "a.cpp:1:2: fatal error: no such file",

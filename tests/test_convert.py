@@ -198,7 +198,7 @@ def test_dry_run(capsys):
 
 
 def said(caplog, model):
-    """The one line that a conversion logs, and its level."""
+    """Level and text of the only line that a conversion logs."""
     caplog.clear()
     with caplog.at_level("INFO", "fused_dropout"):
         fd.convert(model)
@@ -214,7 +214,7 @@ def test_log_where_all_is_well(caplog, capfd):
 
 
 def test_log_of_what_is_left(caplog):
-    """A warning for each module that drops, when it is first left alone."""
+    """Each module that drops and is left alone is warned of once."""
     model = nn.Sequential(small(), Mine(0.2), Mine(0.2), nn.LSTM(2, 2, 2, dropout=0.1))
     text = "swapped; 3 that drop were left alone: Mine (1, ...), LSTM (3); print(fd.convert_report(model)) says why"
     assert said(caplog, model) == ("WARNING", f"fd.convert: 2 dropout modules {text}")

@@ -165,7 +165,7 @@ def test_gallery_only_runs_when_told_to():
 
 
 def test_pictures_go_where_git_does_not_look():
-    """Those of the repository are replaced only on request."""
+    """An example replaces the pictures of the repository only if it is told to."""
     root = EXAMPLES.parent
     out = basics.options("", epochs=1, seeds=1).parse_args([]).out
     assert out == root / "build" / "examples"

@@ -253,7 +253,7 @@ def test_nothing_is_written_and_nothing_asked_of_home(outcome, package, tmp_path
     ],
 )
 def test_record_that_cannot_be_used(outcome, package, record):
-    """It counts as none, and ``info`` says so; with the libraries, and without them."""
+    """A damaged record counts as no record, and ``info`` says so, with and without the libraries."""
     (package / "_build.json").write_text(record, encoding="latin-1")
     found = outcome()
     assert found["cpu"] == fd.backend_info().devices["cpu"]
@@ -332,8 +332,8 @@ def test_info_says_what_serves_and_why(capsys, monkeypatch):
     ],
 )
 def test_command_that_rebuilds(monkeypatch, origin, command):
-    """It names where the package came from, and no cache: pip's would give the same library again. Where only the user
-    knows the sources, it is words."""
+    """The command names the sources of the package, and turns pip's cache off, which holds the same library. If the
+    sources are not known, a sentence stands in its place."""
 
     class Distribution:
         @staticmethod

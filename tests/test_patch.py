@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Dropped(torch.utils.data.Dataset):
-    """A data set that holds a function, as an augmentation does."""
+    """A data set with a function as its augmentation."""
 
     def __init__(self, samples, function):
         self.samples, self.function = samples, function
@@ -322,7 +322,7 @@ class TestTypesAndGraphs:
         for dumped in (inside, after):
             assert b"fused_dropout" not in dumped
             assert pickle.loads(dumped) == plain
-        assert copy.deepcopy(fused) == fused  # a copy is no way to undo the patch
+        assert copy.deepcopy(fused) == fused  # copies stay fused functions
 
     def test_pickles_load_without_this_package(self, tmp_path):
         with fd.patched():

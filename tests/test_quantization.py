@@ -1,4 +1,4 @@
-"""Quantization: torch makes of a converted model what it makes of the original, module by module and node by node."""
+"""Quantization: torch gives the same modules and nodes for a converted model as for the original."""
 
 import copy
 
@@ -18,7 +18,7 @@ X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """Each of the family between quantized layers; the 1d and 3d forms see other shapes."""
+    """All kinds of dropout, between layers that torch quantizes."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ FLOWS = [eager_static, eager_dynamic, eager_qat, fx_static, fx_per_type, fx_dyna
 
 
 def described(model):
-    """Names, classes and, for FX, code: all but observers' numbers."""
+    """Names and classes of the modules, and the code of an FX graph, but no values of observers."""
     kinds = [
         (name, type(m).__name__ if "GraphModule" in str(type(m)) else type(m)) for name, m in model.named_modules()
     ]
@@ -108,9 +108,9 @@ def test_as_the_original(flow):
 def test_pairs_and_fused_layers(flow):
     torch.manual_seed(0)
     original = nn.Sequential(nn.Dropout(0.1), nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 8, 0.1))
-    # quantize_dynamic looks at the class of a linear layer before it prepares it.
+    # quantize_dynamic selects linear layers by their class, before it sets qconfig.
     model = fd.convert(copy.deepcopy(original), pair_linears=flow is not eager_dynamic, fuse=True)
-    if flow is not eager_dynamic:  # torch's observers do not take this layer
+    if flow is not eager_dynamic:  # torch's observers do not support this layer
         original, model = original[:2], model[:2]
     for got, want in zip(flow(model), flow(original), strict=True):
         assert described(got) == described(want)
@@ -143,7 +143,7 @@ def test_subclasses_stay():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_export(training):
-    """The graph that PT2E quantization starts from."""
+    """PT2E quantization starts from this graph."""
     torch.manual_seed(0)
     model = Net().train(training)
     want = torch.export.export(model, (X,)).graph_module.code

@@ -277,6 +277,6 @@ def test_in_place_on_memory_that_runs_share(begins):
 
 
 def test_in_place_on_a_part_without_elements():
-    """Its strides may be those of an expanded tensor: nothing is written, as in torch."""
+    """Such a part may have strides of 0. Nothing is written, so nothing is refused, as in torch."""
     x = torch.empty_strided((7, 0, 3), (0, 1, 0))
     assert fd.dropout(x, 0.5, inplace=True, key=KEY, shard=((8, 2, 3), (1, 2, 0))) is x

@@ -1,4 +1,4 @@
-"""A warning names the line of the user's that it is about: none of ours, of torch's or of the import system's."""
+"""A warning names a line of the user's code, not of this package, of torch or of the import system."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from forks import Forks
 from fused_dropout import native
 from fused_dropout.warn import warn
 
-# Programs, and the line that the warning has to name.
+# Programs, and the number of the line that the warning has to name.
 PROGRAMS = {
     "import": ("import os\nimport fused_dropout\n", 2),
     "from": ("from fused_dropout import dropout\n", 1),
@@ -36,7 +36,7 @@ def forks():
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("imported", [False, True])
 def test_warning_at_an_import(forks, tmp_path, program, imported):
-    """The program is run itself, or imported."""
+    """The program runs as a script, or is imported."""
     code, line = PROGRAMS[program]
     (tmp_path / "users.py").write_text(code)
     start = "import users" if imported else f"exec(compile({code!r}, '/users.py', 'exec'), {{'__name__': '__main__'}})"

@@ -72,8 +72,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def execute(tasks: Sequence[Task], report: dict[str, list], threads: int) -> None:
-    """Runs the tasks. One that runs out of memory is noted under "skipped". About once a second, "cpu_shares" gets the
-    share of the CPU time that so many threads get."""
+    """Runs the tasks. One that runs out of memory is noted under "skipped". About once a second,
+    ``cpu_share(threads)`` is added to "cpu_shares"."""
     probed = time.perf_counter()
     for this in progress(tasks, lambda task: task.label):
         if time.perf_counter() - probed > 1:
@@ -106,7 +106,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device not in ("all", *there):
         parser.error(f"there is no {options.device} device")
-    if options.json and not options.json.parent.is_dir():  # said now, not after two minutes
+    if options.json and not options.json.parent.is_dir():  # before two minutes of measuring
         parser.error(f"there is no folder {options.json.parent}")
     if options.json and options.json.is_dir():
         parser.error(f"--json takes a file, and {options.json} is a folder")
@@ -124,7 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [task for device in options.devices for task in plan(device, options.form, 1 / len(options.devices))]
     environment = describe_environment()
     report: dict[str, list] = {kind: [] for kind in (*KINDS, "skipped", "cpu_shares")}
-    threads = torch.get_num_threads() if "cpu" in options.devices else 1  # one launches the GPU's work
+    threads = (
+        torch.get_num_threads() if "cpu" in options.devices else 1
+    )  # a GPU needs one thread, which launches kernels
     report["cpu_shares"] = [cpu_share(threads) for _ in range(5)]
     for line in busy(report["cpu_shares"]):
         print(line, file=sys.stderr, flush=True)

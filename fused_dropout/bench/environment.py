@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, object]:
 
 
 def cpu_share(threads: int) -> float:
-    """The CPU time that so many busy threads get, of the time that they ask for: 1 if no other program wants it.
+    """The share of its run time that a busy thread spends on a CPU, with so many threads: 1 on a free machine.
 
     Takes about 50 ms. The threads hash, since hashlib releases the GIL.
     """

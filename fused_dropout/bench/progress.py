@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Sequence[T], label: str | Callable[[T], str]) -> Iterator[T]:
-    """The items: under tqdm's bar on a terminal; elsewhere, or without tqdm, with a line every ten seconds."""
+    """Yields the items and shows how many are done: by tqdm's bar on a terminal, else by a line every ten seconds."""
     text = (lambda _: label) if isinstance(label, str) else label
     try:
         from tqdm import tqdm

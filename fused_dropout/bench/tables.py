@@ -6,7 +6,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-# On a free machine the share is above 0.98. With one busy program beside two threads on two cores it is 0.6 to 0.7, and
+# A free machine gives a share above 0.98. If another program keeps one of two cores busy, the share is 0.6 to 0.7, and
 # some speed-ups are wrong by a factor of ten.
 TRUSTED_CPU_SHARE = 0.9
 

@@ -129,7 +129,7 @@ def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ all of them
 
 
-# The tests that show a kind of fault, by the beginnings of their names; and what the fault means, the cause first.
+# Kinds of faults, and how the names of the tests begin that find them. The first kind that matches is taken.
 _KINDS = {
     "calls": ("every shift, long", "every shift, short", "every shift, tiny", "collisions"),
     "rate of calls": ("rate by call",),
@@ -143,6 +143,7 @@ _KINDS = {
     "backward": ("backward", "double backward"),
     "idle": ("eval and p = 0",),
 }
+# What each kind means to a user. Causes stand before their consequences.
 _MEANINGS = {
     "rate": "{}",
     "scale": "the scale is wrong: {}",
@@ -182,15 +183,17 @@ class Report:
     def table(self) -> str:
         """All tests, one a line."""
         lines = [f"p = {self.p:g}; alarm at a p-value below {self.alpha:.0e}", HEADER]
-        return "\n".join(lines + [f"{result}{'  <- WRONG' * (result in self.faults)}" for result in self.results])
+        faults = self.faults
+        return "\n".join(lines + [f"{result}{'  <- WRONG' * (result in faults)}" for result in self.results])
 
     def _causes(self) -> dict[str, Result]:
-        """What is wrong in words, the cause first, and for each the result that shows it best."""
+        """What is wrong, in words, and the result with the smallest p-value for each. Causes come first, and their
+        consequences are left out."""
         found: dict[str, Result] = {}
         for result in self.faults:
             kind = next(kind for kind, names in _KINDS.items() if result.test.startswith(names))
             if kind == "calls" and " at shift 0, " in result.detail:
-                kind = "elements"  # of one call
+                kind = "elements"  # the correlation is within one call
             found[kind] = min(found.get(kind, result), result, key=lambda r: r.p_value)
         for kind in self._consequences(found):
             found.pop(kind, None)
@@ -199,18 +202,18 @@ class Report:
     def _consequences(self, found: dict[str, Result]) -> Iterator[str]:
         """The kinds of faults that follow from others."""
         measured = self.p
-        if rate := found.get("rate"):
-            measured += rate.statistic * math.sqrt(self.p * (1 - self.p) / rate.n)
-            yield from ("scale", "backward scale")  # their tests go by the rate that is asked for
+        if off := found.get("rate"):
+            measured += off.statistic * math.sqrt(self.p * (1 - self.p) / off.n)
+            yield from ("scale", "backward scale")  # their tests expect 1 / (1 - p) for the given p
         if "scale" in found or "backward" in found:
             yield "backward scale"
         if not 1e-9 < measured < 1 - 1e-9:  # the mask is constant
             yield from ("calls", "rate of calls", "positions", "elements", "backward at zeros")
         elif "calls" in found or "elements" in found:
-            # The tests of rates take the draws for independent; those of calls, the elements of each.
+            # The tests of rates assume independent draws, and those of calls independent elements.
             yield from ("rate of calls", "backward at zeros")
             if "positions" in found and not any(map(_is_strong, self.faults)):
-                yield from ("calls", "elements")  # a rate for each position correlates all that is at it
+                yield from ("calls", "elements")  # different rates by position correlate calls and elements
             else:
                 yield "positions"
                 yield from ["calls"] * ("elements" in found)

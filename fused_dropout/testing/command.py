@@ -56,7 +56,7 @@ def adapt(target: Any, p: float) -> tuple[Dropping, list[Dropping]]:
 
 
 def _probability(target: Any) -> str | None:
-    """The parameter of a function that is the probability, or None."""
+    """The name of the parameter that holds the probability, or None."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # built in
@@ -65,7 +65,7 @@ def _probability(target: Any) -> str | None:
 
 
 def _probabilities(target: Any) -> list[float]:
-    """The p to test with if none is given; empty if the target has one that is not known."""
+    """The p to test with where the user gives none; empty if the target's own p is not known."""
     if isinstance(target, type) or (not isinstance(target, nn.Module) and _probability(target)):
         return [0.1, 0.5]
     own = next((getattr(target, name) for name in _NAMES if isinstance(getattr(target, name, None), float)), None)

@@ -1,4 +1,4 @@
-"""The tail probabilities and limits against scipy's, and the p-values of free draws."""
+"""Tail probabilities and limits against scipy's, and p-values of independent draws."""
 
 import math
 
