@@ -37,7 +37,7 @@ SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend
 INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
 	| xargs -r $(1) -m pip install -q
 
-.PHONY: help examples bench bench-cpu test test-transforms test-sharded test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-transforms test-sharded test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize docs lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -155,6 +155,11 @@ sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels u
 	build/cpu-kernels-asan --golden tests/mask_v1.txt
 	build/cpu-kernels-tsan --threads
 
+docs: build/docs$(OF_VENV).txt ## the documentation site: build/docs/html, after its examples have run; warnings are errors
+	$(PY) -m sphinx -q -W --keep-going -b doctest docs build/docs/doctest
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs/html
+	@echo "build/docs/html/index.html"
+
 readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
 	$(PY) tools/readme_numbers.py
 
@@ -217,6 +222,9 @@ build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cp
 build/dev$(OF_VENV): $(INSTALLED) pyproject.toml
 	@$(PY) tools/extra.py dev >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
 	@touch $@
+
+build/docs$(OF_VENV).txt: $(INSTALLED) pyproject.toml
+	@$(PY) tools/extra.py docs >$@ && $(PY) -m pip install -q -r $@ || { rm $@; exit 1; }
 
 build/torch-cuda: $(CUDA_PY)
 	$(CUDA_PY) -m pip install -q torch "setuptools>=77" pytest hypothesis numpy

@@ -12,6 +12,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .arguments import check_module
 
+__all__ = ["Prediction", "mc_dropout", "mc_predict"]
+
 
 class Prediction(NamedTuple):
     """mean, std: of the model's output over the passes, each of the output's shape; float32 for 16-bit outputs."""
