@@ -160,8 +160,9 @@ docs: build/docs$(OF_VENV).txt ## the documentation site: build/docs/html, after
 	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs/html
 	@echo "build/docs/html/index.html"
 
-readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
+readme-numbers: $(INSTALLED) ## rewrite the tables of the README and of docs/benchmarks.md, and its plots, from benchmarks/results
 	$(PY) tools/readme_numbers.py
+	$(PY) tools/docs_plots.py
 
 lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
 	$(PY) tools/readme_numbers.py --check

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import fused_dropout
@@ -59,5 +60,14 @@ def link_sources(app: Sphinx, page: str, text: list[str]) -> None:
     text[0] = re.sub(r"\]\(\.\./([^)#]*)(#[^)]*)?\)", replaced, text[0])
 
 
+def mark_examples(app: Sphinx, page: nodes.document) -> None:
+    """Lets sphinx.ext.doctest run the pycon blocks of a page, one after the other. By itself it runs those of
+    docstrings only."""
+    for block in page.findall(nodes.literal_block):
+        if block.get("language") == "pycon":
+            block["testnodetype"], block["groups"] = "doctest", ["default"]
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", link_sources)
+    app.connect("doctree-read", mark_examples)

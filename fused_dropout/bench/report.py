@@ -45,6 +45,11 @@ def _legend_below(figure: Figure, axis: Any) -> None:
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
 
 
+def _ink() -> str:
+    """The colour of text in the theme that is drawn."""
+    return str(matplotlib.rcParams["text.color"])
+
+
 def _error_bars(records: list[Record]) -> list[list[float]]:
     """How far 10th and 90th percentile lie from the ratios, as error bars want it."""
     below = [max(0, r["ratio"] - r["ratio_p10"]) for r in records]
@@ -69,7 +74,7 @@ def plot_time(result: Result, device: str) -> Figure | None:
             axis.loglog(sizes, [r[field] for r in records], color=colour, marker=marker, markersize=4, label=name)
         axis.set_xscale("log", base=2)
         axis.set(title=dtype, xlabel="elements")
-    axes[0].set_ylabel("nanoseconds an element, forward")
+    axes[0].set_ylabel("ns an element, forward")
     for axis in axes[1:]:
         axis.sharey(axes[0])
     _legend_below(figure, axes[0])
@@ -93,9 +98,10 @@ def plot_speedup(result: Result, device: str) -> Figure | None:
             heights = [of[n]["ratio"] for n in there]
             spread = _error_bars([of[n] for n in there])
             places = [sizes.index(n) + (i - 1) * 0.27 for n in there]
-            axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor="#888888", label=dtype)
+            axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor=_ink(), label=dtype)
         axis.axhline(1, color="#888888", linewidth=1)
-        axis.set_xticks(range(len(sizes)), [f"$2^{{{n.bit_length() - 1}}}$" for n in sizes])
+        labelled = range(0, len(sizes), 2)
+        axis.set_xticks(labelled, [f"$2^{{{sizes[i].bit_length() - 1}}}$" for i in labelled])
         axis.set(title=case, xlabel="elements")
     axes[0].set_ylabel("times the speed of nn.Dropout")
     _legend_below(figure, axes[0])
@@ -115,7 +121,7 @@ def plot_memory(result: Result, device: str) -> Figure | None:
             places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, w in enumerate(workloads) if w in of]
             heights = [of[w] / 2**20 for w in workloads if w in of]
             bars = axis.barh(places, heights, 0.75 / len(names), color=COLOURS[name], label=name)
-            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads if w in of], padding=3, fontsize=8)
+            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads if w in of], padding=3, fontsize="small")
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.margins(x=0.25)
@@ -139,7 +145,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
             spread = _error_bars(of)
             places = [workloads.index(r["workload"]) + (i - 1) * 0.28 for r in of]
             axis.barh(
-                places, [r["ratio"] for r in of], 0.26, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name
+                places, [r["ratio"] for r in of], 0.26, color=COLOURS[name], xerr=spread, ecolor=_ink(), label=name
             )
         axis.axvline(1, color=TORCH, linewidth=1.5, label="nn.Dropout")
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
@@ -253,12 +259,13 @@ PLOTS: dict[str, tuple[str, str, Plot]] = {  # heading, how to read it, plot
 }
 
 
-def _draw(plot: Plot, result: Result, device: str, theme: str) -> bytes | None:
+def draw(plot: Plot, result: Result, device: str, theme: str, font_size: int = 9) -> bytes | None:
+    """The plot as a PNG; None if the result has nothing to show in it."""
     background, ink = THEMES[theme]
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colours: dict[Any, Any] = dict.fromkeys(names, ink)
     colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), background)
-    with matplotlib.rc_context({**colours, "font.size": 9, "axes.titlesize": 10}):
+    with matplotlib.rc_context({**colours, "font.size": font_size, "axes.titlesize": font_size + 1}):
         figure = plot(result, device)
         if figure is None:
             return None
@@ -282,7 +289,7 @@ def write_report(result: Result, folder: Path) -> Path:
         page.append(f"<h2>{html.escape(f'{device}: {machine}')}</h2>")
         markdown.append(f"## {device}: {machine}\n")
         for name, (heading, caption, plot) in PLOTS.items():
-            light, dark = (_draw(plot, result, device, theme) for theme in THEMES)
+            light, dark = (draw(plot, result, device, theme) for theme in THEMES)
             if light is None or dark is None:
                 continue
             (folder / f"{device}-{name}.png").write_bytes(light)
