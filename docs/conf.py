@@ -46,7 +46,6 @@ copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = f"fused_dropout {version}"
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
-html_static_path = ["static"]
 
 
 def link_sources(app: Sphinx, page: str, text: list[str]) -> None:

@@ -1,14 +1,14 @@
-"""Draws the plots of docs/benchmarks.md, for light and for dark pages, from the newest benchmarks/results/*.json of
-``python -m fused_dropout bench --full`` on a CPU."""
+"""Draws the plots of docs/benchmarks.md from the newest benchmarks/results/*.json of ``python -m fused_dropout bench
+--full`` on a CPU."""
 
 import json
 from pathlib import Path
 
-from fused_dropout.bench.report import PLOTS, THEMES, draw
+from fused_dropout.bench.report import PLOTS, draw
 
 ROOT = Path(__file__).parent.parent
 SHOWN = ("time", "speedup", "models", "memory")
-FONT_SIZE = 12  # the pages show a plot at about half its width
+FONT_SIZE = 12  # the page shows a plot at about half its width
 
 
 def main():
@@ -16,9 +16,8 @@ def main():
     full = [result for result in results if "model" in result and not result["environment"]["gpus"]]
     newest = max(full, key=lambda result: result["environment"]["date"])
     for name in SHOWN:
-        for theme in THEMES:
-            picture = draw(PLOTS[name][2], newest, "cpu", theme, FONT_SIZE)
-            (ROOT / "docs" / "pictures" / f"{name}-{theme}.png").write_bytes(picture)
+        picture = draw(PLOTS[name][2], newest, "cpu", "light", FONT_SIZE)
+        (ROOT / "docs" / "pictures" / f"{name}.png").write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def tables(kind):
         "the CPU kernels": [cpu_table(result) for result in results if "rows" in result],
         "models": [models_table(result) for result in results if "model" in result],
     }
-    return "\n\n".join(kinds[kind] if kind else sum(kinds.values(), []))
+    return "\n\n".join(kinds[kind] if kind else (table for tables in kinds.values() for table in tables))
 
 
 def main():
