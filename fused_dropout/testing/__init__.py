@@ -10,7 +10,8 @@ backward, is compared element by element, never by statistics. ``python -m fused
 command line.
 """
 
-from .callables import Report, check, draws_nothing, same_mask, same_mask_in_backward, sample
+from .callables import check, draws_nothing, same_mask, same_mask_in_backward, sample
+from .report import Report
 from .statistics import (
     ALPHA,
     Result,
