@@ -34,10 +34,11 @@ Dropping = Callable[[Tensor], Tensor]
 
 
 def same_mask_in_backward(fn: Dropping, x: Tensor, alpha: float = ALPHA) -> Iterator[Result]:
-    """Backward zeroes the gradients of what forward zeroed, and of nothing else: in plain backward with another call
-    between, checkpointed, where x is 0, which hides the mask from who looks for it in y, and in double backward.
+    """Backward zeroes the gradients of the elements that forward zeroed, and no others.
 
-    x: any values but 0; ``fn`` has to be differentiable. Raises what ``fn`` raises, double backward last.
+    This is tested after another call in between, with a checkpoint, in double backward, and where x is 0: there a
+    backward that reads its mask from y would go wrong. x must not contain zeros. ``fn`` has to be differentiable; its
+    errors are passed on. Double backward comes last.
     """
     gradient, detail = torch.rand_like(x) + 1, "have one mask in forward and another in backward"
     x = x.detach().requires_grad_()
@@ -53,11 +54,11 @@ def same_mask_in_backward(fn: Dropping, x: Tensor, alpha: float = ALPHA) -> Iter
 
 
 def _mask_at_zeros(fn: Dropping, x: Tensor, drop_rate: float, alpha: float) -> Result:
-    """Where x is 0 the gradients have the rate that the outputs have elsewhere."""
+    """Where x is 0, gradients are zeroed at the rate at which outputs are zeroed elsewhere."""
     zeros, n = torch.zeros_like(x, requires_grad=True), x.numel()
     (grad,) = torch.autograd.grad(fn(zeros * 1), zeros, torch.ones_like(x))
     result = rate(grad != 0, min(max(drop_rate, 1 / n), 1 - 1 / n), alpha)
-    # Two samples, not one against a known rate: twice the variance.
+    # Two samples are compared, not a sample with a known rate, which doubles the variance.
     z, smallest = result.statistic / math.sqrt(2), result.smallest * math.sqrt(2)
     detail = f"where x is 0, {1 - (grad != 0).double().mean().item():.4g} of the gradients are"
     p_value = normal_p_value(z)
@@ -112,8 +113,10 @@ def _fault(test: str, detail: str) -> Result:
 
 
 def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
-    """One seed of torch's default generator gives one mask: at a second call, for a tensor of another alignment, one
-    element longer, of another dtype. x: of one dimension. A dropout that promises less may differ in the last three."""
+    """One seed of torch's default generator gives one mask: in a second call, for a tensor of another alignment, for one
+    with one element more and for another dtype. x has one dimension. A dropout may differ in the last three, unless it
+    promises more than torch's.
+    """
 
     def seeded(input: Tensor) -> Tensor:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if x.is_cuda else ()):
@@ -130,7 +133,7 @@ def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
 
 
 def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
-    """What is good to know and no fault: what becomes of a dropped NaN, and what the mask of one seed depends on."""
+    """Facts that are no faults: what becomes of a dropped NaN, and what the mask of one seed depends on."""
     try:
         selects = all(bool((fn(torch.full_like(x, value)) == 0).any()) for value in (math.nan, math.inf))
         yield f"a dropped NaN or inf becomes {'0' if selects else 'NaN'}"
@@ -181,13 +184,13 @@ def check(
             in place. It has to draw anew at each call; each call is meant to be independent of the others.
         p: the drop probability that ``fn`` is meant to have, 0.01 to 0.99.
         evaluation: the same dropout in evaluation, which has to return the values of its input. Not tested by default.
-        p_zero: the same dropout with p = 0, which has to do so too. If one of these two moves a generator, a note says
-            so; it is no fault.
+        p_zero: the same dropout with p = 0, which has to return the values of its input too. If one of these two moves
+            a generator, a note says so; it is no fault.
         dtype, device: of the tensors that ``fn`` is given.
-        n: elements of a long call, a power of two, 2^18 at least. Four of these are sampled, n / 2^10 short calls of
-            1023 elements and n / 2^4 of 64: at 2^22 it takes some ten seconds.
-        seconds: for the sampling, about: a ``fn`` that is slower is called less often.
-        family: probability of any alarm at all on a faultless ``fn``.
+        n: elements of a long call: a power of two, at least 2^18. Four long calls are sampled, n / 2^10 short calls of
+            1023 elements and n / 2^4 tiny calls of 64. With 2^22 it takes about ten seconds.
+        seconds: time for the sampling, about. A slow ``fn`` is called less often.
+        family: probability of at least one false alarm in all tests together.
 
     Returns:
         A Report; ``report.faults`` is empty if nothing is wrong. A result of another shape, dtype or device, with NaN
@@ -216,7 +219,7 @@ def check(
     for test in _independence(long, short, tiny, alpha):
         try:
             results.append(test())
-        except ValueError as error:  # too few draws for it, or a constant mask, at which the tests above alarm
+        except ValueError as error:  # too few draws, or a constant mask, which the tests above report
             left_out[str(error)] = left_out.get(str(error), 0) + 1
     remarks += [f"tests of independence left out: {count}, since {why}" for why, count in left_out.items()]
     for name, idle in (("evaluation", evaluation), ("p = 0", p_zero)):
@@ -261,7 +264,7 @@ def check_settings(p: float, n: int) -> None:
 
 
 def _independence(long: Tensor, short: Tensor, tiny: Tensor, alpha: float) -> Iterator[Callable[[], Result]]:
-    """The tests that need masks of both kinds of elements, and enough of them."""
+    """The tests that need enough draws, with both kept and dropped elements."""
     yield partial(autocorrelation, long[0].flatten(), "every lag of a call, flat", alpha)
     yield partial(autocorrelation, long[1], "every shift, all dimensions", alpha)
     for later in range(1, len(long)):

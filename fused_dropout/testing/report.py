@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .statistics import HEADER, Result
 
-# Kinds of faults, and how the names of the tests begin that find them. The first kind that matches is taken.
+# Kinds of faults, and the first words of the names of the tests that find them. The first kind that matches is used.
 _KINDS = {
     "output": ("output",),
     "gradient": ("gradient",),
@@ -23,7 +23,7 @@ _KINDS = {
     "evaluation": ("evaluation",),
     "p = 0": ("p = 0",),
 }
-# What each kind means to a user. Causes stand before their consequences.
+# The words for each kind in the verdict. Causes stand before their consequences.
 _MEANINGS = {
     "output": "{}",
     "rate": "{}",
@@ -45,8 +45,11 @@ _ROWS = 5  # of faults in a report
 
 @dataclass(frozen=True)
 class Report:
-    """What ``check`` found: ``results`` of all tests, those that are ``faults`` at the level ``alpha`` of each, and
-    ``notes``. ``str()`` gives the verdict, up to five faults and the notes; ``table`` has all tests."""
+    """What ``check`` found.
+
+    ``results`` holds all tests, ``faults`` those with a p-value below ``alpha``, ``notes`` what is no fault. ``str()``
+    gives the verdict, up to five faults and the notes. ``table`` has all tests.
+    """
 
     p: float
     alpha: float
@@ -123,5 +126,5 @@ def described(error: BaseException) -> str:
 
 
 def _is_strong(result: Result) -> bool:
-    """Whether it found a correlation near 1."""
+    """Whether the test found a correlation near 1."""
     return result.test.startswith(("every shift", "every lag")) and abs(result.statistic) > 0.5 * math.sqrt(result.n)
