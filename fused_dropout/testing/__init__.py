@@ -6,7 +6,7 @@
 
 ``check`` samples masks and runs all tests on them. The tests in ``statistics`` take masks and can be used alone. The
 tests in ``callables`` take the callable. What must hold exactly, such as the same mask in forward and backward, is
-compared element by element and not by statistics. ``python -m fused_dropout check`` runs ``check`` from the command line.
+compared element by element and not by statistics. On the command line it is ``python -m fused_dropout check``.
 """
 
 from .callables import check, draws_nothing, same_mask, same_mask_in_backward, sample

@@ -113,8 +113,8 @@ def _fault(test: str, detail: str) -> Result:
 
 
 def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
-    """One seed of torch's default generator gives one mask: in a second call, for a tensor of another alignment, for one
-    with one element more and for another dtype. x has one dimension. A dropout may differ in the last three, unless it
+    """One seed of torch's default generator gives one mask: in a second call, for a tensor of another alignment, with
+    one element more, and of another dtype. x has one dimension. A dropout may differ in the last three, unless it
     promises more than torch's.
     """
 

@@ -126,7 +126,7 @@ def dispersion(
         test: the name of the result.
         counts: number of kept elements of each class.
         trials: number of elements of each class, or of every class.
-        kept_rate: the expected rate. By default it is the rate of all classes together, which costs a degree of freedom.
+        kept_rate: the expected rate. By default the rate of all classes together, which costs a degree of freedom.
         alpha: level of the test.
     """
     counts, trials = counts.double().flatten(), torch.as_tensor(trials, device=counts.device).double()
