@@ -164,12 +164,14 @@ readme-numbers: $(INSTALLED) ## rewrite the tables of the README and of docs/ben
 	$(PY) tools/readme_numbers.py
 	$(PY) tools/docs_plots.py
 
-lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
+lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, actionlint, and whether the README's numbers are those of benchmarks/results
 	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	"$(VENV)/bin/clang-format" --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 	$(PY) -m mypy
+	@# Without shellcheck, which some machines have and others not.
+	"$(VENV)/bin/actionlint" -shellcheck= .github/workflows/*.yml
 
 format: build/dev$(OF_VENV) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .

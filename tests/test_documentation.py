@@ -35,7 +35,7 @@ def names():
         "__name__": "page", "torch": torch, "nn": nn, "F": F, "fd": fd, "model": model, "n": n, "c": c, "x": x,
         "residual": residual, "bias": bias, "weight": weight, "linear_bias": torch.randn(5), "key": fd.key(7),
         "generator": torch.Generator(), "q": torch.randn(2, 3, 4, 8), "k": torch.randn(2, 3, 4, 8),
-        "v": torch.randn(2, 3, 4, 8), "seed": 1, "rank": 0, "step": 3, "layer": 2,
+        "v": torch.randn(2, 3, 4, 8), "p": 0.1, "seed": 1, "rank": 0, "step": 3, "layer": 2,
     }  # fmt: skip
 
 
