@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_dropout as fd
+from fused_dropout.testing import report
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "docs/scripts").glob("*.py"))
@@ -73,6 +74,13 @@ def test_script(script, tmp_path):
 def test_scripts_are_shown():
     page = (ROOT / "docs/swap-in.md").read_text()
     assert [script.name for script in SCRIPTS if f"scripts/{script.name}" not in page] == []
+
+
+def test_verdicts_are_explained():
+    """docs/check.md has each kind of verdict."""
+    page = (ROOT / "docs/check.md").read_text()
+    for words in report._MEANINGS.values():
+        assert words.removesuffix(": {}").removesuffix("{}") in page, words
 
 
 def test_api_reference_is_complete():
