@@ -1,6 +1,7 @@
-"""Writes the README's tables of measurements from benchmarks/results/*.json; --check says whether they are up to date.
+"""Writes the README's tables of measurements from benchmarks/results/*.json. With --check it only compares them.
 
-A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench --full`` (model and memory).
+A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model",
+"memory").
 """
 
 import json
@@ -12,7 +13,7 @@ OPEN, CLOSE = "<!-- numbers: written by `make readme-numbers` from benchmarks/re
 
 
 def cpu_table(result):
-    """One machine: what was measured, against what, and how many times faster or slower."""
+    """The table of kernels on one machine: what was measured, against what, and how many times faster or slower."""
     environment = result["environment"]
     isa = environment["backend_info"]["cpu_isa"]
     title = f"{environment['cpu']} ({isa}), one core, torch {environment['torch']}, {environment['date'][:10]}, p = 0.1"
@@ -30,7 +31,7 @@ def size(n):
 
 
 def models_table(result):
-    """One machine: what whole models gain."""
+    """The table of whole models on one machine: speed and memory."""
     environment = result["environment"]
     speed = {(r["workload"], r["compiled"]): r["ratio"] for r in result["model"] if r["module"] == "fd.Dropout"}
     memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}
