@@ -1,9 +1,9 @@
-"""Writes the tables of measurements into README.md and docs/benchmarks.md from benchmarks/results/*.json; --check says
-whether they are up to date.
+"""Writes the tables of measurements into README.md and docs/benchmarks.md, from benchmarks/results/*.json. With --check it
+only compares them.
 
-A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench --full`` (model and memory). A
-table stands between the comments ``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With ``numbers of the
-CPU kernels:`` or ``numbers of models:`` in the first comment, only that table is written.
+A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model",
+"memory"). A table stands between the comments ``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With
+``numbers of the CPU kernels:`` or ``numbers of models:`` in the first comment only that table is written.
 """
 
 import json
@@ -17,7 +17,7 @@ PLACE = re.compile(r"(<!-- numbers(?: of ([a-zA-Z ]+))?: written by .*? -->\n).*
 
 
 def cpu_table(result):
-    """One machine: what was measured, against what, and how many times faster or slower."""
+    """The table of kernels on one machine: what was measured, against what, and how many times faster or slower."""
     environment = result["environment"]
     isa = environment["backend_info"]["cpu_isa"]
     title = f"{environment['cpu']} ({isa}), one core, torch {environment['torch']}, {environment['date'][:10]}, p = 0.1"
@@ -35,7 +35,7 @@ def size(n):
 
 
 def models_table(result):
-    """One machine: what whole models gain."""
+    """The table of whole models on one machine: speed and memory."""
     environment = result["environment"]
     speed = {(r["workload"], r["compiled"]): r["ratio"] for r in result["model"] if r["module"] == "fd.Dropout"}
     memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}

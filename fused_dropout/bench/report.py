@@ -1,6 +1,7 @@
-"""``python -m fused_dropout bench --report DIR``: one HTML page that holds all it shows, and the same in Markdown.
+"""``python -m fused_dropout bench --report DIR``: writes a self-contained HTML page with plots, and Markdown.
 
-Each plot is drawn twice, for light and for dark. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+Each plot is drawn twice, for a light and a dark background. The colours are those of Okabe and Ito, which colour-blind
+readers can distinguish.
 """
 
 import base64
@@ -51,13 +52,13 @@ def _ink() -> str:
 
 
 def _error_bars(records: list[Record]) -> list[list[float]]:
-    """How far 10th and 90th percentile lie from the ratios, as error bars want it."""
+    """The distances of the 10th and 90th percentiles from the medians, in matplotlib's form for error bars."""
     below = [max(0, r["ratio"] - r["ratio_p10"]) for r in records]
     return [below, [max(0, r["ratio_p90"] - r["ratio"]) for r in records]]
 
 
 def plot_time(result: Result, device: str) -> Figure | None:
-    """Nanoseconds an element against size, with what moves the same bytes as the floor."""
+    """Nanoseconds an element against size. The lower limit is an operation that moves the same bytes."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in _pick(result, "speed", device=device, case="forward")))
     if not dtypes:
         return None
@@ -82,7 +83,7 @@ def plot_time(result: Result, device: str) -> Figure | None:
 
 
 def plot_speedup(result: Result, device: str) -> Figure | None:
-    """Times the speed of nn.Dropout: medians, and the 10th to the 90th percentile as a line."""
+    """Speed relative to nn.Dropout: the median as a bar, and the 10th to 90th percentile as a line."""
     cases = list(dict.fromkeys(r["case"] for r in _pick(result, "speed", device=device)))
     cases = [case for case in cases if case not in ("eval", "p = 0")]
     if not cases:
@@ -156,7 +157,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
 
 
 def plot_rate(result: Result, device: str) -> Figure | None:
-    """The measured drop rate less p, with its 99 % interval."""
+    """The measured drop rate minus p, with its 99 % interval."""
     records = _pick(result, "drop_rate", device=device)
     if not records:
         return None
@@ -192,7 +193,7 @@ def plot_masks(_result: Result, device: str) -> Figure | None:
 
 
 def plot_correlation(_result: Result, device: str) -> Figure | None:
-    """All lags of one mask: of so many normal numbers the largest is near 5."""
+    """The autocorrelation of one mask at all lags. The largest of this many normal numbers is near 5."""
     figure, axes = _figure(2, 9, 3)
     for axis, (name, module) in zip(axes, (("nn.Dropout", nn.Dropout), ("fd.Dropout", Dropout)), strict=True):
         z = correlations(_mask(module, LAGS, device))[0][1 : LAGS // 2] * LAGS**0.5  # in standard deviations
@@ -275,7 +276,7 @@ def draw(plot: Plot, result: Result, device: str, theme: str, font_size: int = 9
 
 
 def write_report(result: Result, folder: Path) -> Path:
-    """Writes report.html (self-contained), report.md and the plots that it shows; returns the page's path."""
+    """Writes report.html (self-contained), report.md and its plots. Returns the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(describe(result))
     environment = result["environment"]
