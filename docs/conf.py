@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import fused_dropout
@@ -59,5 +60,13 @@ def link_sources(app: Sphinx, page: str, text: list[str]) -> None:
     text[0] = re.sub(r"\]\(\.\./([^)#]*)(#[^)]*)?\)", replaced, text[0])
 
 
+def test_examples(app: Sphinx, document: nodes.document) -> None:
+    """Marks each block that begins with a prompt as a doctest: Sphinx would run those of reStructuredText only."""
+    for block in document.findall(nodes.literal_block):
+        if block.astext().startswith(">>> "):
+            block["testnodetype"], block["groups"] = "doctest", ["default"]
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", link_sources)
+    app.connect("doctree-read", test_examples)
