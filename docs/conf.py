@@ -60,10 +60,10 @@ def link_sources(app: Sphinx, page: str, text: list[str]) -> None:
 
 
 def mark_examples(app: Sphinx, page: nodes.document) -> None:
-    """Lets sphinx.ext.doctest run the pycon blocks of a page, one after the other. By itself it runs those of
+    """Lets sphinx.ext.doctest run the blocks of a page that begin with >>>, one after the other. By itself it runs those of
     docstrings only."""
     for block in page.findall(nodes.literal_block):
-        if block.get("language") == "pycon":
+        if block.astext().startswith(">>> "):
             block["testnodetype"], block["groups"] = "doctest", ["default"]
 
 

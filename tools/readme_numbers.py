@@ -1,5 +1,5 @@
-"""Writes the tables of measurements into README.md and docs/benchmarks.md, from benchmarks/results/*.json. With --check it
-only compares them.
+"""Writes the tables of measurements into README.md and docs/benchmarks.md, from benchmarks/results/*.json. --check only
+compares them.
 
 A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model",
 "memory"). A table stands between the comments ``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With
