@@ -74,8 +74,9 @@ test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap an
 test-sharded: $(INSTALLED) ## masks, gradients and trainings of two and four processes against one: every dtype and layout, twenty steps
 	$(PY) -m pytest -q --every-cell tests/test_dtensors.py
 
-test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
+test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, and run the scripts of the documentation; some minutes
 	$(PY) -m pytest -q tests/models
+	$(PY) -m pytest -q tests/test_documentation.py -k "script or lora"
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
 	cd tests && ../$(CUDA_PY) -m fused_dropout info
@@ -89,7 +90,7 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
 	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE) tests/test_attention.py
 
-test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
+test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of docs/getting-started.md, fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
 
 wheel: build/torch-cuda build/dev$(OF_VENV) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
