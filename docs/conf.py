@@ -61,7 +61,7 @@ def link_sources(app: Sphinx, page: str, text: list[str]) -> None:
 
 
 def mark_examples(app: Sphinx, page: nodes.document) -> None:
-    """Lets sphinx.ext.doctest run the blocks of a page that begin with >>>. By itself it runs those of docstrings only."""
+    """Lets sphinx.ext.doctest run a page's blocks that begin with >>>. By itself it runs those of docstrings only."""
     for block in page.findall(nodes.literal_block):
         if block.astext().startswith(">>> "):
             block["testnodetype"], block["groups"] = "doctest", ["default"]
