@@ -32,8 +32,8 @@ def mc_dropout(model: nn.Module) -> Iterator[nn.Module]:
 
     The dropout modules are those of ``torch.nn`` and of this package, and their subclasses, but not ``DropPath``. Other
     dropout follows the mode of the module that contains it, and stays off: functional calls, and dropout inside
-    ``nn.LSTM`` and ``nn.MultiheadAttention``. The block switches off the fast path of ``nn.TransformerEncoderLayer`` for
-    eval mode, which skips its dropout modules.
+    ``nn.LSTM`` and ``nn.MultiheadAttention``. The block switches off the fast path of ``nn.TransformerEncoderLayer``
+    for eval mode, which skips its dropout modules.
 
     Args:
         model: any module, usually in eval mode.
