@@ -14,7 +14,13 @@ from torch import nn
 import fused_dropout as fd
 
 MODULES = [module.name for module in pkgutil.iter_modules(fd.__path__) if not module.ispkg]
-REPORTS = ["audit.AuditReport", "build_info.BackendInfo", "convert.ConvertReport", "uncertainty.Prediction"]
+REPORTS = [
+    "audit_report.AuditReport",
+    "audit_report.Site",
+    "build_info.BackendInfo",
+    "convert.ConvertReport",
+    "uncertainty.Prediction",
+]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("_")])
