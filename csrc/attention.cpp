@@ -360,23 +360,31 @@ void backward(const AttentionCall& call, const Tensor& gradient, const Tensor& o
 void check(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, double p,
            const Tensor& dropout_key) {
   for (const Tensor* x : {&query, &key, &value}) {
-    STD_TORCH_CHECK(x->dim() == 4 && x->scalar_type() == query.scalar_type() && x->is_cpu() && x->numel() > 0,
-                    "attention takes tensors (batch, heads, rows, columns) of one dtype, none of them empty");
+    STD_TORCH_CHECK(
+        x->dim() == 4 && x->scalar_type() == query.scalar_type() && x->is_cpu() && x->numel() > 0,
+        "query, key and value have to be CPU tensors (batch, heads, rows, columns) of one dtype, not empty, "
+        "but one is ",
+        describe(*x), " for a query ", describe(query));
   }
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == kFloat32 || dtype == kBFloat16 || dtype == ScalarType::Half,
                   "attention takes float32, bfloat16 and float16, but got ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(key.size(0) == query.size(0) && value.size(0) == query.size(0) && key.size(3) == query.size(3) &&
-                      value.size(1) == key.size(1) && value.size(2) == key.size(2) && query.size(1) % key.size(1) == 0,
-                  "the sizes of query, key and value do not fit");
+  STD_TORCH_CHECK(
+      key.size(0) == query.size(0) && value.size(0) == query.size(0) && key.size(3) == query.size(3) &&
+          value.size(1) == key.size(1) && value.size(2) == key.size(2) && query.size(1) % key.size(1) == 0,
+      "query (B, H, L, E), key (B, K, S, E) and value (B, K, S, Ev) have to fit, with H a multiple of K, but are ",
+      describe(query), ", ", describe(key), " and ", describe(value));
   STD_TORCH_CHECK(!bias || ((bias->scalar_type() == ScalarType::Bool || bias->scalar_type() == kFloat32) &&
                             bias->dim() == 4 && bias->size(0) == query.size(0) && bias->size(1) == query.size(1) &&
                             bias->size(2) == query.size(2) && bias->size(3) == key.size(2)),
-                  "the mask has to be bool or float32 and of the weights' shape");
+                  "attn_mask has to be bool or float32 of shape (", query.size(0), ", ", query.size(1), ", ",
+                  query.size(2), ", ", key.size(2), "), but is ", describe(*bias));
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout probability has to be at least 0 and below 1, but got ", p);
-  STD_TORCH_CHECK(dropout_key.scalar_type() == ScalarType::UInt64 && dropout_key.dim() == 1 &&
-                      dropout_key.size(0) == 2 && dropout_key.is_cpu() && dropout_key.is_contiguous(),
-                  "a key is a uint64 tensor of shape (2,): [seed, offset]");
+  STD_TORCH_CHECK(
+      dropout_key.scalar_type() == ScalarType::UInt64 && dropout_key.dim() == 1 && dropout_key.size(0) == 2 &&
+          dropout_key.is_cpu() && dropout_key.is_contiguous(),
+      "a dropout key has to be a contiguous uint64 tensor of shape (2,) on the CPU, [seed, offset], but is ",
+      describe(dropout_key));
 }
 
 // The AttentionCall keeps references to the tensors, which must live as long as it does.
@@ -447,11 +455,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& gradient, co
     STD_TORCH_CHECK(x->dim() == 4 && x->scalar_type() == query.scalar_type() && x->is_cpu() &&
                         x->size(0) == query.size(0) && x->size(1) == query.size(1) && x->size(2) == query.size(2) &&
                         x->size(3) == value.size(3),
-                    "the output and its gradient need the sizes of the query and the last one of the value");
+                    "the output and its gradient have to have the query's dtype and the shape (", query.size(0), ", ",
+                    query.size(1), ", ", query.size(2), ", ", value.size(3), ") on the CPU, but one is ", describe(*x));
   }
   STD_TORCH_CHECK(statistics.scalar_type() == kFloat32 && statistics.is_contiguous() && statistics.is_cpu() &&
                       statistics.numel() == 2 * query.size(0) * query.size(1) * query.size(2),
-                  "the statistics are those of the forward pass");
+                  "statistics have to be contiguous float32 of shape (", query.size(0), ", ", query.size(1), ", ",
+                  query.size(2), ", 2) on the CPU, as attention returns them, but are ", describe(statistics));
   if (computes_in_float32(query)) {
     const auto dtype = query.scalar_type();
     const auto [dquery, dkey, dvalue] =

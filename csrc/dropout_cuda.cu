@@ -48,11 +48,12 @@ std::string describe_missing_code(cudaError_t error, int device) {
          "): the CUDA kernels were built for " + built;
 }
 
-void check_cuda(cudaError_t error, const char* what, int64_t numel, int device) {
+// Raises an error if the launch of a kernel failed. numel: the number of elements or keys of the launch.
+void check_cuda(cudaError_t error, const char* kernel_name, int64_t numel, int device) {
   if (error == cudaSuccess) return;
   STD_TORCH_CHECK(!is_missing_code(error), "fused_dropout: ", describe_missing_code(error, device),
                   ". \"python -m fused_dropout info\" gives the command for a build that serves it.");
-  STD_TORCH_CHECK(false, "launch of ", what, " for ", numel, " elements on cuda:", device,
+  STD_TORCH_CHECK(false, "fused_dropout: launch of ", kernel_name, " for ", numel, " elements on cuda:", device,
                   " failed: ", cudaGetErrorString(error));
 }
 
@@ -312,10 +313,12 @@ void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& ke
                     std::optional<double> scale, int64_t seed, int64_t offset, int64_t intragraph) {
   check_dtype(x.scalar_type());
   KernelArgs args = checked_args(x, x.scalar_type(), p, key, 0, index_strides, scale);
-  STD_TORCH_CHECK(key.is_cuda() && key.is_contiguous() && y.scalar_type() == x.scalar_type() &&
-                      y.get_device_index() == x.get_device_index() && y.numel() == x.numel() && y.dim() == x.dim() &&
-                      x.numel() > 0,
-                  "draw_and_apply takes a key on the device, an x that is not empty, and a y like x");
+  STD_TORCH_CHECK(
+      key.is_cuda() && key.is_contiguous() && y.scalar_type() == x.scalar_type() &&
+          y.get_device_index() == x.get_device_index() && y.numel() == x.numel() && y.dim() == x.dim() && x.numel() > 0,
+      "draw_and_apply takes a contiguous key on a CUDA device, an x that is not empty, and a y like x, but key "
+      "is ",
+      describe(key), ", x is ", describe(x), " and y is ", describe(y));
   args.dims = merged_dims(x, y, index_strides);
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
@@ -344,7 +347,8 @@ __global__ void write_keys_kernel(Key* keys, int64_t n, Key first, bool captured
 void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured, int64_t intragraph) {
   STD_TORCH_CHECK(keys.is_cuda() && keys.scalar_type() == ScalarType::UInt64 && keys.dim() == 2 && keys.size(1) == 2 &&
                       keys.is_contiguous(),
-                  "keys are written into a contiguous uint64 tensor of shape (n, 2) on a CUDA device");
+                  "keys have to be a contiguous uint64 tensor of shape (n, 2) on a CUDA device, but are ",
+                  describe(keys));
   const int64_t n = keys.size(0);
   if (n == 0) return;
   const int device = keys.get_device_index();
@@ -403,7 +407,7 @@ PyObject* load(PyObject*, PyObject* number) {
   try {
     const cudaError_t error = load_kernels(device);
     if (is_missing_code(error)) return PyUnicode_FromString(describe_missing_code(error, device).c_str());
-    STD_TORCH_CHECK(error == cudaSuccess, "loading the kernels on cuda:", device,
+    STD_TORCH_CHECK(error == cudaSuccess, "fused_dropout: loading the kernels on cuda:", device,
                     " failed: ", cudaGetErrorString(error));
     return PyUnicode_FromString("");
   } catch (const std::exception& error) {

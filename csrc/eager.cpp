@@ -1,6 +1,6 @@
 // The Python module `fused_dropout._eager`, the eager binding: draws keys from torch's generators and records autograd
-// in C++, so that a small call takes less time than torch's own dropout. fused_dropout/dispatch.py calls it. Without
-// it, fused_dropout/autograd.py and keys.py give the same bits in Python.
+// in C++, so that a small call takes less time than torch's own dropout. fused_dropout/dispatch.py and keys.py call it.
+// Without it, fused_dropout/autograd.py and keys.py give the same bits in Python.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -87,8 +87,8 @@ bool is_readable(const Tensor& key) {
          !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
-// New keys on the CPU, of shape (n, 2), or (2,) for one key. Not by at::empty, because a transform of torch.func would
-// wrap its result.
+// New keys on the CPU, of shape (n, 2), or (2,) for one key. Does not call at::empty, because a transform of torch.func
+// would wrap its result.
 Tensor empty_cpu_keys(at::IntArrayRef shape) {
   return at::detail::empty_cpu(shape, at::kUInt64);
 }

@@ -16,6 +16,7 @@
 #include <array>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -131,13 +132,24 @@ inline std::vector<int64_t> row_major(const Tensor& x) {
   return strides;
 }
 
+// The dtype, shape and device of a tensor, for error messages: "Float (2, 3) on cuda:0".
+inline std::string describe(const Tensor& x) {
+  std::string shape;
+  for (int64_t d = 0; d < x.dim(); ++d) shape += (d ? ", " : "") + std::to_string(x.size(d));
+  if (x.dim() == 1) shape += ",";
+  const std::string device =
+      x.is_cpu() ? "cpu" : (x.is_cuda() ? "cuda:" : "device ") + std::to_string(x.get_device_index());
+  return std::string(torch::headeronly::toString(x.scalar_type())) + " (" + shape + ") on " + device;
+}
+
 // Raises an error if start or an index stride is negative, if there is not one stride for each dimension, or if the
 // largest element index is 2^63 or more. Empty tensors are checked too.
 inline void check_window(const Tensor& x, int64_t start, const OptionalStrides& index_strides) {
   STD_TORCH_CHECK(start >= 0, "start has to be 0 or more, but got ", start);
   if (!index_strides) {
     STD_TORCH_CHECK(start <= INT64_MAX - std::max<int64_t>(x.numel() - 1, 0),
-                    "the largest element index has to be below 2**63");
+                    "the largest element index has to be below 2**63, but start is ", start, " with ", x.numel(),
+                    " elements");
     return;
   }
   STD_TORCH_CHECK(static_cast<int64_t>(index_strides->size()) == x.dim(), "index_strides needs one stride for each of ",
@@ -149,7 +161,8 @@ inline void check_window(const Tensor& x, int64_t start, const OptionalStrides& 
     int64_t span = 0;
     const bool overflow = __builtin_mul_overflow(stride, std::max<int64_t>(x.size(d) - 1, 0), &span) ||
                           __builtin_add_overflow(last, span, &last);
-    STD_TORCH_CHECK(!overflow, "the largest element index has to be below 2**63");
+    STD_TORCH_CHECK(!overflow, "the largest element index has to be below 2**63, but start is ", start,
+                    " and the index stride of dimension ", d, " is ", stride, " with ", x.size(d), " elements");
   }
 }
 
@@ -194,9 +207,10 @@ inline KernelArgs checked_args(const Tensor& x, ScalarType dtype, double p, cons
                                const OptionalStrides& index_strides, std::optional<double> scale) {
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout probability has to be between 0 and 1, but got ", p);
   STD_TORCH_CHECK(key.scalar_type() == ScalarType::UInt64 && key.dim() == 1 && key.size(0) == 2,
-                  "a key is a uint64 tensor of shape (2,): [seed, offset]");
+                  "a key has to be a uint64 tensor of shape (2,), [seed, offset], but is ", describe(key));
   STD_TORCH_CHECK(key.is_cpu() || (key.is_cuda() && x.is_cuda() && key.get_device_index() == x.get_device_index()),
-                  "a key has to be on the CPU or on the input's own device");
+                  "a key has to be on the CPU or on the input's device, but is ", describe(key), " for an input ",
+                  describe(x));
   check_window(x, start, index_strides);
   return {nullptr,
           nullptr,
@@ -300,13 +314,16 @@ inline void check_extra_inputs(const Tensor& x, const ExtraInputs& extra) {
   for (const Tensor* other : {extra.residual, extra.bias}) {
     STD_TORCH_CHECK(!other || (other->scalar_type() == x.scalar_type() && other->is_cuda() == x.is_cuda() &&
                                other->get_device_index() == x.get_device_index()),
-                    "all tensors need one dtype and one device");
+                    "all tensors have to have one dtype and one device, but x is ", describe(x), " and another is ",
+                    describe(*other));
   }
   STD_TORCH_CHECK(!extra.residual || (extra.residual->dim() == x.dim() &&
                                       std::equal(x.sizes().begin(), x.sizes().end(), extra.residual->sizes().begin())),
-                  "the residual needs the shape of x");
+                  "the residual has to have the shape of x, but is ", describe(*extra.residual), " for x ",
+                  describe(x));
   STD_TORCH_CHECK(!extra.bias || (x.dim() > 0 && extra.bias->dim() == 1 && extra.bias->size(0) == x.size(-1)),
-                  "the bias needs the last dimension of x");
+                  "the bias has to have the shape of x's last dimension, but is ", describe(*extra.bias), " for x ",
+                  describe(x));
 }
 
 // Runs the kernel from x to y. The arguments are checked, and x is not empty.

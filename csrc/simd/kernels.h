@@ -58,6 +58,7 @@ struct Streams {
   const T* residual;
   const T* bias;
 };
+
 // The addresses n elements later.
 template <typename T>
 FUSED_DROPOUT_HOST_DEVICE Streams<T> operator+(const Streams<T>& at, int64_t n) {
@@ -73,7 +74,8 @@ struct Group {
 };
 
 // The kernels of one operation and one dtype. They read x, and residual and bias if the operation does, and write y.
-// For T = bool, y is the mask, and the values at x are ignored. All counts are in elements.
+// For T = bool, y is the mask, and the values at x are ignored. All counts are in elements. params is the mask and the
+// factor of kept elements.
 template <typename T>
 struct TypedKernels {
   // Draws and applies the mask of n elements with consecutive indices. Null for kGate.
@@ -85,7 +87,8 @@ struct TypedKernels {
   void (*drop_groups)(const Group<T>* groups, int64_t n, const MaskParams& params);
   // Applies flags that are drawn already.
   //   at      the first element; n elements follow each other in each tensor
-  //   flags   n flags, 0xFFFF for a kept element and 0 for a dropped one; or null: all are kept
+  //   flags   n flags, read: 0xFFFF for a kept element and 0 for a dropped one; or null: all are kept
+  //   scale   the factor of kept elements
   void (*select)(const Streams<T>& at, const uint16_t* flags, int64_t n, double scale);
 };
 
