@@ -23,12 +23,13 @@ struct BFloat16 {
   uint16_t bits;
 };
 // Their bits as a signed number: -0 is the least, then come the negative values up to this one, then NaNs, then +0.
+// Inline, since Clang defines a specialization that is not inline in every file that includes this one.
 template <typename T>
-constexpr int16_t kMinusInfinity = 0;
+inline constexpr int16_t kMinusInfinity = 0;
 template <>
-constexpr int16_t kMinusInfinity<Half> = -0x0400;
+inline constexpr int16_t kMinusInfinity<Half> = -0x0400;
 template <>
-constexpr int16_t kMinusInfinity<BFloat16> = -0x0080;
+inline constexpr int16_t kMinusInfinity<BFloat16> = -0x0080;
 constexpr int16_t kMinusZero = INT16_MIN;
 
 // What is done to an element: dropout, and what stands before and after it. Each step rounds to the dtype.
