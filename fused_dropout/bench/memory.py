@@ -1,4 +1,4 @@
-"""What a dropout keeps for backward, and how far memory rises in a step."""
+"""Measures the bytes that dropout keeps for backward, and the peak memory of a step."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ class Memory:
     workload: str
     module: str
     checkpointed: bool
-    saved: int  # bytes kept for backward, beside parameters, input and output
-    peak: int  # bytes above what there was before: of the allocator on CUDA, of the process on a CPU
+    saved: int  # bytes kept for backward, without parameters, input and output
+    peak: int  # peak bytes above those before the step: of the allocator on CUDA, of the process on a CPU
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class SavedBytes:
 
 
 def saved_bytes(run: Callable[[], Tensor], there_anyway: Sequence[Tensor]) -> int:
-    """What autograd keeps from forward to backward, beside the tensors given and the output."""
+    """The bytes that autograd keeps from forward to backward, without the given tensors and the output."""
     saved: list[Tensor] = []
-    with saved_tensors_hooks(saved.append, lambda packed: packed):  # there is no backward to unpack for
+    with saved_tensors_hooks(saved.append, lambda packed: packed):  # no backward will unpack them
         output = run()
     storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in saved)}
     excepted = {tensor.untyped_storage().data_ptr() for tensor in (*there_anyway, output)}
@@ -52,18 +52,21 @@ def measure_saved_bytes(device: str) -> list[SavedBytes]:
 
 
 def peak_bytes(device: str, run: Callable[[], object]) -> int:
-    """By how much memory rose at most: the allocator's on CUDA, the process's on a CPU (Linux only, else -1)."""
+    """The largest rise of memory during the call: of the allocator on CUDA, of the process on a CPU.
+
+    -1 on a CPU if the system is not Linux.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return -1
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what the allocator keeps for later would hide a rise
+        libc.malloc_trim(0)  # returns free memory to the system, because its reuse would hide a rise
     before = _resident("VmRSS")
     run()
     return max(0, _resident("VmHWM") - before)
@@ -87,7 +90,7 @@ def measure_memory(device: str, workload: str) -> list[Memory]:
         def forward_backward(run: Callable[[], Tensor] = run, inputs: list[Tensor] = inputs) -> None:
             torch.autograd.grad(run().sum(), [t for t in inputs if t.requires_grad])
 
-        forward_backward()  # allocates what stays
+        forward_backward()  # a first step allocates memory that is kept
         saved = saved_bytes(run, inputs)
         records.append(Memory(device, workload, name, checkpointed, saved, peak_bytes(device, forward_backward)))
     return records
