@@ -33,6 +33,7 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # or attributes that a docstring lists would be described twice
 doctest_global_setup = """
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,7 @@ def link_sources(app: Sphinx, page: str, text: list[str]) -> None:
 
 
 def mark_examples(app: Sphinx, page: nodes.document) -> None:
-    """Lets sphinx.ext.doctest run the blocks of a page that begin with >>>, one after the other. By itself it runs those of
-    docstrings only."""
+    """Lets sphinx.ext.doctest run a page's blocks that begin with >>>. By itself it runs those of docstrings only."""
     for block in page.findall(nodes.literal_block):
         if block.astext().startswith(">>> "):
             block["testnodetype"], block["groups"] = "doctest", ["default"]

@@ -20,8 +20,8 @@ class Block(nn.Module):
     def forward(self, x):
         heads = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        # was: F.scaled_dot_product_attention
         p = P * self.training
+        # was: F.scaled_dot_product_attention
         y = fd.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
         x = x + self.drop1(self.out(y.transpose(1, 2).flatten(2)))
         return x + self.drop2(self.down(F.gelu(self.up(self.norm2(x)))))
