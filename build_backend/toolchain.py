@@ -26,6 +26,7 @@ OLDEST = (2, 11)  # the kernels use only the stable ABI of this torch
 PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # has nvcc from CUDA 13 on
 NO_TORCH = "there is no torch"
 NO_COMPILER = "no working C++ compiler"  # fused_dropout/build_info.py searches for this text
+ON_WINDOWS = "the sources need GCC's and Clang's extensions to C++, and builds on Windows use MSVC"
 ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")
 
 
@@ -210,6 +211,8 @@ def why_nothing():
         return "FUSED_DROPOUT_BUILD=none"
     if torch and release(torch["__version__"]) < OLDEST:
         return f"torch {torch['__version__']} is older than {'.'.join(map(str, OLDEST))}"
+    if sys.platform == "win32":
+        return ON_WINDOWS
     return why_no_compiler() or ("" if torch else NO_TORCH)
 
 

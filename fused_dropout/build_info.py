@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,8 @@ def how_to_improve(**settings: str) -> str | None:
     """
     if not native.missing:
         return None
+    if sys.platform == "win32":
+        return "Linux, WSL included; nothing is compiled on Windows"
     if native.backend == "reference":
         return "unset FUSED_DROPOUT_BACKEND"
     if "_cuda" in native.missing and (native.release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
@@ -101,10 +104,11 @@ def how_to_improve(**settings: str) -> str | None:
 def _compiler_to_get() -> str:
     """Which C++ compiler to install; empty if a working one exists. Parses the reason that toolchain.py recorded."""
     why = native.built().get("left_out", {}).get("_C", "")
+    how = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
     if variable := re.match("no working C\\+\\+ compiler: (CXX|CC) is ", why):
-        return f"{variable[1]} unset or naming a working C++ compiler (apt-get install g++)"
+        return f"{variable[1]} unset or naming a working C++ compiler ({how})"
     if why.startswith("no working C++ compiler: ") or not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "a working C++ compiler on PATH (apt-get install g++)"
+        return f"a working C++ compiler on PATH ({how})"
     return ""
 
 

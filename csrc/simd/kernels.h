@@ -24,12 +24,13 @@ struct BFloat16 {
 };
 // The bits of -infinity as a signed integer. As signed integers, the bits of -0 are the smallest. Then follow the
 // negative values, from the one closest to 0 to -infinity, then the negative NaNs, then +0.
+// Inline, since Clang defines a specialization that is not inline in every file that includes this one.
 template <typename T>
-constexpr int16_t kMinusInfinity = 0;
+inline constexpr int16_t kMinusInfinity = 0;
 template <>
-constexpr int16_t kMinusInfinity<Half> = -0x0400;
+inline constexpr int16_t kMinusInfinity<Half> = -0x0400;
 template <>
-constexpr int16_t kMinusInfinity<BFloat16> = -0x0080;
+inline constexpr int16_t kMinusInfinity<BFloat16> = -0x0080;
 constexpr int16_t kMinusZero = INT16_MIN;
 
 // What a kernel does to an element: dropout, and the steps before and after it. Each step rounds to the dtype.
