@@ -21,38 +21,38 @@ from .warn import warn
 
 
 class BackendInfo(NamedTuple):
-    """The result of :func:`backend_info`. ``str()`` of it is a text for a bug report.
-
-    Attributes:
-        version: the version of fused_dropout.
-        torch: the version of torch.
-        cuda: the version of CUDA that torch was built with, or ``None``.
-        python: the version of Python.
-        platform: the operating system and the machine type.
-        backend: the value of the environment variable ``FUSED_DROPOUT_BACKEND``, or ``"auto"``.
-        devices: the implementation for each device type: ``"native"``, ``"reference"`` (PyTorch operations), or
-            ``"compiled reference"`` (a kernel that Inductor makes of the reference).
-        eager: whether the C++ binding handles calls outside of transforms.
-        cpu_isa: the instruction set of the CPU kernels, or ``None`` without them.
-        notes: one line for each missing part.
-        improve: a command that installs a faster implementation, or an instruction if there is no such command.
-            ``None`` if nothing is missing.
-        built: the record of the build: ``built``, ``torch``, ``cuda``, ``architectures``, and ``left_out`` with the
-            reasons. Empty if there is no usable record.
-    """
+    """The result of :func:`backend_info`. ``str()`` of it is a text for a bug report."""
 
     version: str
+    """The version of fused_dropout."""
     torch: str
+    """The version of torch."""
     cuda: str | None
+    """The version of CUDA that torch was built with, or ``None``."""
     python: str
+    """The version of Python."""
     platform: str
+    """The operating system and the machine type."""
     backend: str
+    """The value of the environment variable ``FUSED_DROPOUT_BACKEND``, or ``"auto"``."""
     devices: dict[str, str]
+    """The implementation for each device type: ``"native"``, ``"reference"`` (PyTorch operations), or
+    ``"compiled reference"`` (a kernel that Inductor makes of the reference).
+    """
     eager: bool
+    """Whether the C++ binding handles calls outside of transforms."""
     cpu_isa: str | None
+    """The instruction set of the CPU kernels, or ``None`` without them."""
     notes: tuple[str, ...]
+    """One line for each missing part."""
     improve: str | None
+    """A command that installs a faster implementation, or an instruction if there is no such command. ``None`` if
+    nothing is missing.
+    """
     built: dict[str, Any]
+    """The record of the build: ``built``, ``torch``, ``cuda``, ``architectures``, and ``left_out`` with the reasons.
+    Empty if there is no usable record.
+    """
 
     def __str__(self) -> str:
         served = ", ".join(f"{device}: {path}" for device, path in self.devices.items())

@@ -39,25 +39,24 @@ class ConvertReport(NamedTuple):
     """The result of :func:`convert_report`. ``str()`` of it is a table.
 
     Each attribute is a dictionary with a text for each module name. A shared module appears under each of its names.
-
-    Attributes:
-        fused: the fused dropout modules.
-        torch: the modules of torch's classes, which ``convert`` would swap.
-        left: the modules that look like dropout but are not swapped, with the reason.
-        paired: the dropouts that run as one function with the linear layer after them.
-        unpaired: the other dropouts of LoRA layers, with the reason.
-        layers: the layers that call ``dropout_add`` or ``relu_dropout``, with the names of their fused dropouts.
-        unfused: the layers of torch, transformers and timm, and the dropouts in them, that do not call these functions,
-            with the reason.
     """
 
     fused: dict[str, str]
+    """The fused dropout modules."""
     torch: dict[str, str]
+    """The modules of torch's classes, which ``convert`` would swap."""
     left: dict[str, str]
+    """The modules that look like dropout but are not swapped, with the reason."""
     paired: dict[str, str]
+    """The dropouts that run as one function with the linear layer after them."""
     unpaired: dict[str, str]
+    """The other dropouts of LoRA layers, with the reason."""
     layers: dict[str, str]
+    """The layers that call ``dropout_add`` or ``relu_dropout``, with the names of their fused dropouts."""
     unfused: dict[str, str]
+    """The layers of torch, transformers and timm, and the dropouts in them, that do not call these functions, with the
+    reason.
+    """
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused, {len(self.torch)} to swap, {len(self.left)} left alone"]

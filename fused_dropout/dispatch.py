@@ -124,7 +124,7 @@ def drop_part(
 
     def on_window(window: Tensor, start: int, strides: list[int]) -> Tensor:
         output = drop(window, p, inplace, generator if key is None else None, key, strides, scale, start)
-        assert output is not None  # is_covered said so
+        assert output is not None  # because is_covered() is true
         return output
 
     if is_empty(x):

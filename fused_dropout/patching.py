@@ -160,6 +160,8 @@ def patch() -> None:
 def unpatch() -> None:
     """Puts torch's own functions back, however often ``patch()`` was called.
 
+    In PyTorch: ``torch.nn.functional.dropout = original``, and the same for the other functions.
+
     It does nothing without an earlier ``patch()``. Inside a ``patched()`` block the functions stay replaced until the
     block ends. If someone else has assigned another function to a name since, that function stays.
 
@@ -179,6 +181,8 @@ def unpatch() -> None:
 @contextmanager
 def patched() -> Iterator[None]:
     """Replaces torch's dropout functions, as :func:`patch` does, inside a ``with`` block.
+
+    In PyTorch: ``with unittest.mock.patch.object(F, "dropout", fd.dropout):`` does this for one function.
 
     The whole process is patched, not only this thread. Blocks may be nested, also after ``patch()``, and are counted
     over all threads. The end of the last one puts torch's functions back, also after an exception. Backward may run

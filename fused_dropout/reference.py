@@ -9,7 +9,7 @@ The mask is a pure function of a key ``[seed, offset]``, the drop probability p 
    ``draw(i) * 2**32 + tie(i) < K``.
 
 A kept element becomes ``x * scale`` with ``scale = 1 / (1 - p)``: the product is taken in float32 (float64 for float64)
-and rounded once to x's dtype. A dropped element becomes +0, whatever it was.
+and rounded once to x's dtype. A dropped element becomes +0, also if it was inf or NaN.
 
 Element (i_0, ..., i_n-1) has the index ``start + sum(i_d * index_strides[d])``. Without index strides these are x's own
 strides if x is dense, and the row-major strides of its shape otherwise.

@@ -17,15 +17,12 @@ __all__ = ["Prediction", "mc_dropout", "mc_predict"]
 
 
 class Prediction(NamedTuple):
-    """The result of :func:`mc_predict`.
-
-    Attributes:
-        mean: the mean of the model's output over the passes, of the output's shape. float32 for 16-bit outputs.
-        std: the standard deviation over the passes (unbiased estimate), of the same shape and dtype.
-    """
+    """The result of :func:`mc_predict`."""
 
     mean: Tensor
+    """The mean of the model's output over the passes, of the output's shape. float32 for 16-bit outputs."""
     std: Tensor
+    """The standard deviation over the passes (unbiased estimate), of the same shape and dtype."""
 
 
 @contextmanager
@@ -35,10 +32,10 @@ def mc_dropout(model: nn.Module) -> Iterator[nn.Module]:
     In PyTorch: ``module.train()`` for each dropout module, and ``module.eval()`` for each at the end. Normalization
     layers keep their running statistics. On exit, also by an exception, each module gets its former mode back.
 
-    The dropout modules are those of ``torch.nn`` and of this package, and their subclasses. Other dropout follows the
-    mode of its own module and stays off: functional calls, ``DropPath``, and dropout inside ``nn.LSTM`` and
-    ``nn.MultiheadAttention``. Inside the block ``nn.TransformerEncoderLayer`` does not use its fast path for eval mode,
-    which skips its dropout modules.
+    The dropout modules are those of ``torch.nn`` and of this package, and their subclasses, but not ``DropPath``. Other
+    dropout follows the mode of the module that contains it, and stays off: functional calls, and dropout inside
+    ``nn.LSTM`` and ``nn.MultiheadAttention``. The block switches off the fast path of ``nn.TransformerEncoderLayer``
+    for eval mode, which skips its dropout modules.
 
     Args:
         model: any module, usually in eval mode.
