@@ -4,16 +4,16 @@ __version__ = "0.1.0"
 
 from . import uncertainty
 from .attention import scaled_dot_product_attention
-from .audit import audit
 from .build_info import backend_info
-from .convert import convert, convert_report, revert
 from .family import alpha_dropout, drop_path, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from .functional import dropout, keep_mask
 from .keys import fold_in, key, split
 from .linear import DropoutLinear, dropout_linear
 from .modules import AlphaDropout, Dropout, Dropout1d, Dropout2d, Dropout3d, DropPath, FeatureAlphaDropout
 from .neighbours import DropoutAdd, ReLUDropout, dropout_add, relu_dropout
-from .patching import patch, patched, unpatch
+from .swap.audit import audit
+from .swap.convert import convert, convert_report, revert
+from .swap.patching import patch, patched, unpatch
 from .uncertainty import mc_dropout, mc_predict
 
 # In the groups of docs/api.md.

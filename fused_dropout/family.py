@@ -1,7 +1,7 @@
 """The other functions of torch's dropout family, and ``drop_path``: dropout of channels, alpha dropout, whole samples.
 
 All are built from ``dispatch.drop`` with index strides, a shift and a scale. Users call them; ``modules.py`` and
-``patching.py`` use them.
+``swap/patching.py`` use them.
 """
 
 from collections.abc import Callable, Sequence

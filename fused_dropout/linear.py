@@ -1,7 +1,7 @@
 """Dropout and the linear layer after it as one function: ``dropout_linear`` and ``DropoutLinear``.
 
 The weight's gradient needs the dropped input. Autograd would keep this copy. Here backward computes it again from the
-input and the 16-byte key. ``pairing.py`` uses this for LoRA layers.
+input and the 16-byte key. ``swap/pairing.py`` uses this for LoRA layers.
 """
 
 from functools import partial

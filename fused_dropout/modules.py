@@ -51,7 +51,7 @@ class Keyed(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":  # torch starts to quantize the module, and knows only its own classes
-            from .convert import revert
+            from .swap.convert import revert
 
             revert(self)
         nn.Module.__setattr__(self, name, value)

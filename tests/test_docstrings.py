@@ -15,10 +15,10 @@ import fused_dropout as fd
 
 MODULES = [module.name for module in pkgutil.iter_modules(fd.__path__) if not module.ispkg]
 REPORTS = [
-    "audit_report.AuditReport",
-    "audit_report.Site",
+    "swap.AuditReport",
+    "swap.Site",
     "build_info.BackendInfo",
-    "convert.ConvertReport",
+    "swap.ConvertReport",
     "uncertainty.Prediction",
 ]
 

@@ -91,17 +91,6 @@ def test_api_reference_is_complete():
     assert sorted({*listed, "uncertainty"} - {"check", "Report", "Result"}) == sorted(fd.__all__)
 
 
-def test_one_address():
-    """The repository's owner stands in pyproject.toml; the README and the other pages have the same."""
-    (address,) = re.findall(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    owner = address.split("/")[3]
-    for path in (*PAGES, ROOT / "CITATION.cff", ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
-        if path.exists():
-            text = path.read_text()
-            found = {*re.findall(r"github\.com/(\w+)/fused_dropout", text), *re.findall(r"(\w+)\.github\.io", text)}
-            assert found <= {owner}, path.name
-
-
 def test_readme_renders_on_pypi():
     """There, links and pictures have to be absolute."""
     links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=\"([^\"]*)\"", (ROOT / "README.md").read_text())

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 import fused_dropout
 from fused_dropout import native
 
@@ -24,14 +22,16 @@ def test_version_and_date():
     assert only(r"^date-released: (.+)$", "CITATION.cff") == date
 
 
-@pytest.mark.parametrize("name", ["CITATION.cff", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/config.yml"])
-def test_repository(name):
+def test_repository():
     """All files name the repository that pyproject.toml names, and its documentation."""
     repository = only(r'^Repository = "(.+)"$', "pyproject.toml")
     documentation = only(r'^Documentation = "(.+)"$', "pyproject.toml")
-    owners = re.findall(r"https://(?:github\.com/[^/\s]+/|[^/\s]+\.github\.io/)\w+", (ROOT / name).read_text())
-    assert owners
-    assert set(owners) <= {repository, documentation}
+    names = ["README.md", "CITATION.cff", "CHANGELOG.md", ".github/ISSUE_TEMPLATE/config.yml"]
+    for path in (*(ROOT / name for name in names), *(ROOT / "docs").glob("*.md")):
+        pattern = r"https://(?:github\.com/[^/\s]+/fused_dropout|[^/\s]+\.github\.io/\w+)"
+        addresses = re.findall(pattern, path.read_text())
+        assert set(addresses) <= {repository, documentation}, path.name
+        assert addresses or path.parent.name == "docs"
 
 
 def test_torch_of_the_workflows():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import patched
+from ..swap.patching import patched
 from .timing import Contender, Speed, clock_of, rounds
 from .workloads import MODULES, OF_TRANSFORMERS, WORKLOADS, P, step, swap, without_dropout
 

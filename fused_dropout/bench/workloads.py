@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import convert
 from ..modules import Dropout
+from ..swap.convert import convert
 
 P = 0.1
 MODULES = {"nn.Dropout": nn.Dropout, "fd.Dropout": Dropout}

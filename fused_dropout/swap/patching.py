@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from . import attention, family, functional
-from .arguments import why_refused
-from .torch_internals import script_as
+from .. import attention, family, functional
+from ..arguments import why_refused
+from ..torch_internals import script_as
 
 # torch's dropout functions, each with the module that calls it.
 FAMILY = {

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .linear import dropout_linear
-from .modules import Dropout, is_leaf, recorded
-from .torch_internals import has_hooks
+from ..linear import dropout_linear
+from ..modules import Dropout, is_leaf, recorded
+from ..torch_internals import has_hooks
 
 _HANDLES = "_fused_dropout_pairing"
 _CAST = "_cast_input_dtype"  # the method of PEFT's layers

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import modules
-from .arguments import check_module
+from .. import modules
+from ..arguments import check_module
 from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY, Replacement
 

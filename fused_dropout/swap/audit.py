@@ -19,14 +19,15 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import attention, distributed, family, functional, linear, neighbours, pairing
-from .arguments import check_module
+from .. import attention, distributed, family, functional, linear, neighbours
+from ..arguments import check_module
+from ..build_info import backend_info
+from ..dispatch import is_covered
+from ..torch_internals import is_in_backward, runs_checkpoint
+from . import pairing
 from .audit_report import OUT_OF_REACH, AuditReport, Site, torchs_mask
-from .build_info import backend_info
 from .convert import convert_report
-from .dispatch import is_covered
 from .patching import FAMILY, cache_overridable_functions, unpatched
-from .torch_internals import is_in_backward, runs_checkpoint
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
 _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "feature_dropout")]
@@ -241,7 +242,7 @@ class _Recorder(TorchDispatchMode):
         cache_overridable_functions()
         names = (*FAMILY, "drop_path", "dropout_add", "relu_dropout", "dropout_linear")
         modules = [F, functional, family, fused_dropout, neighbours, linear, pairing]
-        modules += [sys.modules[name] for name in ("fused_dropout.fusing",) if name in sys.modules]
+        modules += [sys.modules[name] for name in ("fused_dropout.swap.fusing",) if name in sys.modules]
         places = [(module, name) for module in modules for name in names if name in vars(module)]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}

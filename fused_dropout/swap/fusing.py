@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .modules import Dropout, DropPath
-from .neighbours import dropout_add, relu_dropout
+from ..modules import Dropout, DropPath
+from ..neighbours import dropout_add, relu_dropout
+from ..torch_internals import has_global_hooks, has_hooks, is_compiling, is_recorded
 from .rewriting import NO_FORM, Rewritten, Site, Undropped, is_known, rewrite, undropped
-from .torch_internals import has_global_hooks, has_hooks, is_compiling, is_recorded
 
 _NO_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 _NONE: Mapping[type, type] = {}
