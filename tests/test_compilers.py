@@ -38,9 +38,11 @@ echo "Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35211 for x64" >&2
 for argument in "$@"; do echo "cl : Command line warning D9002 : ignoring unknown option '$argument'" >&2; done
 exit {status}
 """
-# A setup.py or an import that takes this for Windows. What is imported before knows the real system.
+# A setup.py that takes this for Windows. What is imported or found before depends on the real system.
 AS_WINDOWS = """
 import sys, setuptools, setuptools.command.build_ext, setuptools.command.build_py, setuptools.dist
+sys.path.append("build_backend")
+import toolchain
 sys.platform, sys.argv = "win32", sys.argv[1:]
 import runpy
 runpy.run_path("setup.py", run_name="__main__")
