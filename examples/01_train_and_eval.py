@@ -8,7 +8,7 @@ What it costs to forget eval() is measured here: accuracy, and how much the answ
 import argparse
 
 import torch
-from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 from fused_dropout.bench.progress import progress
@@ -60,9 +60,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         "01_train_and_eval",
         f"{data.name}, p = {at}: test error {wrong['eval']} % with eval(), {wrong['train']} % without",
         f"a probability's standard deviation over passes, % points: {moves['eval']} with, {moves['train']} without",
+        data=data,
     )
     return {name: by_rate[at] for name, by_rate in found.items()}
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

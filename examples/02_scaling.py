@@ -19,7 +19,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, bars, curve, errors, figure, finish, load, options, spread, train
+from basics import COLOURS, bars, curve, errors, figure, finish, load, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -105,10 +105,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         for name, way in zip(names, WAYS, strict=True)
     ]
     what = f"{data.name}, p = {P}; mean: after the third dropout, at test time / in training"
-    finish(picture, arguments, "02_scaling", what, *findings)
+    finish(picture, arguments, "02_scaling", what, *findings, data=data)
     ends = {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
     return wrong | ends | {f"{way}, loss": values for way, values in losses.items()}
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

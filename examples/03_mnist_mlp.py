@@ -12,7 +12,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, Data, errors, figure, finish, load, mlp, options, parse, spread, train
 from torch import nn
 
 import fused_dropout as fd
@@ -65,21 +65,22 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
                 drawn, epochs = values[:, :, first + part], range(1, arguments.epochs + 1)
                 axis.plot(epochs, drawn.mean(0), marker=".", color=COLOURS[part], label=label)
                 axis.fill_between(epochs, drawn.amin(0), drawn.amax(0), color=COLOURS[part], alpha=0.2, linewidth=0)
-        axes[column].set_title(f"{kind}: gap {spread(gaps[kind], 2, 1)} nats, error {spread(wrong[kind])} %")
+        axes[column].set_title(f"{kind}:\ngap {spread(gaps[kind], 2, 1)} nats, error {spread(wrong[kind])} %")
         axes[2 + column].set_xlabel("epoch")
     axes[0].set(ylabel=f"cross-entropy on {data.name}, nats", yscale="log")
     axes[2].set(ylabel="accuracy, %", ylim=(None, 100.5))
     axes[0].legend(frameon=False)
     ends = {kind: each[:, -1, 1].tolist() for kind, each in runs.items()}
     least = {kind: each[:, :, 1].amin(1).tolist() for kind, each in runs.items()}
+    turn = {kind: (each[:, :, 1].argmin(1) + 1).tolist() for kind, each in runs.items()}
     findings = [f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs"]
     for kind in kinds:
         gap, end, lowest = (spread(values[kind], 3, 1) for values in (gaps, ends, least))
         findings.append(f"{kind}: validation minus training loss {gap}, validation error {spread(wrong[kind])} %")
-        findings.append(f"{kind}: validation loss {end} at the end, {lowest} at its lowest")
-    finish(picture, arguments, "03_mnist_mlp", *findings)
+        findings.append(f"{kind}: validation loss {end} at the end, least {lowest} in epoch {spread(turn[kind], 0, 1)}")
+    finish(picture, arguments, "03_mnist_mlp", *findings, data=data)
     return {f"gap {kind}": gap for kind, gap in gaps.items()} | {f"error {kind}": each for kind, each in wrong.items()}
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=40, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=40, seeds=5)))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from basics import COLOURS, bars, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, bars, compare, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -89,10 +89,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.legend(frameon=False)
     times = sum(cost["five networks"]) / sum(cost["one with dropout"])
     findings = [f"{name} {spread(values)} %" for name, values in wrong.items()]
+    change, margin = compare(wrong["one, no dropout"], wrong["dropout: mean network"])
+    findings.append(
+        f"mean network minus one, no dropout: {100 * change:+.1f} ± {100 * margin:.1f} points (95 %, paired)"
+    )
     cost_of_five = f"training five took {times:.1f} times as long as one with dropout"
-    finish(picture, arguments, "05_averaging", f"{data.name}, test errors", *findings, cost_of_five)
+    finish(picture, arguments, "05_averaging", f"{data.name}, test errors", *findings, cost_of_five, data=data)
     return wrong
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

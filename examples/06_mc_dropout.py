@@ -18,7 +18,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -132,9 +132,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         findings.append(f"{score}: tells shuffled pixels from digits in {of(score, 'told apart')} % of pairs")
         findings.append(f"{score}: refusing the least sure tenth takes the error from {before} to {after} %")
     same = f"{spread(found['same answer'], 0)} % of the digits turned by 90 degrees get the same answer"
-    finish(picture, arguments, "06_mc_dropout", *findings, same)
+    finish(picture, arguments, "06_mc_dropout", *findings, same, data=data)
     return found
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

@@ -15,7 +15,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, load, options, over_seeds, spread, train
+from basics import COLOURS, figure, finish, load, options, over_seeds, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -108,6 +108,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     axes[2].legend(fontsize=8, loc="lower center")
     axes[5].set_yscale("log")
     axes[5].yaxis.set_major_formatter("{x:g}")
+    axes[5].yaxis.set_minor_formatter("")  # else powers of ten where the axis spans less than a decade
     finish(
         picture,
         arguments,
@@ -118,9 +119,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         f"units on for an image: {both('share on')}",
         f"error, of the pixels' variance: {both('error', 2)}",
         f"the same with a random half of the units: {both('error of half')}",
+        data=data,
     )
     return found
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=400, seeds=3).parse_args())
+    main(parse(options(__doc__, epochs=400, seeds=3, on_mnist={"epochs": 100})))

@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, options, spread
+from basics import COLOURS, figure, finish, options, parse, spread
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -173,4 +173,4 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 if __name__ == "__main__":
     parser = options(__doc__, epochs=10, seeds=2, data=False)
-    main(parser.parse_args())
+    main(parse(parser))
