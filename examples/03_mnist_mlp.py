@@ -54,6 +54,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     runs = {kind: torch.stack(each) for kind, each in found.items()}
     gaps = {kind: (each[:, -1, 1] - each[:, -1, 0]).tolist() for kind, each in runs.items()}
     wrong = {kind: each[:, -1, 3].tolist() for kind, each in runs.items()}
+    turn = {kind: (each[:, :, 1].argmin(1) + 1).tolist() for kind, each in runs.items()}
     apart = (f"{fmean(gap):.2f} nats {kind}" for kind, gap in gaps.items())
     title = f"Validation loss minus training loss: {', '.join(apart)}"
     picture, axes = figure(title, "ab;cd", figsize=(9, 6))
@@ -66,13 +67,13 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
                 axis.plot(epochs, drawn.mean(0), marker=".", color=COLOURS[part], label=label)
                 axis.fill_between(epochs, drawn.amin(0), drawn.amax(0), color=COLOURS[part], alpha=0.2, linewidth=0)
         axes[column].set_title(f"{kind}:\ngap {spread(gaps[kind], 2, 1)} nats, error {spread(wrong[kind])} %")
+        axes[column].axvline(fmean(turn[kind]), color="grey", linestyle=":", label="least validation loss")
         axes[2 + column].set_xlabel("epoch")
     axes[0].set(ylabel=f"cross-entropy on {data.name}, nats", yscale="log")
     axes[2].set(ylabel="accuracy, %", ylim=(None, 100.5))
     axes[0].legend(frameon=False)
     ends = {kind: each[:, -1, 1].tolist() for kind, each in runs.items()}
     least = {kind: each[:, :, 1].amin(1).tolist() for kind, each in runs.items()}
-    turn = {kind: (each[:, :, 1].argmin(1) + 1).tolist() for kind, each in runs.items()}
     findings = [f"{data.name}, {PARAMETERS:,} parameters, {arguments.epochs} epochs"]
     for kind in kinds:
         gap, end, lowest = (spread(values[kind], 3, 1) for values in (gaps, ends, least))

