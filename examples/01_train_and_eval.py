@@ -1,8 +1,9 @@
-"""train() and eval(): dropout draws in one, and does nothing in the other.
+"""train() and eval(): dropout acts in the first mode and does nothing in the second.
 
-The claim of every tutorial: in training mode a unit is zeroed with probability p and the rest are divided by 1 - p, so
-that each pass gives another output; in evaluation mode the layer is the identity, so that each pass gives the same.
-What it costs to forget eval() is measured here: accuracy, and how much the answer moves from pass to pass.
+The claim of every tutorial: in training mode each unit is set to zero with probability p and the others are divided by
+1 - p, so each pass gives a different output. In evaluation mode the layer returns its input, so each pass gives the
+same output. This example measures what a forgotten eval() costs: the test error, and how much the probability of a
+class varies from pass to pass.
 """
 
 import argparse

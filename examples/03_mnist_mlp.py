@@ -1,10 +1,12 @@
 """784-512-256-128-10: a network as in Keras tutorials, with and without dropout.
 
 ReLU, softmax, Adam, batches of 128; dropout on the input and after each hidden layer; 567,434 parameters. The claim:
-without dropout the training loss goes to zero while the validation loss turns up again (the network learns its training
-set by heart), and with it the two curves stay together. Measured is the gap between them, both in evaluation mode; the
-training loss that Keras shows is of passes with dropout, and lies higher. The digits, 8 x 8, are enlarged to the
-28 x 28 that the network is made for.
+without dropout the training loss goes to zero while the validation loss rises again, because the network memorises its
+training set. With dropout the two curves stay together.
+
+Measured: the gap between the two losses after the last epoch, the least validation loss, and the epoch that has it. All
+losses are computed in evaluation mode. The training loss that Keras shows is computed with dropout active, and is
+higher. The network expects images of 28 x 28 pixels, which is MNIST's size; the digits of 8 x 8 are enlarged to it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the examples share: data, training, a plot's looks, and the lines that each of them ends with."""
+"""Shared by the examples: data, options, training, plots and output."""
 
 import argparse
 import math
@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 plt.rcParams["axes.titlesize"] = 9.5
-# Distinct for the colour-blind too (Okabe and Ito).
+# Colour-blind readers can tell these apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 TRAINED_ON = 1000  # of the 1,797 digits
 OUT = Path(__file__).parent.parent / "build" / "examples"  # git ignores it
@@ -135,7 +135,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
 
 
 def mlp(inputs: int, widths: Sequence[int], p: float) -> nn.Sequential:
-    """Rectified hidden layers of these widths, dropout after each, and ten classes."""
+    """Hidden layers of rectified units, of these widths, with dropout after each; then ten classes."""
     layers: list[nn.Module] = []
     for before, width in pairwise([inputs, *widths]):
         layers += [nn.Linear(before, width), nn.ReLU(), fd.Dropout(p)]
@@ -153,7 +153,7 @@ def train(
     after_step: Callable[[], Any] | None = None,
     after_epoch: Callable[[int], Any] | None = None,
 ) -> nn.Module:
-    """Adam, unless there is another optimizer, over shuffled batches. The model is in training mode afterwards."""
+    """Trains on shuffled batches, with Adam by default. The model is in training mode afterwards."""
     optimizer = optimizer or torch.optim.Adam(model.parameters())
     model.train()
     for epoch in range(epochs):
@@ -171,7 +171,7 @@ def train(
 
 @torch.no_grad()
 def errors(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
-    """The share of examples that the model classifies wrongly, in the mode that it is in."""
+    """The share of images that the model classifies wrongly, in its present mode."""
     return (model(x).argmax(-1) != y).float().mean().item()
 
 
@@ -191,7 +191,7 @@ def compare(before: Sequence[float], after: Sequence[float]) -> tuple[float, flo
 
 
 def figure(title: str, layout: str = "ab", **options: Any) -> tuple[Figure, list[Axes]]:
-    """Small multiples, a letter each, rows apart by a semicolon, under a title that says what was found."""
+    """A figure with a panel for each letter of the layout, whose rows end with ";". The title states the result."""
     rows = layout.split(";")
     size = (4.2 * len(rows[0]), 3.2 * len(rows) + 0.5)
     drawn, axes = plt.subplot_mosaic(layout, layout="constrained", **{"figsize": size, **options})
@@ -202,18 +202,18 @@ def figure(title: str, layout: str = "ab", **options: Any) -> tuple[Figure, list
 
 
 def over_seeds(rows: Iterable[Sequence[float]], scale: float) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each row, which is of a value a seed."""
+    """Mean and standard deviation of each row, which holds one value for each seed."""
     values = scale * torch.tensor(list(rows))
     return values.mean(1).tolist(), values.std(1, correction=min(1, values.shape[1] - 1)).tolist()
 
 
 def curve(axis: Axes, places: Iterable[float], rows: Iterable[Sequence[float]], scale: float = 1, **style: Any) -> None:
-    """Points with their standard deviations, from a row a point."""
+    """Draws a point with its standard deviation for each row, which holds one value for each seed."""
     axis.errorbar(list(places), *over_seeds(rows, scale), marker="o", capsize=3, **style)
 
 
 def bars(axis: Axes, rows: dict[str, list[float]], colours: Sequence[str], scale: float = 1) -> None:
-    """Bars with their standard deviations, from above, from a row a bar."""
+    """Draws a bar with its standard deviation for each row, the first at the top."""
     mean, deviation = over_seeds(rows.values(), scale)
     axis.barh(range(len(rows)), mean, xerr=deviation, color=colours, capsize=3)
     axis.set_yticks(range(len(rows)), list(rows))
@@ -221,7 +221,7 @@ def bars(axis: Axes, rows: dict[str, list[float]], colours: Sequence[str], scale
 
 
 def finish(drawn: Figure, arguments: argparse.Namespace, name: str, *findings: str, data: Data | None = None) -> None:
-    """Saves the picture, prints the data and the findings, a line each, and where the picture is."""
+    """Saves the picture. Prints the data, the findings and the path of the picture, one a line."""
     if data is not None:
         drawn.supxlabel(data.about, fontsize=8, color="dimgrey")
         findings = (data.about, *findings)

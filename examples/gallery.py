@@ -12,6 +12,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
+import mnist_data
 from basics import OUT
 
 from fused_dropout.bench.environment import describe_environment
@@ -34,9 +35,9 @@ def run(example: Path, data: str | None, out: Path) -> tuple[str, list[str]]:
     return f"{data}, {seconds}" if data else seconds, findings
 
 
-def show(example: Path, title: str, out: Path) -> str:
+def show(example: Path, title: str, out: Path, mnist: bool) -> str:
     """Runs an example on its data sets. What was found, and the pictures."""
-    kinds = ("digits", "mnist") if example.name[:2] in ON_MNIST else (None,)
+    kinds = ("digits", "mnist") if mnist and example.name[:2] in ON_MNIST else (None,)
     runs = [run(example, data, out) for data in kinds]
     here = describe_environment()
     threads = f"{here['threads']} thread{'s' if here['threads'] != 1 else ''}"
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help="for gallery.md and its pictures (build/examples)"
     )
-    parser.add_argument("--only", nargs="*", metavar="NN", help="run these examples, such as 03 04 (all)")
+    parser.add_argument("--only", nargs="*", metavar="NN", help="run these, such as 03 04, or none (all)")
     arguments = parser.parse_args()
     out = arguments.out
     gallery = out / "gallery.md"
@@ -68,13 +69,20 @@ def main() -> None:
     if arguments.only is not None and gallery.exists():
         for part in re.split(r"^## ", gallery.read_text(), flags=re.MULTILINE)[1:]:
             kept[part.partition(".")[0].zfill(2)] = SHOWN + part.partition(SHOWN)[2].strip()
+    mnist = arguments.only != []
+    if mnist:
+        try:
+            mnist_data.find()
+        except FileNotFoundError as error:
+            print(f"{error}; the examples run on the digits alone", file=sys.stderr)
+            mnist = False
     sections = []
     for example in sorted(FOLDER.glob("[0-9]*.py")):
         number = example.name[:2]
         title, _, claim = ast.get_docstring(ast.parse(example.read_text())).partition("\n\n")
         title = title.rstrip(".")
         again = arguments.only is None or number in arguments.only or number not in kept
-        shown = show(example, title, out) if again else kept[number]
+        shown = show(example, title, out, mnist) if again else kept[number]
         sections.append(f"## {number.lstrip('0')}. {title}\n\n{claim}\n\n{shown}\n")
     head = "# Dropout, shown\n\nWritten by `make examples`; numbers are means and standard deviations over the seeds.\n"
     gallery.write_text("\n".join([head, *sections]))

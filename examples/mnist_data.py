@@ -241,7 +241,7 @@ def run(*command: str, folder: Path, seconds: float) -> None:
         if code:
             lines = output.read().decode(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "no message")
-            raise OSError(f"{' '.join(map(str, command[:2]))} failed: {last.strip()[:100]}")
+            raise OSError(f"{Path(command[0]).name} {command[1]} failed: {last.strip()[:100]}")
 
 
 def read_npm(archive: Path) -> Images:

@@ -163,8 +163,15 @@ def test_readme_and_gallery():
         assert (EXAMPLES / "pictures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         for text in (readme, gallery):
             assert f"]({name}.py)" in text
-            assert f"](pictures/{name}.png)" in text
-    findings = re.findall(r"^- (.*)", "".join(re.findall(r"(?s)\*\*Shown\*\*.*?!\[", gallery)), re.MULTILINE)
+            assert f"](pictures/{name}" in text
+    for picture in (EXAMPLES / "pictures").iterdir():
+        assert f"](pictures/{picture.name})" in gallery
+    for picture in re.findall(r"\]\((pictures/.*?)\)", readme):
+        assert (EXAMPLES / picture).exists()
+    shown = re.findall(r"(?s)\*\*Shown\*\*.*?!\[", gallery)
+    findings = re.findall(r"^- (.*)", "".join(shown), re.MULTILINE)
+    for row in re.findall(r"^\| (.*) \|$", "".join(shown), re.MULTILINE):
+        findings += row.split(" | ")
     assert len(findings) > len(names)
     assert max(map(len, findings)) <= WIDTH
 
@@ -175,6 +182,15 @@ def test_gallery_only_runs_when_told_to():
     )
     assert "--out DIR" in done.stdout
     assert done.returncode == 0
+
+
+def test_gallery_has_the_claims_of_today(tmp_path, monkeypatch):
+    """Without a run gallery.py only takes the claims from the docstrings again."""
+    committed = (EXAMPLES / "gallery.md").read_text()
+    (tmp_path / "gallery.md").write_text(committed)
+    monkeypatch.setattr(sys, "argv", ["gallery.py", "--out", str(tmp_path), "--only"])
+    importlib.import_module("gallery").main()
+    assert (tmp_path / "gallery.md").read_text() == committed
 
 
 def test_pictures_go_where_git_does_not_look():
