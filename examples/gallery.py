@@ -32,7 +32,8 @@ def run(example: Path, data: str | None, out: Path) -> tuple[str, list[str]]:
     cpu = sum(getattr(after, part) - getattr(before, part) for part in ("children_user", "children_system"))
     seconds = f"{cpu:.0f} s of CPU time"
     print(f"{example.name} {data or ''}: {seconds}", file=sys.stderr)
-    return f"{data}, {seconds}" if data else seconds, findings
+    name = {"digits": "digits, ", "mnist": "MNIST, "}.get(data, "")
+    return f"{name}{seconds}", findings
 
 
 def show(example: Path, title: str, out: Path, mnist: bool) -> str:
