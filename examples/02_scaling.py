@@ -88,14 +88,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     names = [way.split(":")[0] for way in WAYS]
     at_end = {name: spread((run[-1] for run in ratios[way]), 2, 1) for name, way in zip(names, WAYS, strict=True)}
     picture, (left, middle, right) = figure(
-        "What the last layer meets at test time, of what it was trained on: "
+        "Mean input of the last layer, at test time / in training: "
         + ", ".join(f"{name} {share}" for name, share in at_end.items()), "abc", figsize=(13, 3.9)
     )  # fmt: skip
     for (way, runs), colour in zip(ratios.items(), COLOURS, strict=False):
         curve(left, [1, 2, 3], zip(*runs, strict=True), color=colour, label=way)
     left.axhline(1, color="grey", linewidth=0.8, zorder=0)
     left.set(xlabel="after dropout layer", ylabel="mean at test time / in training", ylim=(0, 1.7))
-    left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="does the next layer meet what it was trained on?")
+    left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="mean input of the next layer")
     left.legend(frameon=False, fontsize=8, loc="upper right")
     for axis, values, what, scale in ((middle, wrong, "error, %", 100), (right, losses, "loss, nats", 1)):
         bars(axis, dict(zip(names, values.values(), strict=True)), COLOURS[: len(WAYS)], scale)

