@@ -37,7 +37,7 @@ SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend
 INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
 	| xargs -r $(1) -m pip install -q
 
-.PHONY: help examples bench bench-cpu test test-transforms test-sharded test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize lint format readme-numbers clean
+.PHONY: help examples bench bench-cpu test test-transforms test-sharded test-models test-cuda test-oldest test-abi test-install test-fakegpu test-fakegpu-90 test-fakegpu-80 test-qemu wheel import-time inductor sass gpu-check statistics randomness sanitize docs lint format readme-numbers clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -50,7 +50,7 @@ bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have t
 	$(PY) tools/cpu_targets.py
 	$(PY) tools/compile_targets.py
 
-examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
+examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, twenty minutes
 	$(PY) examples/gallery.py --out examples
 
 # Threads that spin while they wait would slow down the run beside them.
@@ -74,8 +74,9 @@ test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap an
 test-sharded: $(INSTALLED) ## masks, gradients and trainings of two and four processes against one: every dtype and layout, twenty steps
 	$(PY) -m pytest -q --every-cell tests/test_dtensors.py
 
-test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, two minutes
+test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, and run the scripts of the documentation; some minutes
 	$(PY) -m pytest -q tests/models
+	$(PY) -m pytest -q tests/test_documentation.py -k "script or lora"
 
 test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, as users do, and run the CPU's tests there
 	cd tests && ../$(CUDA_PY) -m fused_dropout info
@@ -89,7 +90,7 @@ test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one t
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
 	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE) tests/test_attention.py
 
-test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of the README's table, fifteen minutes
+test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of docs/getting-started.md, fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
 
 wheel: build/torch-cuda build/dev$(OF_VENV) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
@@ -155,15 +156,23 @@ sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels u
 	build/cpu-kernels-asan --golden tests/mask_v1.txt
 	build/cpu-kernels-tsan --threads
 
-readme-numbers: $(INSTALLED) ## rewrite the README's table from benchmarks/results
-	$(PY) tools/readme_numbers.py
+docs: build/docs$(OF_VENV).txt ## the documentation site: build/docs/html, after its examples have run; warnings are errors
+	$(PY) -m sphinx -q -W --keep-going -b doctest docs build/docs/doctest
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs/html
+	@echo "build/docs/html/index.html"
 
-lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, and whether the README's numbers are those of benchmarks/results
+readme-numbers: $(INSTALLED) ## rewrite the tables of the README and of docs/benchmarks.md, and its plots, from benchmarks/results
+	$(PY) tools/readme_numbers.py
+	$(PY) tools/docs_plots.py
+
+lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, actionlint, and whether the README's numbers are those of benchmarks/results
 	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	"$(VENV)/bin/clang-format" --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 	$(PY) -m mypy
+	@# Without shellcheck, which some machines have and others not.
+	"$(VENV)/bin/actionlint" -shellcheck= .github/workflows/*.yml
 
 format: build/dev$(OF_VENV) ## rewrite the sources as lint wants them
 	$(PY) -m ruff check --fix .
@@ -217,6 +226,9 @@ build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cp
 build/dev$(OF_VENV): $(INSTALLED) pyproject.toml
 	@$(PY) tools/extra.py dev >build/dev.txt && $(PY) -m pip install -q -r build/dev.txt
 	@touch $@
+
+build/docs$(OF_VENV).txt: $(INSTALLED) pyproject.toml
+	@$(PY) tools/extra.py docs >$@ && $(PY) -m pip install -q -r $@ || { rm $@; exit 1; }
 
 build/torch-cuda: $(CUDA_PY)
 	$(CUDA_PY) -m pip install -q torch "setuptools>=77" pytest hypothesis numpy

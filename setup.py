@@ -1,7 +1,7 @@
-"""What is compiled, for what, and what is left out and why: said in three lines, and in fused_dropout/_build.json.
+"""Decides what to compile, compiles it, and reports it in three lines and in fused_dropout/_build.json.
 
-docs/environment.md has the variables. With FUSED_DROPOUT_BUILD=auto what does not compile is left out, and the fallback
-serves; "cuda" and "cpu" fail then.
+With FUSED_DROPOUT_BUILD=auto, an extension that does not compile is left out, and the fallback runs instead. With
+"cuda" and "cpu" the build fails. docs/environment.md lists the variables; build_backend/toolchain.py reads them.
 """
 
 import json
@@ -35,7 +35,7 @@ if not toolkit.folder or BUILD == "cpu":
 if ABI3_WHEEL:
     left_out.setdefault("_eager", "it serves one Python and one torch, and this wheel all")
 planned = [name for name in SOURCES if name not in left_out]
-places = tempfile.TemporaryDirectory(prefix="fused_dropout-")  # nothing of another build is taken for this one's
+places = tempfile.TemporaryDirectory(prefix="fused_dropout-")  # a new folder: no file of an earlier build is reused
 
 
 def extension(name, version):
@@ -46,7 +46,7 @@ def extension(name, version):
     flags += [f"-DTORCH_TARGET_VERSION=0x{OLDEST[0]:02x}{OLDEST[1]:02x}000000000000"] * (name != "_eager")
     options = {
         "cxx": [*flags, "-g0", "-fvisibility=hidden", "-ffp-contract=off"],
-        # nvcc compiles each architecture separately: one thread for each CPU, or fewer by MAX_JOBS.
+        # nvcc compiles each architecture separately, on one thread for each CPU, or on fewer if MAX_JOBS says so.
         "nvcc": [*flags, "-Xcompiler=-fvisibility=hidden", f"--threads={jobs(os.cpu_count() or 1)}"],
     }
     make = CppExtension if name == "_C" or "_cuda" in left_out else CUDAExtension
@@ -58,7 +58,10 @@ def extension(name, version):
 
 
 def report(package):
-    """To whoever looks, and to ``fused_dropout/native.py``. Ends a build that was told to have what is left out."""
+    """Prints the result, and writes it to _build.json for ``fused_dropout/native.py``.
+
+    Ends the build with an error if FUSED_DROPOUT_BUILD demands an extension that is left out.
+    """
     built = [name for name in SOURCES if name not in left_out]
     info = {"built": built, "left_out": left_out} | ({"torch": torch["__version__"]} if built else {})
     if "_cuda" in built:
@@ -79,13 +82,13 @@ class BuildPy(build_py):
         super().run()
         package = "fused_dropout" if self.editable_mode else f"{self.build_lib}/fused_dropout"
         for library in [file for name in SOURCES for file in Path(package).glob(f"{name}.*")]:
-            library.unlink()  # of an earlier build
+            library.unlink()  # built earlier
         if not self.distribution.ext_modules:
             report(package)
 
 
 class Build(build_ext):
-    """Compiles each extension by itself, side by side: one that does not compile costs no other."""
+    """Compiles the extensions separately and in parallel, so that the failure of one does not stop the others."""
 
     def run(self):
         if "_cuda" not in left_out:

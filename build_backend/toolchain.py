@@ -1,6 +1,6 @@
-"""What there is to build with: the torch that will run, a C++ compiler, a CUDA toolkit; and how an extension is built.
+"""Finds what a build needs: torch, a C++ compiler and a CUDA toolkit. Builds one extension for ``setup.py``.
 
-As the backend of the build (PEP 517) it asks for what is missing of them, and leaves the rest to setuptools.
+It is also the build backend (PEP 517): it requests the missing requirements, and leaves the rest to setuptools.
 """
 
 import logging
@@ -22,33 +22,35 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 from setuptools.errors import ExecError
 
-OLDEST = (2, 11)  # the torch to whose stable ABI the kernels are kept
-PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # with nvcc from CUDA 13 on
+OLDEST = (2, 11)  # the kernels use only the stable ABI of this torch
+PYPI_TOOLKIT = "cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]"  # has nvcc from CUDA 13 on
 NO_TORCH = "there is no torch"
-NO_COMPILER = "no working C++ compiler"  # fused_dropout/build_info.py looks for these words
+NO_COMPILER = "no working C++ compiler"  # fused_dropout/build_info.py searches for this text
+ON_WINDOWS = "the sources need GCC's and Clang's extensions to C++, and builds on Windows use MSVC"
 ARCHITECTURES = ("7.0", "7.5", "8.0", "9.0", "10.0", "12.0")
 
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # of pyproject.toml; without isolation nobody else asks
+if int(setuptools.__version__.split(".")[0]) < 77:  # a build without isolation does not check pyproject.toml
     raise SystemExit(f"this setuptools ({setuptools.__version__}) is too old: pip install 'setuptools>=77'")
 
 
 def setting(name, *allowed):
-    """An environment variable's value; the first of those allowed if it is unset or empty."""
+    """The value of an environment variable. If it is unset or empty: the first allowed value."""
     if (value := os.environ.get(name) or allowed[0]) not in allowed:
         raise SystemExit(f"{name} has to be one of {', '.join(allowed)}, but is {value!r}")
     return value
 
 
 def release(version):
-    """(2, 11) of "2.11.0a0+abc": what comes before a release counts as it."""
+    """Returns (2, 11) for "2.11.0a0+abc". A pre-release counts as its release."""
     return tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
 
 
 def find_torch():
-    """The names in torch/version.py, or None; torch can be imported then.
+    """Returns the names in torch/version.py, and makes torch importable. None if there is no torch.
 
-    A build in isolation does not see the environment of its interpreter, but the torch there is the one that will run.
+    A build in isolation does not see the packages of its interpreter. But the torch among them is the one that will
+    run, so this adds their folders to ``sys.path``.
     """
     if not find_spec("torch"):
         seen_there = {n: value for n, value in os.environ.items() if n not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
@@ -60,8 +62,9 @@ def find_torch():
 
 
 def find_compiler():
-    """The one that CXX names, after a wrapper and before options, if it is there; else the first of the system's that
-    works."""
+    """The compiler in CXX, which may also name a wrapper before it and options after it. Else the first that works of
+    c++, g++ and clang++.
+    """
     asked = [found for word in os.environ.get("CXX", "").split() if (found := shutil.which(word))]
     there = asked[-1:] or [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))]
     if not there:
@@ -87,7 +90,7 @@ def works(command):
 
 
 def why_no_compiler(variable="CXX"):
-    """What is wrong with the compiler of an environment variable; empty if it works."""
+    """Why the compiler in an environment variable does not work; empty if it works."""
     if not compiler:
         return f"{NO_COMPILER}: there is none on PATH"
     if works(os.environ[variable]):
@@ -97,13 +100,14 @@ def why_no_compiler(variable="CXX"):
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit; without a folder, why there is none."""
+    """A CUDA toolkit, or if folder is None the reason why there is none."""
 
     folder: str | None
     version: str = ""
     why_not: str = ""
 
     def architectures(self, for_this_machine):
+        """The value for TORCH_CUDA_ARCH_LIST: the user's, that of this machine's GPU, or all that nvcc knows."""
         import torch
 
         if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -112,13 +116,13 @@ class Toolkit(NamedTuple):
             return "native"
         said = subprocess.run([f"{self.folder}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
         known = [arch for arch in ARCHITECTURES if f"compute_{arch.replace('.', '')}" in said.split()]
-        # A GPU without machine code here compiles this PTX at its first run. PTX of 12.0 would not serve 11.0.
+        # The driver compiles this PTX for later GPUs. It is not that of 12.0, which does not run on 11.0.
         portable = [arch for arch in known if arch != "12.0"][-1]
         return ";".join(arch + "+PTX" * (arch == portable) for arch in known)
 
 
 def find_toolkit(torch):
-    """The first of this torch's major version of CUDA. What nvcc says counts: that on PATH may be a wrapper."""
+    """The first toolkit with the major version of this torch's CUDA. Asks nvcc for its folder: it may be a wrapper."""
     if not torch or not torch["cuda"]:
         return Toolkit(None, why_not="this torch is built without CUDA")
     major, others = torch["cuda"].split(".")[0], []
@@ -155,20 +159,20 @@ toolkit = find_toolkit(torch)
 
 
 def compile_alone(extension, command, folder):
-    """Builds one of the extensions of this ``build_ext``; the compiler's message if that fails, else "".
+    """Builds one extension of this ``build_ext`` command. Returns the compiler's message if it fails, else "".
 
-    Safe to call side by side: the compiler is set up anew, and the objects go to a folder of the extension's own.
+    Several calls may run at once: each sets up its own compiler, and uses its own folder for the objects.
     """
     from torch.utils.cpp_extension import BuildExtension
 
     class Alone(BuildExtension):
         def build_extensions(self):
-            self.compiler.call = self.compiler.spawn = _run  # the one is newer, the other deprecated
+            self.compiler.call = self.compiler.spawn = _run  # call in newer setuptools, spawn in older
             super().build_extensions()
 
     try:
-        alone = Alone(command.distribution)  # with setuptools 77.0.3 it takes no option
-        alone.use_ninja = False  # ninja's output could not be caught
+        alone = Alone(command.distribution)  # setuptools 77.0.3 does not accept options here
+        alone.use_ninja = False  # the output of ninja cannot be captured
         alone.inplace, alone.editable_mode = command.inplace, command.editable_mode
         alone.build_temp, alone.force = f"{folder}/{extension.name}", True
         alone.ensure_finalized()
@@ -180,7 +184,8 @@ def compile_alone(extension, command, folder):
 
 
 def _run(command, **_):
-    english = {**os.environ, "LC_ALL": "C"}  # for why_it_failed
+    """Runs a compiler. Raises ExecError with its output if it fails."""
+    english = {**os.environ, "LC_ALL": "C"}  # why_it_failed searches for English words
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     done = subprocess.run(command, env=english, **pipes)
     if VERBOSE:
@@ -193,7 +198,7 @@ _ERROR = re.compile(r"(^|[:)] )(fatal |internal compiler )?error: |undefined ref
 
 
 def why_it_failed(message):
-    """One line from the output of compile_alone: the compiler's first error, or else that CC does not work."""
+    """One line from the message of compile_alone: the first error; without one, why CC fails, or the last line."""
     lines = [re.sub(r"\x1b\[[\d;]*[mK]", "", line) for line in message.splitlines() if line.strip()]
     first = next((line for line in lines if _ERROR.search(line)), None)
     line = first or why_no_compiler("CC") or lines[-1]
@@ -201,20 +206,23 @@ def why_it_failed(message):
 
 
 def why_nothing():
+    """Why nothing can be compiled; empty if something can."""
     if BUILD == "none":
         return "FUSED_DROPOUT_BUILD=none"
     if torch and release(torch["__version__"]) < OLDEST:
         return f"torch {torch['__version__']} is older than {'.'.join(map(str, OLDEST))}"
+    if sys.platform == "win32":
+        return ON_WINDOWS
     return why_no_compiler() or ("" if torch else NO_TORCH)
 
 
 def missing():
-    """The requirements of this build that the environment lacks."""
+    """The requirements of this build that are not installed."""
     if why_nothing() not in ("", NO_TORCH):
-        return []  # no torch is fetched to build nothing with
+        return []  # nothing will be compiled, so nothing is needed
     wanted = BUILD == "cuda" and not toolkit.folder
     if not torch:
-        return ["torch", PYPI_TOOLKIT] if wanted else ["torch"]  # which toolkit, torch's own requirements settle
+        return ["torch", PYPI_TOOLKIT] if wanted else ["torch"]  # torch's own requirements fix the toolkit's version
     return [f"{PYPI_TOOLKIT}=={torch['cuda']}.*"] if wanted and release(torch["cuda"] or "0.0") >= (13, 0) else []
 
 

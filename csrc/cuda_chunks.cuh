@@ -1,5 +1,6 @@
-// How a warp moves a chunk of 256 elements: whole chunks in the widest vectors, others in accesses of any width.
-// Neighbouring lanes move neighbouring vectors, so that a request of the warp touches whole sectors of memory only.
+// The functions by which a warp loads, drops and stores a chunk of 256 elements; the kernels of cuda_kernels.cuh call
+// them. Whole chunks are moved in the widest vectors, other chunks in accesses of any width. Neighbouring lanes move
+// neighbouring vectors, so that a request of the warp touches only whole sectors of memory.
 #pragma once
 
 #include "simd/kernels.h"
@@ -12,7 +13,8 @@
 namespace fused_dropout {
 namespace {
 
-// Hides how a value came about: it then stays in a register, where the compiler would compute it anew in each pass.
+// Hides from the compiler how a value was computed. The value then stays in a register. Without this, the compiler
+// would compute it again in each pass of a loop.
 __device__ __forceinline__ void keep_in_register(uint32_t& value) {
   asm volatile("" : "+r"(value));
 }
@@ -25,16 +27,17 @@ __device__ __forceinline__ void keep_in_register(T*& pointer) {
   __builtin_assume(__isGlobal(pointer));
 }
 
-constexpr int kWarp = 32;
-constexpr int kChunk = kWarp * kBlock;  // the elements that a warp takes at once
+constexpr int kWarp = 32;               // lanes
+constexpr int kChunk = kWarp * kBlock;  // elements: what a warp moves at once
 
-// The widest access: 32 bytes from Blackwell on.
+// The widest access, in bytes. Blackwell and later GPUs have accesses of 32 bytes.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && CUDART_VERSION >= 13000
 constexpr int kWidestAccess = 32;
 #else
 constexpr int kWidestAccess = 16;
 #endif
 
+// The integer or vector type of an access of so many bytes.
 template <int bytes>
 struct VectorOf;
 template <>
@@ -66,7 +69,7 @@ struct VectorOf<32> {
 template <int bytes>
 using Vector = typename VectorOf<bytes>::type;
 
-// In one instruction: nvcc splits some stores of vectors.
+// Stores a vector by one instruction. nvcc splits some vector stores into several.
 template <typename V>
 __device__ __forceinline__ void store(V* at, V vector) {
   *at = vector;
@@ -83,38 +86,42 @@ __device__ __forceinline__ void store(ulonglong4_32a* at, ulonglong4_32a v) {
 }
 #endif
 
-// A block consists of one or more of the widest vectors. Each lane moves that number of vectors in a chunk.
+// The bytes of the widest vector, which is at most a block, and the number of such vectors in a block. That is also the
+// number of vectors that each lane moves in a chunk.
 template <typename T>
 constexpr int kVectorBytes = kBlock * sizeof(T) < kWidestAccess ? kBlock * sizeof(T) : kWidestAccess;
 template <typename T>
 constexpr int kVectorsOfBlock = kBlock * sizeof(T) / kVectorBytes<T>;
 
-// The value of the warp's first lane. The compiler then knows that all lanes have the same.
+// Returns the value of the warp's first lane. The compiler then knows that all lanes have the same value.
 template <typename T>
-__device__ __forceinline__ T uniform(T value) {
+__device__ __forceinline__ T warp_uniform(T value) {
   return __shfl_sync(~0u, value, 0);
 }
 
-// The random words for the n vectors that a lane moves in a chunk. Its vector j is the chunk's vector j * kWarp + lane.
-// Vector j uses the words from j * 4 / n on; all[j] is the XOR of the four words of its block.
+// The random words for the n vectors that a lane moves in a chunk. Its vector j is vector j * kWarp + lane of the
+// chunk, and uses the words from number j * 4 / n on. block_xor[j] is the XOR of the four words of its block, for the
+// ties.
 template <int n>
 struct LaneWords {
   Words words;
-  uint32_t all[n];
+  uint32_t block_xor[n];
 };
 
-// The block of a chunk that a lane draws. n neighbouring lanes move vectors of the same n blocks: each draws one.
+// The number, within a chunk, of the block that a lane draws. n neighbouring lanes move the vectors of the same n
+// blocks, and each lane draws one of them.
 template <int n>
 __device__ __forceinline__ int drawn_block(int lane) {
   return lane / n + kWarp / n * (lane % n);
 }
 
-// Among n neighbouring lanes, word i of lane j goes to lane i and becomes its word j (n = 4; pairs of words for n = 2).
+// Exchanges the drawn words among n neighbouring lanes, so that each lane has the words for its own vectors. For n = 4,
+// word i of lane j becomes word j of lane i. For n = 2 the same happens with pairs of words.
 template <int n>
 __device__ __forceinline__ LaneWords<n> exchange(Words words, int lane) {
   LaneWords<n> mine;
 #pragma unroll
-  for (int j = 0; j < n; ++j) mine.all[j] = n == 1 ? xor_of(words) : __shfl_sync(~0u, xor_of(words), j, n);
+  for (int j = 0; j < n; ++j) mine.block_xor[j] = n == 1 ? xor_of(words) : __shfl_sync(~0u, xor_of(words), j, n);
 #pragma unroll
   for (int bit = 1; bit < n; bit *= 2) {
     const int apart = bit * 4 / n;
@@ -132,20 +139,20 @@ __device__ __forceinline__ LaneWords<n> exchange(Words words, int lane) {
   return mine;
 }
 
-// A vector of each stream that an operation reads.
+// One vector of each tensor that an operation reads.
 template <typename Op, typename V>
 struct Loaded {
   V x{}, residual{}, bias{};
 
-  // Each where `at` says, in elements from the first of its stream.
-  template <typename T, typename Moved>
-  __device__ __forceinline__ void load(const Streams<T>& streams, const Moved& at) {
+  // Loads the vectors. `at` has their positions, in elements from the addresses of `streams`.
+  template <typename T, typename Access>
+  __device__ __forceinline__ void load(const Streams<T>& streams, const Access& at) {
     if constexpr (Op::kReads) x = *reinterpret_cast<const V*>(streams.x + at.x);
     if constexpr (Op::kReadsResidual) residual = *reinterpret_cast<const V*>(streams.residual + at.residual);
     if constexpr (Op::kReadsBias) bias = *reinterpret_cast<const V*>(streams.bias + at.bias);
   }
 
-  // The results, given whether element i is kept.
+  // Returns the results. kept(i) is whether element i is kept.
   template <typename Kept>
   __device__ __forceinline__ V apply(const Op& op, const Kept& kept) const {
     using T = typename Op::Element;
@@ -162,14 +169,16 @@ struct Loaded {
   }
 };
 
-// Where an element is in each stream. It is moved only if it is inside.
+// The positions of an access in each tensor, in elements. It is skipped if inside is false.
 template <typename Index>
-struct Moved {
+struct Access {
   bool inside;
   Index x, y, residual, bias;
 };
 
-// Drops in whole chunks, `apart` elements from each other. at: the lane's first vector. Loads all before it stores.
+// Loads, drops and stores whole chunks, in the widest vectors. Loads all vectors before it stores the first one.
+//   at     the lane's first vector of the first chunk
+//   apart  the distance between chunks, in elements
 template <int chunks, typename Op, typename T, int n>
 __device__ __forceinline__ void apply_to_chunks(const Streams<T>& at, uint64_t apart,
                                                 const LaneWords<n> (&words)[chunks], uint64_t threshold, const Op& op) {
@@ -179,7 +188,7 @@ __device__ __forceinline__ void apply_to_chunks(const Streams<T>& at, uint64_t a
 #pragma unroll
   for (int i = 0; i < chunks * n; ++i) {
     const uint64_t place = i / n * apart + i % n * kWarp * kSlots;
-    vectors[i / n][i % n].load(at, Moved<uint64_t>{true, place, place, place, place});
+    vectors[i / n][i % n].load(at, Access<uint64_t>{true, place, place, place, place});
   }
 #pragma unroll
   for (int i = 0; i < chunks * n; ++i) {
@@ -187,14 +196,14 @@ __device__ __forceinline__ void apply_to_chunks(const Streams<T>& at, uint64_t a
     const int j = i % n;
     const V result = vectors[i / n][j].apply(op, [&](int slot) {
       const uint32_t word = mine.words.w[(j * kSlots + slot) / 2];
-      return keep(draw_of(word, slot), mine.all[j] ^ word, threshold);
+      return keep(draw_of(word, slot), mine.block_xor[j] ^ word, threshold);
     });
     store(reinterpret_cast<V*>(at.y + i / n * apart) + j * kWarp, result);
   }
 }
 
-// Calls f with the width of the widest access that the address allows, from `bytes` down to `least`. For several
-// addresses, give their OR.
+// Calls f with the widest access, in bytes, that the address allows, between `least` and `bytes`. For several
+// addresses, pass their OR.
 template <int bytes, int least, typename F>
 __device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
   if constexpr (bytes > least) {
@@ -203,13 +212,15 @@ __device__ __forceinline__ void with_access(uintptr_t address, const F& f) {
   f(std::integral_constant<int, bytes>{});
 }
 
-// Drops in a chunk, in accesses of a given width. A lane's first access begins at the chunk's element `first`, and each
-// further one `step` elements later. Bit i of a lane's kept decides on element 8 * lane + i. where(element) gives the
-// memory of an access. x may be y: loads all before it stores.
+// Loads, drops and stores one chunk, in accesses of `bytes` bytes. Loads all before it stores the first one, because x
+// may be y. All lanes of the warp must call it.
+//   first, step  the lane's accesses begin at elements first, first + step, ... of the chunk
+//   kept         bit i is whether element 8 * lane + i of the chunk is kept
+//   where        where(element) returns the positions of an access as an Access
 template <int bytes, typename Op, typename T, typename Where>
 __device__ __forceinline__ void move_chunk(const Streams<T>& streams, uint32_t first, uint32_t step, uint32_t kept,
                                            const Op& op, const Where& where) {
-  keep_in_register(first);  // else much that follows from it would be kept in registers from one chunk to the next
+  keep_in_register(first);  // otherwise the compiler keeps values computed from it in registers across chunks
   using V = Vector<bytes>;
   constexpr int kElements = bytes / sizeof(T), kMoves = kBlock / kElements;
   decltype(where(0)) places[kMoves];

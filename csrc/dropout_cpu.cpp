@@ -1,4 +1,5 @@
-// The operators on the CPU: the kernels for the best instruction set that the machine has, spread over torch's threads.
+// The operators on the CPU. Chooses the kernels of simd/ for the best instruction set of the machine, and spreads the
+// elements of a call over torch's threads. torch's dispatcher calls run_cpu() through the operators of operators.h.
 #include "operators.h"
 #include "window_cpu.h"
 
@@ -15,11 +16,11 @@
 namespace fused_dropout {
 
 const CpuKernels& choose_kernels() {
-  const char* setting = std::getenv("FUSED_DROPOUT_CPU_ISA");  // native.py has checked it
+  const char* setting = std::getenv("FUSED_DROPOUT_CPU_ISA");  // native.py has checked the value
   const std::string_view wanted = setting && *setting ? setting : "auto";
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  // Some compilers' __builtin_cpu_supports do not know F16C.
+  // The __builtin_cpu_supports of some compilers does not know F16C.
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   const bool avx2 = f16c && __builtin_cpu_supports("avx2");
@@ -41,27 +42,30 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 16;
 
-// Calls part(begin, end) for ranges of so many parts of equal size, which have numel elements in all.
+// Calls part(begin, end) for ranges that together are 0 to `parts`, on several threads if that is worth it. All parts
+// have the same size, and numel elements together.
 template <typename Part>
 void in_parallel(int64_t numel, int64_t parts, const Part& part) {
   if (numel <= kGrain) return part(0, parts);
   torch::stable::parallel_for(0, parts, std::max<int64_t>(1, kGrain / (numel / parts)), part);
 }
 
-// A large new output has no pages yet: each is made when it is first written, and with huge ones that costs a fourth.
-// Only pages that lie inside it whole are asked for, so that no memory is used that would not be anyway.
+// Asks for huge pages for a new output of `bytes` bytes. The kernel of the operating system makes each page when it is
+// first written; with huge pages that takes a fourth of the time. Only huge pages that lie completely inside y are
+// asked for, so that no more memory is used.
 void ask_for_huge_pages(void* y, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   if (bytes < static_cast<int64_t>(2 * kPage)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(y) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // where it is refused, all goes on as before
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a failure has no effect, so it is ignored
 #endif
 }
 
+// Visits all elements: as strips of tiles, as one row, or as a window of any other form.
 template <typename T>
-void run(const KernelArgs& args, const MaskParams& params, const KernelTable<T>& table) {
+void visit_elements(const KernelArgs& args, const MaskParams& params, const KernelTable<T>& table) {
   const TypedKernels<T>& kernels = table[static_cast<int>(args.operation)];
   if (args.x != args.y) ask_for_huge_pages(args.y, args.numel * static_cast<int64_t>(sizeof(T)));
   if (const auto consecutive = consecutive_dim(args.dims)) {
@@ -70,14 +74,14 @@ void run(const KernelArgs& args, const MaskParams& params, const KernelTable<T>&
       for (; begin < end; ++begin) tiles.visit(begin);
     });
   }
-  const bool one_row = args.dims.size() == 1 && is_apart(args.dims[0], 1) && args.dims[0].index == 1;
+  const bool one_row = args.dims.size() == 1 && has_stride(args.dims[0], 1) && args.dims[0].index == 1;
   in_parallel(args.numel, args.numel, [&](int64_t begin, int64_t end) {
     if (args.operation == Operation::kGate) {
       kernels.select(streams_of<T>(args) + begin, nullptr, end - begin, args.scale);
     } else if (one_row) {
       kernels.drop(streams_of<T>(args) + begin, args.start + begin, end - begin, params);
     } else {
-      Walk<T>(args, params, kernels, begin).visit(end - begin);
+      WindowWalk<T>(args, params, kernels, begin).visit(end - begin);
     }
   });
 }
@@ -85,20 +89,21 @@ void run(const KernelArgs& args, const MaskParams& params, const KernelTable<T>&
 void run_cpu(const KernelArgs& args) {
   MaskParams params{{}, threshold(args.p), args.scale};
   if (args.operation != Operation::kGate) {
-    const uint64_t* words = args.key.const_data_ptr<uint64_t>();
-    params.key = {words[0], words[1]};
+    const uint64_t* key_words = args.key.const_data_ptr<uint64_t>();
+    params.key = {key_words[0], key_words[1]};
   }
   const CpuKernels& kernels = cpu_kernels();
   switch (args.dtype) {
-    case ScalarType::Float: return run(args, params, kernels.float32);
-    case ScalarType::Double: return run(args, params, kernels.float64);
-    case ScalarType::Half: return run(args, params, kernels.float16);
-    case ScalarType::BFloat16: return run(args, params, kernels.bfloat16);
-    default: return run(args, params, kernels.mask);
+    case ScalarType::Float: return visit_elements(args, params, kernels.float32);
+    case ScalarType::Double: return visit_elements(args, params, kernels.float64);
+    case ScalarType::Half: return visit_elements(args, params, kernels.float16);
+    case ScalarType::BFloat16: return visit_elements(args, params, kernels.bfloat16);
+    default: return visit_elements(args, params, kernels.mask);
   }
 }
 
-// The n keys that n calls draw from the CPU's default generator: keys.draw_keys in one call.
+// The operator draw_cpu_keys: draws the n keys that n calls would draw from the CPU's default generator. Returns a
+// uint64 tensor of shape (n, 2). Does the same as draw_keys in fused_dropout/keys.py, in one call.
 Tensor draw_cpu_keys(int64_t n) {
   const auto empty = [n](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                          ScalarType dtype) {
@@ -112,10 +117,10 @@ Tensor draw_cpu_keys(int64_t n) {
   check_torch(torch_call_dispatcher("aten::random_", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor seeds = torch::stable::detail::to<Tensor>(stack[0]);
   const Tensor keys = empty({n, 2}, {2, 1}, ScalarType::UInt64);
-  uint64_t* words = keys.mutable_data_ptr<uint64_t>();
+  uint64_t* key_words = keys.mutable_data_ptr<uint64_t>();
   for (int64_t i = 0; i < n; ++i) {
-    words[2 * i] = static_cast<uint64_t>(seeds.const_data_ptr<int64_t>()[i]);
-    words[2 * i + 1] = 0;
+    key_words[2 * i] = static_cast<uint64_t>(seeds.const_data_ptr<int64_t>()[i]);
+    key_words[2 * i + 1] = 0;
   }
   return keys;
 }

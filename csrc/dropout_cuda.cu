@@ -1,4 +1,5 @@
-// The operators on a CUDA device: which kernel serves a window, and on what grid.
+// The operators on a CUDA device, and the Python module `fused_dropout._cuda`, which fused_dropout/native.py imports.
+// Chooses the kernel of cuda_kernels.cuh for a window of elements and its grid, and launches it.
 #include <Python.h>
 
 #include "cuda_kernels.cuh"
@@ -19,7 +20,8 @@
 namespace fused_dropout {
 namespace {
 
-// Whether the error means that the library has no machine code for the device, and no PTX that its driver can compile.
+// Whether the error means that the library has no code for the device: neither machine code, nor PTX that the driver
+// can compile.
 bool is_missing_code(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidDeviceFunction:
@@ -46,11 +48,12 @@ std::string describe_missing_code(cudaError_t error, int device) {
          "): the CUDA kernels were built for " + built;
 }
 
-void check_cuda(cudaError_t error, const char* what, int64_t numel, int device) {
+// Raises an error if the launch of a kernel failed. numel: the number of elements or keys of the launch.
+void check_cuda(cudaError_t error, const char* kernel_name, int64_t numel, int device) {
   if (error == cudaSuccess) return;
   STD_TORCH_CHECK(!is_missing_code(error), "fused_dropout: ", describe_missing_code(error, device),
                   ". \"python -m fused_dropout info\" gives the command for a build that serves it.");
-  STD_TORCH_CHECK(false, "launch of ", what, " for ", numel, " elements on cuda:", device,
+  STD_TORCH_CHECK(false, "fused_dropout: launch of ", kernel_name, " for ", numel, " elements on cuda:", device,
                   " failed: ", cudaGetErrorString(error));
 }
 
@@ -60,30 +63,31 @@ cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// How many thread blocks of a kernel the device runs at once. The grid is no larger, so that a warp computes the round
-// keys once and then takes chunk after chunk. In a model, a grid with a warp for each chunk is 0.6 % faster at most,
-// and misses what the round keys cost there. The first call loads the kernel and keeps the number. A failed call keeps
-// nothing, so that the next call asks again.
+// The number of thread blocks of a kernel that the device runs at once. The grid has at most this many, so that a warp
+// computes the round keys once, and then works on one chunk after the other. A grid with one warp for each chunk would
+// be at most 0.6 % faster in a model, which leaves out that each warp would compute the round keys. The first call
+// loads the kernel and stores the number; a failed call stores nothing, so that the next call tries again.
 template <auto kernel>
 cudaError_t resident_blocks(int device, int64_t* blocks) {
-  static std::array<std::atomic<int>, 128> known{};
-  std::atomic<int>& found = known[static_cast<size_t>(device) % known.size()];
-  if (found == 0) {
-    int processors = 0, of_each = 0;
+  static std::array<std::atomic<int>, 128> blocks_of_device{};  // by device; 0: unknown
+  std::atomic<int>& blocks_here = blocks_of_device[static_cast<size_t>(device) % blocks_of_device.size()];
+  if (blocks_here == 0) {
+    int processors = 0, blocks_per_processor = 0;
     cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
-    if (error == cudaSuccess && of_each == 0) error = cudaErrorLaunchOutOfResources;
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, kernel, kThreads, 0);
+    if (error == cudaSuccess && blocks_per_processor == 0) error = cudaErrorLaunchOutOfResources;
     if (error != cudaSuccess) {
       cudaGetLastError();  // clears the error, which the next launch would report as its own
       return error;
     }
-    found = processors * of_each;
+    blocks_here = processors * blocks_per_processor;
   }
-  *blocks = found;
+  *blocks = blocks_here;
   return cudaSuccess;
 }
 
-// What a launch needs besides the window.
+// The arguments of a launch besides the elements.
 template <typename Op>
 struct LaunchParams {
   KeySource source;
@@ -92,62 +96,66 @@ struct LaunchParams {
 };
 
 template <typename Op, typename Block>
-void launch_rows_with(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
+void launch_dropout_kernel(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
-  const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // wherever in a block it begins
-  unsigned columns = kWarp;
-  while (columns < kThreads && columns < blocks_per_row) columns *= 2;
-  const unsigned lines = kThreads / columns;
+  const int64_t blocks_per_row = (rows.length + 2 * (kBlock - 1)) / kBlock;  // the most: rows may begin inside a block
+  unsigned threads_per_row = kWarp;
+  while (threads_per_row < kThreads && threads_per_row < blocks_per_row) threads_per_row *= 2;
+  const unsigned rows_per_block = kThreads / threads_per_row;
   int64_t resident = 0;
   check_cuda(resident_blocks<dropout_kernel<Op, Block>>(args.device, &resident), "dropout_kernel", args.numel,
              args.device);
-  const int64_t grid_x = std::min(resident, (blocks_per_row + columns - 1) / columns);
-  const int64_t grid_y = std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + lines - 1) / lines);
-  dropout_kernel<Op, Block><<<dim3(grid_x, grid_y), dim3(columns, lines), 0, current_stream(args.device)>>>(
-      streams_of<T>(args), rows, args.start, params.source, params.threshold, params.op);
+  const int64_t grid_x = std::min(resident, (blocks_per_row + threads_per_row - 1) / threads_per_row);
+  const int64_t grid_y =
+      std::min(std::max<int64_t>(1, resident / grid_x), (rows.count + rows_per_block - 1) / rows_per_block);
+  dropout_kernel<Op, Block>
+      <<<dim3(grid_x, grid_y), dim3(threads_per_row, rows_per_block), 0, current_stream(args.device)>>>(
+          streams_of<T>(args), rows, args.start, params.source, params.threshold, params.op);
   check_cuda(cudaGetLastError(), "dropout_kernel", args.numel, args.device);
 }
 
+// Launches dropout_kernel.
 template <typename Op>
 void launch_rows(const KernelArgs& args, const Rows& rows, const LaunchParams<Op>& params) {
   const uint64_t last = (args.start + (rows.count - 1) * rows.index + rows.length) / kBlock;
   if (last < uint64_t{1} << 31) {
-    launch_rows_with<Op, uint32_t>(args, rows, params);
+    launch_dropout_kernel<Op, uint32_t>(args, rows, params);
   } else {
-    launch_rows_with<Op, uint64_t>(args, rows, params);
+    launch_dropout_kernel<Op, uint64_t>(args, rows, params);
   }
 }
 
-// Takes the elements of one stream in groups of eight, in the order of the dimensions. Returns the bytes of the
-// widest access that all groups allow, or 0 if the elements of a group do not lie together.
+// The widest access, in bytes, for groups of eight elements of one tensor, in the order of the dimensions. Returns 0 if
+// the elements of a group are not adjacent in memory.
 template <typename T>
-int access_of_eights(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
-  int64_t together = 1;
+int access_of_groups(const KernelArgs& args, const void* side, int64_t Dim::* stride) {
+  int64_t adjacent = 1;
   size_t d = 0;
-  for (; d < args.dims.size() && args.dims[d].*stride == together; ++d) together *= args.dims[d].size;
-  if (d < args.dims.size() && together % kBlock != 0) return 0;
+  for (; d < args.dims.size() && args.dims[d].*stride == adjacent; ++d) adjacent *= args.dims[d].size;
+  if (d < args.dims.size() && adjacent % kBlock != 0) return 0;
   uintptr_t addresses = reinterpret_cast<uintptr_t>(side) | kBlock * sizeof(T);
   for (; d < args.dims.size(); ++d) addresses |= args.dims[d].*stride * sizeof(T);
   return static_cast<int>(addresses & (~addresses + 1));
 }
 
+// The widest access that all tensors allow.
 template <typename T>
-int access_of_eights(const KernelArgs& args) {
+int access_of_groups(const KernelArgs& args) {
   const Streams<T> first = streams_of<T>(args);
-  return std::min({access_of_eights<T>(args, first.x, &Dim::x), access_of_eights<T>(args, first.y, &Dim::y),
-                   access_of_eights<T>(args, first.residual, &Dim::residual),
-                   access_of_eights<T>(args, first.bias, &Dim::bias)});
+  return std::min({access_of_groups<T>(args, first.x, &Dim::x), access_of_groups<T>(args, first.y, &Dim::y),
+                   access_of_groups<T>(args, first.residual, &Dim::residual),
+                   access_of_groups<T>(args, first.bias, &Dim::bias)});
 }
 
 template <typename Op, typename Index>
-void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
+void launch_window_kernel(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
   using T = typename Op::Element;
   constexpr int kBits = sizeof(Index) * 8;
   Window<Index> window;
   window.count = static_cast<int>(args.dims.size());
   for (int d = 0; d < window.count; ++d) {
     const Dim& dim = args.dims[d];
-    int bits = 1;  // 2^bits is the size or more
+    int bits = 1;  // the smallest number with size <= 2^bits, but at least 1
     while (uint64_t{1} << bits < static_cast<uint64_t>(dim.size)) ++bits;
     const auto magic = ((static_cast<unsigned __int128>(1) << (kBits - 1 + bits)) + dim.size - 1) / dim.size;
     window.dims[d] = {static_cast<Index>(dim.size),  static_cast<Index>(magic),
@@ -158,17 +166,19 @@ void launch_window_with(const KernelArgs& args, const LaunchParams<Op>& params, 
   int64_t resident = 0;
   check_cuda(resident_blocks<window_kernel<Op, Index>>(args.device, &resident), "window_kernel", args.numel,
              args.device);
-  const int64_t at_once = int64_t{kThreads} * kBlock;
-  const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
+  const int64_t elements_per_block = int64_t{kThreads} * kBlock;
+  const int64_t grid = std::min(resident, (args.numel + elements_per_block - 1) / elements_per_block);
   window_kernel<Op, Index><<<grid, kThreads, 0, current_stream(args.device)>>>(
       streams_of<T>(args), static_cast<Index>(args.numel), window, static_cast<Index>(args.start), access,
       params.source, params.threshold, params.op);
   check_cuda(cudaGetLastError(), "window_kernel", args.numel, args.device);
 }
 
+// Launches window_kernel.
 template <typename Op>
 void launch_window(const KernelArgs& args, const LaunchParams<Op>& params, int access) {
-  uint64_t x = 0, y = 0, residual = 0, bias = 0, index = args.start;  // of the last element
+  // The positions and the index of the last element.
+  uint64_t x = 0, y = 0, residual = 0, bias = 0, index = args.start;
   for (const Dim& dim : args.dims) {
     x += (dim.size - 1) * dim.x;
     y += (dim.size - 1) * dim.y;
@@ -177,20 +187,21 @@ void launch_window(const KernelArgs& args, const LaunchParams<Op>& params, int a
     index += (dim.size - 1) * dim.index;
   }
   if (args.numel < int64_t{1} << 31 && std::max({x, y, residual, bias, index}) < uint64_t{1} << 32) {
-    launch_window_with<Op, uint32_t>(args, params, access);
+    launch_window_kernel<Op, uint32_t>(args, params, access);
   } else {
-    launch_window_with<Op, uint64_t>(args, params, access);
+    launch_window_kernel<Op, uint64_t>(args, params, access);
   }
 }
 
-// The same elements in another order, in which eight with consecutive indices come first: a thread then draws one block
-// for them, and its neighbours take neighbours in memory. One launch more takes those past the last eight.
+// Launches window_kernel with the dimensions in another order: eight elements with consecutive indices come first. So a
+// thread draws one block for eight elements, and neighbouring threads access neighbouring memory. A second launch takes
+// the elements after the last eight. consecutive: the number of the dimension with consecutive indices.
 template <typename Op>
 void launch_by_index(const KernelArgs& args, size_t consecutive, const LaunchParams<Op>& params) {
   using T = typename Op::Element;
   const Dim along = args.dims[consecutive];
-  const int64_t eights = along.size / kBlock, rest = along.size % kBlock, done = eights * kBlock;
-  const auto with = [&](int64_t size, int64_t times) {
+  const int64_t groups = along.size / kBlock, rest = along.size % kBlock, done = groups * kBlock;
+  const auto reordered = [&](int64_t size, int64_t times) {
     KernelArgs part = args;
     part.numel = args.numel / along.size * size * times;
     if (times > 1) {
@@ -201,32 +212,34 @@ void launch_by_index(const KernelArgs& args, size_t consecutive, const LaunchPar
     if (size > 1) part.dims.insert(part.dims.begin(), {size, along.x, along.y, 1, along.residual, along.bias});
     return part;
   };
-  launch_window(with(kBlock, eights), params, kEightByEight);
+  launch_window(reordered(kBlock, groups), params, kEightByEight);
   if (rest == 0) return;
-  KernelArgs part = with(rest, 1);
-  const Streams<T> past = step(streams_of<T>(args), along, done);
-  if (args.x) part.x = past.x;
-  if (args.residual) part.residual = past.residual;
-  if (args.bias) part.bias = past.bias;
-  part.y = past.y;
+  KernelArgs part = reordered(rest, 1);
+  const Streams<T> tail = advanced(streams_of<T>(args), along, done);
+  if (args.x) part.x = tail.x;
+  if (args.residual) part.residual = tail.residual;
+  if (args.bias) part.bias = tail.bias;
+  part.y = tail.y;
   part.start += done;
   launch_window(part, params, kElementByElement);
 }
 
+// Launches the kernel that serves these elements best.
 template <typename Op>
 void launch(const KernelArgs& args, const KeySource& source, Op op) {
   using T = typename Op::Element;
   const torch::stable::accelerator::DeviceGuard guard(args.device);
   const LaunchParams<Op> params{source, threshold(args.p), op};
   if (const auto rows = as_rows(args.dims)) {
-    // window_kernel serves rows shorter than a chunk, which would leave lanes of dropout_kernel idle. It also serves
-    // rows that begin inside a block if their memory is aligned: dropout_kernel would move them in narrow accesses.
+    // dropout_kernel serves one row, and rows of a chunk or more. Shorter rows would leave some of its lanes idle. Rows
+    // that begin inside a block would make its accesses narrow, so window_kernel serves them if their memory is
+    // aligned.
     const bool whole_blocks = rows->length % kBlock == 0 && rows->index % kBlock == 0;
-    const bool by_rows = rows->length >= kChunk && (whole_blocks || access_of_eights<T>(args) < kVectorBytes<T>);
+    const bool by_rows = rows->length >= kChunk && (whole_blocks || access_of_groups<T>(args) < kVectorBytes<T>);
     if (rows->count == 1 || by_rows) return launch_rows(args, *rows, params);
   }
   if (const auto d = consecutive_dim(args.dims)) return launch_by_index(args, *d, params);
-  launch_window(args, params, access_of_eights<T>(args));
+  launch_window(args, params, access_of_groups<T>(args));
 }
 
 template <int bytes, typename T, typename Compute>
@@ -235,8 +248,8 @@ void launch_gate(const KernelArgs& args) {
   int64_t resident = 0;
   check_cuda(resident_blocks<gate_kernel<bytes, T, Compute>>(args.device, &resident), "gate_kernel", args.numel,
              args.device);
-  const int64_t at_once = kThreads * bytes / static_cast<int64_t>(sizeof(T));
-  const int64_t grid = std::min(resident, (args.numel + at_once - 1) / at_once);
+  const int64_t elements_per_block = kThreads * bytes / static_cast<int64_t>(sizeof(T));
+  const int64_t grid = std::min(resident, (args.numel + elements_per_block - 1) / elements_per_block);
   const Streams<T> at = streams_of<T>(args);
   gate_kernel<bytes, T, Compute><<<grid, kThreads, 0, current_stream(args.device)>>>(
       at.x, at.residual, at.y, args.numel, static_cast<Compute>(args.scale));
@@ -287,21 +300,26 @@ void run_cuda(const KernelArgs& args) {
   run_with_key(args, source);
 }
 
+// The operators' int64 arguments as the struct.
 CapturedGenerator captured_generator(int64_t seed, int64_t offset, int64_t intragraph) {
   return {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset), static_cast<uint64_t>(intragraph)};
 }
 
-// apply under graph capture, or apply_ if y is x. At each replay the kernel draws the next key of the generator and
-// stores it in `key` for backward. y has the size and dtype of x.
-void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& key, const Strides& index_strides,
+// The operator draw_and_apply: apply under graph capture, or apply_ if y is x. At each replay the kernel draws the next
+// key of the generator and stores it in `key` for backward. y has the shape and dtype of x.
+//   seed, offset  device addresses of the generator's seed and Philox offset
+//   intragraph    the increment of the Philox offset within the captured graph before this call
+void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& key, const OptionalStrides& index_strides,
                     std::optional<double> scale, int64_t seed, int64_t offset, int64_t intragraph) {
   check_dtype(x.scalar_type());
   KernelArgs args = checked_args(x, x.scalar_type(), p, key, 0, index_strides, scale);
-  STD_TORCH_CHECK(key.is_cuda() && key.is_contiguous() && y.scalar_type() == x.scalar_type() &&
-                      y.get_device_index() == x.get_device_index() && y.numel() == x.numel() && y.dim() == x.dim() &&
-                      x.numel() > 0,
-                  "draw_and_apply takes a key on the device, an x that is not empty, and a y like x");
-  args.dims = dims_of(x, y, index_strides);
+  STD_TORCH_CHECK(
+      key.is_cuda() && key.is_contiguous() && y.scalar_type() == x.scalar_type() &&
+          y.get_device_index() == x.get_device_index() && y.numel() == x.numel() && y.dim() == x.dim() && x.numel() > 0,
+      "draw_and_apply takes a contiguous key on a CUDA device, an x that is not empty, and a y like x, but key "
+      "is ",
+      describe(key), ", x is ", describe(x), " and y is ", describe(y));
+  args.dims = merged_dims(x, y, index_strides);
   args.x = x.const_data_ptr();
   args.y = y.mutable_data_ptr();
   KeySource source{};
@@ -310,18 +328,27 @@ void draw_and_apply(const Tensor& x, const Tensor& y, double p, const Tensor& ke
   run_with_key(args, source);
 }
 
+// Writes the n keys that n calls draw from a generator; one thread writes one key.
+//   keys       n keys of 16 bytes, written
+//   n          the number of keys
+//   first      the first key, if not captured; key i has its seed and its offset plus i
+//   captured   whether to draw the keys from `generator`, and to read its seed and Philox offset of 8 bytes each
+//   generator  the device addresses of these two, and an increment
 __global__ void write_keys_kernel(Key* keys, int64_t n, Key first, bool captured, CapturedGenerator generator) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= n) return;
   keys[i] = captured ? draw_key(generator, i) : Key{first.seed, first.offset + i};
 }
 
-// Writes the keys that n calls draw from a generator: by its seed and its Philox offset or, under graph capture, by the
-// addresses of both on the device, where each replay finds new ones. intragraph is what the capture had drawn before.
+// The operator write_keys: writes the keys that n calls draw from a generator into a tensor of shape (n, 2). seed and
+// offset are the generator's seed and Philox offset. Under graph capture they are the device addresses of both, which
+// each replay reads again, and intragraph is the increment of the Philox offset within the captured graph before this
+// call.
 void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured, int64_t intragraph) {
   STD_TORCH_CHECK(keys.is_cuda() && keys.scalar_type() == ScalarType::UInt64 && keys.dim() == 2 && keys.size(1) == 2 &&
                       keys.is_contiguous(),
-                  "keys are written into a contiguous uint64 tensor of shape (n, 2) on a CUDA device");
+                  "keys have to be a contiguous uint64 tensor of shape (n, 2) on a CUDA device, but are ",
+                  describe(keys));
   const int64_t n = keys.size(0);
   if (n == 0) return;
   const int device = keys.get_device_index();
@@ -333,6 +360,7 @@ void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured,
   check_cuda(cudaGetLastError(), "write_keys_kernel", n, device);
 }
 
+// Loads the kernels of one operation: resident_blocks() loads its kernel.
 template <typename Op>
 cudaError_t load_kernels_of(int device) {
   int64_t blocks = 0;
@@ -371,15 +399,15 @@ cudaError_t load_kernels(int device) {
   return resident_blocks<write_keys_kernel>(device, &blocks);
 }
 
-// load(device: int) -> str: loads all kernels. Returns "", or a description if the library has no code for the device.
-// Raises RuntimeError if loading fails for another reason.
+// The Python function _cuda.load(device: int) -> str: loads all kernels for a device. Returns "", or a description if
+// the library has no code for the device. Raises RuntimeError if loading fails for another reason.
 PyObject* load(PyObject*, PyObject* number) {
   const int device = static_cast<int>(PyLong_AsLong(number));
   if (PyErr_Occurred()) return nullptr;
   try {
     const cudaError_t error = load_kernels(device);
     if (is_missing_code(error)) return PyUnicode_FromString(describe_missing_code(error, device).c_str());
-    STD_TORCH_CHECK(error == cudaSuccess, "loading the kernels on cuda:", device,
+    STD_TORCH_CHECK(error == cudaSuccess, "fused_dropout: loading the kernels on cuda:", device,
                     " failed: ", cudaGetErrorString(error));
     return PyUnicode_FromString("");
   } catch (const std::exception& error) {
@@ -405,7 +433,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_dropout, CUDA, m) {
 
 }  // namespace fused_dropout
 
-// The module `fused_dropout._cuda`: importing it registers what stands above.
+// The module `fused_dropout._cuda`. Importing it loads this library, whose static initialisers register the operators
+// above.
 PyMODINIT_FUNC PyInit__cuda(void) {
   static PyMethodDef methods[] = {{"load", fused_dropout::load, METH_O, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", FUSED_DROPOUT_BUILT("_cuda"), 0, methods};

@@ -1,5 +1,5 @@
-// A linear layer after dropout, for the eager binding. Autograd saves the input itself in the place of its dropped
-// copy, which backward makes again from the key.
+// A linear layer after dropout, for the eager binding; fused_dropout/linear.py calls it. Autograd saves the input
+// instead of its dropped copy. Backward computes that copy again from the key.
 #include "eager.h"
 
 #include <ATen/ExpandUtils.h>
@@ -10,8 +10,8 @@
 namespace fused_dropout::eager {
 namespace {
 
-// The gradients of a matrix product as torch's autograd has them, which follow the layout of what they belong to. The
-// same calls give the same bits.
+// The gradients of a matrix product, by the same calls as in torch's autograd, so that the bits are the same. Each
+// gradient has the layout of the matrix that it belongs to.
 bool is_column_major(const Tensor& matrix) {
   return matrix.stride(0) == 1 && matrix.stride(1) == matrix.size(0);
 }
@@ -25,7 +25,7 @@ Tensor gradient_of_second(const Tensor& gradient, const Tensor& first, bool seco
 }
 
 struct DropoutLinear : torch::autograd::Function<DropoutLinear> {
-  // dtype: that of the product. x and the parameters are cast to it.
+  // dtype: the dtype of the product, to which x, weight and bias are cast.
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias, const Mask& mask, at::ScalarType dtype) {
     ctx->save_for_backward({x, x.requires_grad() ? weight : Tensor(), mask.key});
@@ -49,7 +49,7 @@ struct DropoutLinear : torch::autograd::Function<DropoutLinear> {
     const auto dtype = dtype_of("dtype");
     Mask mask{data.at("p").toDouble(), key_for_backward(data.at("key").toTensor(), saved[2]), std::nullopt,
               std::nullopt};
-    // Elements are numbered as in forward, whatever layout casts and products give them.
+    // The indices of forward, because casts and products may have other layouts.
     mask.index_strides = x.is_non_overlapping_and_dense() ? x.strides().vec() : row_major(x.sizes());
 
     const Tensor& gradient = gradients[0];
@@ -73,7 +73,8 @@ struct DropoutLinear : torch::autograd::Function<DropoutLinear> {
 
 std::optional<Tensor> dropout_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, double p,
                                      const std::optional<at::Generator>& generator, const std::optional<Tensor>& key) {
-  // Only the gradient of the weight needs the dropped copy. The two calls serve layouts that are no matrix for torch.
+  // Without a gradient of the weight, autograd does not save the dropped copy, and two separate calls are as good. They
+  // also serve an x that torch cannot view as a matrix.
   if (!at::GradMode::is_enabled() || !takes_fast_path(x) || !takes_fast_path(weight) || !weight.requires_grad() ||
       x.dim() < 2 || weight.dim() != 2 || x.numel() == 0 || x.size(-1) != weight.size(1) || p == 1 ||
       x.device() != weight.device() || !(x.is_contiguous() || x.dim() == 2)) {

@@ -1,6 +1,6 @@
-// The eager binding `fused_dropout._eager`: keys from torch's generators and an autograd Function in C++, so that a
-// small call costs less than torch's own dropout. Without it, fused_dropout/autograd.py and keys.py do the same in
-// Python, bit for bit.
+// The Python module `fused_dropout._eager`, the eager binding: draws keys from torch's generators and records autograd
+// in C++, so that a small call takes less time than torch's own dropout. fused_dropout/dispatch.py and keys.py call it.
+// Without it, fused_dropout/autograd.py and keys.py give the same bits in Python.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -35,7 +35,7 @@ Tensor apply(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef,
                            std::optional<double>)>("fused_dropout::apply");
-  return with_torchs_error(x, [&] { return op.call(x, mask.p, mask.key, mask.start, strides_of(mask), mask.scale); });
+  return with_torch_error(x, [&] { return op.call(x, mask.p, mask.key, mask.start, strides_of(mask), mask.scale); });
 }
 
 void apply_(const Tensor& x, const Mask& mask) {
@@ -46,10 +46,11 @@ void apply_(const Tensor& x, const Mask& mask) {
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// Bit i is set if the kernels run on CUDA device i. operators.py sets it at the first call on the device.
+// Bit i is set if the kernels run on CUDA device i. operators.py sets it at the first call on that device.
 std::atomic<uint64_t> cuda_devices{0};
 #endif
 
+// Whether the kernels run on this device. A CUDA device above number 63 never takes the fast path.
 bool serves(c10::Device device) {
 #ifdef FUSED_DROPOUT_CUDA
   if (device.is_cuda()) return device.index() >= 0 && device.index() < 64 && cuda_devices >> device.index() & 1;
@@ -68,32 +69,32 @@ bool takes_fast_path(const Tensor& x) {
   static const auto kPlainThread =
       c10::DispatchKeySet({DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView}) | c10::autocast_dispatch_keyset;
   const auto dtype = x.scalar_type();
-  // A difference of key sets keeps the backends, so empty() would not do.
-  const auto nothing_in = [](c10::DispatchKeySet keys) {
+  // Not empty(): the difference of two key sets keeps the backend bits.
+  const auto is_empty = [](c10::DispatchKeySet keys) {
     return keys.highestFunctionalityKey() == DispatchKey::Undefined;
   };
-  return x.defined() && serves(x.device()) && nothing_in(x.key_set() - kPlainTensor) &&
-         nothing_in(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
+  return x.defined() && serves(x.device()) && is_empty(x.key_set() - kPlainTensor) &&
+         is_empty(c10::impl::tls_local_dispatch_key_set().included_ - kPlainThread) &&
          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
          !torch::autograd::isFwGradDefined(x) && !torch::jit::tracer::isTracing();
 }
 
 namespace {
 
-// A key whose words can be read here and now.
+// Whether the values of a key can be read now, without waiting for a device.
 bool is_readable(const Tensor& key) {
   return key.is_cpu() && key.scalar_type() == at::kUInt64 && key.numel() == 2 && key.is_contiguous() &&
          !key.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
-// Keys on the CPU, of shape (n, 2), or (2,) for one. Not by at::empty, whose result a transform of torch.func would
-// wrap.
+// New keys on the CPU, of shape (n, 2), or (2,) for one key. Does not call at::empty, because a transform of torch.func
+// would wrap its result.
 Tensor empty_cpu_keys(at::IntArrayRef shape) {
   return at::detail::empty_cpu(shape, at::kUInt64);
 }
 
 #ifdef FUSED_DROPOUT_CUDA
-// Moves the generator on by one counter step for each of n keys, and returns what they are made of.
+// Advances the generator's Philox offset by 4 for each of n keys. Returns its state before that.
 at::PhiloxCudaState advance(const std::optional<at::Generator>& generator, at::Device device, int64_t n) {
   auto* g = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
@@ -101,8 +102,8 @@ at::PhiloxCudaState advance(const std::optional<at::Generator>& generator, at::D
   return g->philox_cuda_state(4 * n);
 }
 
-// Under graph capture: the addresses of seed and offset, and what the capture had drawn before.
-std::array<int64_t, 3> words_of(const at::PhiloxCudaState& state) {
+// Seed, offset and intragraph offset of a state. Under graph capture, the first two are device addresses.
+std::array<int64_t, 3> state_words(const at::PhiloxCudaState& state) {
   const auto word = [&](const auto& one) {
     return state.captured_ ? reinterpret_cast<int64_t>(one.ptr) : static_cast<int64_t>(one.val);
   };
@@ -113,7 +114,8 @@ Tensor empty_cuda_keys(at::IntArrayRef shape, at::Device device) {
   return at::empty(shape, at::TensorOptions().dtype(at::kUInt64).device(device));
 }
 
-Tensor known_keys(at::IntArrayRef shape, const at::PhiloxCudaState& state) {
+// Keys on the CPU, from a state whose values are known.
+Tensor keys_from_state(at::IntArrayRef shape, const at::PhiloxCudaState& state) {
   Tensor keys = empty_cpu_keys(shape);
   uint64_t* words = keys.mutable_data_ptr<uint64_t>();
   for (int64_t i = 0; i < keys.numel() / 2; ++i) {
@@ -129,13 +131,13 @@ void write_keys(const Tensor& keys, int64_t seed, int64_t offset, bool captured,
   op.call(keys, seed, offset, captured, intragraph);
 }
 
-// Seed and Philox offset / 4 of the generator. During a graph capture both are known only when the graph is replayed:
-// then, or if the device is to hold the keys, a kernel writes them there.
+// n keys of a CUDA generator: its seed, and its Philox offset / 4. Under graph capture these are known only when the
+// graph is replayed. In that case, and if on_device is set, a kernel writes the keys to the device.
 Tensor draw_cuda_keys(int64_t n, at::Device device, const std::optional<at::Generator>& generator, bool on_device) {
   const at::PhiloxCudaState state = advance(generator, device, n);
-  if (!state.captured_ && !on_device) return known_keys({n, 2}, state);
+  if (!state.captured_ && !on_device) return keys_from_state({n, 2}, state);
   Tensor keys = empty_cuda_keys({n, 2}, device);
-  const auto [seed, offset, intragraph] = words_of(state);
+  const auto [seed, offset, intragraph] = state_words(state);
   write_keys(keys, seed, offset, state.captured_, intragraph);
   return keys;
 }
@@ -144,9 +146,9 @@ void draw_cuda_key(Mask& mask, at::Device device, const std::optional<at::Genera
   const at::PhiloxCudaState state = advance(generator, device, 1);
   if (state.captured_) {
     mask.key = empty_cuda_keys({2}, device);
-    mask.captured = words_of(state);
+    mask.captured_state = state_words(state);
   } else {
-    mask.key = known_keys({2}, state);
+    mask.key = keys_from_state({2}, state);
   }
 }
 
@@ -154,14 +156,15 @@ void draw_and_apply(const Tensor& x, const Tensor& y, const Mask& mask) {
   static const auto op =
       find_operator<void(const Tensor&, const Tensor&, double, const Tensor&, at::OptionalSymIntArrayRef,
                          std::optional<double>, int64_t, int64_t, int64_t)>("fused_dropout::draw_and_apply");
-  const auto [seed, offset, intragraph] = *mask.captured;
+  const auto [seed, offset, intragraph] = *mask.captured_state;
   op.call(x, y, mask.p, mask.key, strides_of(mask), mask.scale, seed, offset, intragraph);
 }
 #endif
 
-// What torch.empty(n, dtype=torch.int64).random_() draws, as the seeds of fresh streams: 63 bits each.
+// The keys of a CPU generator. The seeds are the 63-bit numbers that torch.empty(n, dtype=torch.int64).random_() draws,
+// and the offsets are 0.
 Tensor draw_cpu_keys(at::IntArrayRef shape, const std::optional<at::Generator>& generator) {
-  // Under torch's older vmap, which knows no random operation: raises, in torch's words.
+  // torch's older vmap has no random operations. Under it, at::rand raises torch's error.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::VmapMode)) at::rand({});
   auto* g = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   Tensor keys = empty_cpu_keys(shape);
@@ -181,12 +184,12 @@ Tensor draw_keys(int64_t n, at::Device device, const std::optional<at::Generator
   return draw_cpu_keys({n, 2}, generator);
 }
 
-// The operator, for compilers and modes: its keys are on the device.
+// The operator draw_keys, for compilers and modes. Its keys are on `device`.
 Tensor draw_keys_operator(c10::SymInt n, at::Device device) {
   return draw_keys(n.expect_int(), device, std::nullopt, true);
 }
 
-// The key of one call.
+// Draws the key of one call.
 void draw_key(Mask& mask, at::Device device, const std::optional<at::Generator>& generator) {
 #ifdef FUSED_DROPOUT_CUDA
   if (device.is_cuda()) return draw_cuda_key(mask, device, generator);
@@ -194,7 +197,8 @@ void draw_key(Mask& mask, at::Device device, const std::optional<at::Generator>&
   mask.key = draw_cpu_keys({2}, generator);
 }
 
-// The operator in torch's own operations, for which every transform has its rules: autograd.compose in Python.
+// The operator apply in torch's own operations, for which every transform has rules. autograd.compose does the same in
+// Python.
 Tensor compose(const Tensor& x, const Mask& mask) {
   static const auto op =
       find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, at::OptionalSymIntArrayRef)>(
@@ -205,7 +209,7 @@ Tensor compose(const Tensor& x, const Mask& mask) {
   }
   const Tensor like = at::empty(shape, at::TensorOptions().dtype(at::kBool).device(x.device()));
   const Tensor kept =
-      with_torchs_error(like, [&] { return op.call(like, mask.p, mask.key, mask.start, strides_of(mask)); });
+      with_torch_error(like, [&] { return op.call(like, mask.p, mask.key, mask.start, strides_of(mask)); });
   const double scale = mask.scale ? *mask.scale : mask.p < 1 ? 1.0 / (1.0 - mask.p) : 0.0;
   const Tensor zero = at::zeros({}, at::TensorOptions().dtype(x.scalar_type()).device(x.device()));
   return at::where(kept, x.mul(scale), zero);
@@ -222,7 +226,7 @@ std::vector<int64_t> row_major(at::IntArrayRef sizes) {
 Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
   const at::AutoDispatchBelowADInplaceOrView below;
 #ifdef FUSED_DROPOUT_CUDA
-  if (mask.captured) {
+  if (mask.captured_state) {
     const Tensor y = inplace ? x : at::empty_like(x);
     draw_and_apply(x, y, mask);
     return y;
@@ -235,12 +239,12 @@ Tensor run_kernel(const Tensor& x, const Mask& mask, bool inplace) {
 
 namespace {
 
-// A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
-// recomputed activations have another mask than forward's, which torch itself does not notice.
-void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
+// Warns if the recomputation of a non-reentrant checkpoint drew another key. In that case backward gets the recomputed
+// tensors, whose mask differs from forward's. torch does not detect this.
+void warn_if_another_key(const Tensor& saved, const Tensor& own) {
   if (saved.unsafeGetTensorImpl() == own.unsafeGetTensorImpl() || !is_readable(saved)) return;
   if (std::memcmp(saved.const_data_ptr(), own.const_data_ptr(), 2 * sizeof(uint64_t)) == 0) return;
-  // TORCH_WARN would report a line of torch, not of the user.
+  // Not TORCH_WARN, which would report a line of torch instead of the user's line.
   const py::gil_scoped_acquire gil;
   py::module_::import("fused_dropout.autograd").attr("warn_of_another_mask")();
 }
@@ -249,7 +253,7 @@ void warn_if_drawn_anew(const Tensor& saved, const Tensor& own) {
 
 Tensor key_for_backward(const Tensor& of_forward, const Tensor& saved) {
   if (!is_readable(of_forward)) return saved;
-  warn_if_drawn_anew(saved, of_forward);
+  warn_if_another_key(saved, of_forward);
   return of_forward;
 }
 
@@ -280,10 +284,10 @@ Mask saved_mask(torch::autograd::AutogradContext* ctx, const Tensor& gradient) {
 
 void write_captured_key([[maybe_unused]] Mask& mask) {
 #ifdef FUSED_DROPOUT_CUDA
-  if (!mask.captured) return;
-  const auto [seed, offset, intragraph] = *mask.captured;
+  if (!mask.captured_state) return;
+  const auto [seed, offset, intragraph] = *mask.captured_state;
   write_keys(mask.key.view({1, 2}), seed, offset, true, intragraph);
-  mask.captured.reset();
+  mask.captured_state.reset();
 #endif
 }
 
@@ -292,14 +296,15 @@ void set_key(Mask& mask, const Tensor& x, const std::optional<at::Generator>& ge
   if (!key) {
     draw_key(mask, x.device(), generator);
   } else {
-    // A copy: nothing that happens to the caller's key later changes the gradient.
+    // A copy, so that later changes of the caller's key do not change the gradient.
     mask.key = recorded && is_readable(*key) ? key->clone() : *key;
   }
 }
 
 namespace {
 
-// Dropout is linear and diagonal: its backward, and backward's own, is the same operator with the same key.
+// Dropout multiplies each element by a constant. So its backward, and the backward of that, is the same operator with
+// the same key.
 struct Dropout : torch::autograd::Function<Dropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask, bool inplace) {
     ctx->save_for_backward({mask.key});
@@ -324,7 +329,8 @@ Tensor apply_to_gradient(const Tensor& gradient, const Mask& mask, bool inplace)
 
 namespace {
 
-// Whether elements may share memory: each dimension has to step over all that the smaller ones reach.
+// Whether elements of x may share memory. They do not if the stride of each dimension is larger than the span of all
+// dimensions with smaller strides.
 bool may_overlap(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < x.dim(); ++d) {
@@ -339,7 +345,8 @@ bool may_overlap(const Tensor& x) {
   return false;
 }
 
-void count_change(const Tensor& x) {
+// Increments the version counter, by which autograd detects changes of saved tensors.
+void bump_version_counter(const Tensor& x) {
   if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
 }
 
@@ -351,20 +358,21 @@ bool is_writable(const Tensor& x, bool recorded) {
 }
 
 Tensor result_in_place(const Tensor& x) {
-  count_change(x);
-  return x.variable_data();  // its memory as a tensor of its own
+  bump_version_counter(x);
+  return x.variable_data();  // a new tensor on x's memory, without history
 }
 
 Tensor finish_in_place(const Tensor& x, const Tensor& result, bool recorded) {
-  if (!recorded) count_change(x);
-  // As torch's own in-place operations do it. mark_dirty() would do the same, but compiled autograd refuses it.
+  if (!recorded) bump_version_counter(x);
+  // The same call as in torch's own in-place operations. mark_dirty() has the same effect, but compiled autograd
+  // refuses it.
   if (recorded) torch::autograd::impl::rebase_history(x, torch::autograd::impl::gradient_edge(result));
   return x;
 }
 
 namespace {
 
-// The result, or None where Python has to look: another kind of tensor, a transform, a mode.
+// Dropout of x. Returns None if Python has to handle the call: another kind of tensor, a transform, a mode.
 std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::optional<at::Generator>& generator,
                            const std::optional<Tensor>& key, std::optional<std::vector<int64_t>> index_strides,
                            std::optional<double> scale, int64_t start) {
@@ -378,7 +386,7 @@ std::optional<Tensor> drop(const Tensor& x, double p, bool inplace, const std::o
   } else {
     set_key(mask, x, generator, key, recorded);
   }
-  if (start != 0) write_captured_key(mask);  // the kernel that draws begins at index 0
+  if (start != 0) write_captured_key(mask);  // draw_and_apply, which draws the key itself, only starts at index 0
   const Tensor y = recorded ? Dropout::apply(x, mask, inplace) : run_kernel(x, mask, inplace);
   return inplace ? finish_in_place(x, y, recorded) : y;
 }

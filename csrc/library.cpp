@@ -1,5 +1,6 @@
-// The module `fused_dropout._C`: importing it loads this library, whose static initialisers register the kernels for
-// the operators that fused_dropout/operators.py defines. All that it has to offer Python itself is what it chose.
+// The Python module `fused_dropout._C`, which fused_dropout/native.py imports. The import loads this library, whose
+// static initialisers register the CPU kernels for the operators that fused_dropout/operators.py defines. The module
+// has one attribute, `cpu_isa`: the instruction set of the kernels in use.
 #include <Python.h>
 
 #include "simd/kernels.h"

@@ -1,4 +1,5 @@
-// Dropout with a residual, or with a ReLU, for the eager binding. fused_dropout/neighbours.py does the same in Python.
+// Dropout with a residual (dropout_add) and dropout of a ReLU (relu_dropout), for the eager binding.
+// fused_dropout/neighbours.py calls these functions, and does the same in Python without the binding.
 #include "eager.h"
 
 #include <ATen/ExpandUtils.h>
@@ -10,24 +11,24 @@ namespace {
 
 Tensor run_dropout_add(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& bias, const Mask& mask,
                        bool inplace) {
-  using Window = at::OptionalSymIntArrayRef;
+  using IndexStrides = at::OptionalSymIntArrayRef;
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, double, const Tensor&,
-                           c10::SymInt, Window, std::optional<double>)>("fused_dropout::dropout_add");
-  static const auto in_place =
+                           c10::SymInt, IndexStrides, std::optional<double>)>("fused_dropout::dropout_add");
+  static const auto op_in_place =
       find_operator<void(const Tensor&, const Tensor&, const std::optional<Tensor>&, double, const Tensor&, c10::SymInt,
-                         Window, std::optional<double>)>("fused_dropout::dropout_add_");
+                         IndexStrides, std::optional<double>)>("fused_dropout::dropout_add_");
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto strides = strides_of(mask);
   if (!inplace) {
-    return with_torchs_error(
+    return with_torch_error(
         x, [&] { return op.call(x, residual, bias, mask.p, mask.key, mask.start, strides, mask.scale); });
   }
-  in_place.call(x, residual, bias, mask.p, mask.key, mask.start, strides, mask.scale);
+  op_in_place.call(x, residual, bias, mask.p, mask.key, mask.start, strides, mask.scale);
   return x;
 }
 
-// Saves the key. The residual's gradient is the incoming one.
+// Saves only the key. The gradient of the residual is the incoming gradient.
 struct DropoutAdd : torch::autograd::Function<DropoutAdd> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& residual,
                         const std::optional<Tensor>& bias, const Mask& mask, bool inplace) {
@@ -41,34 +42,35 @@ struct DropoutAdd : torch::autograd::Function<DropoutAdd> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& gradients) {
     const Tensor& gradient = gradients[0];
-    const bool of_bias = ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2);
+    const bool needs_bias_gradient = ctx->saved_data.at("bias").toBool() && ctx->needs_input_grad(2);
     Tensor dx, dbias;
-    if (ctx->needs_input_grad(0) || of_bias) dx = apply_to_gradient(gradient, saved_mask(ctx, gradient));
-    if (of_bias) dbias = at::sum_to(dx, at::IntArrayRef{dx.size(-1)});
+    if (ctx->needs_input_grad(0) || needs_bias_gradient) dx = apply_to_gradient(gradient, saved_mask(ctx, gradient));
+    if (needs_bias_gradient) dbias = at::sum_to(dx, at::IntArrayRef{dx.size(-1)});
     return {dx, gradient, dbias, Tensor(), Tensor()};
   }
 };
 
 Tensor run_relu_dropout(const Tensor& x, const Mask& mask, bool inplace) {
-  using Window = at::OptionalSymIntArrayRef;
+  using IndexStrides = at::OptionalSymIntArrayRef;
   static const auto op =
-      find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, Window, std::optional<double>)>(
+      find_operator<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, IndexStrides, std::optional<double>)>(
           "fused_dropout::relu_dropout");
-  static const auto in_place =
-      find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt, Window, std::optional<double>)>(
+  static const auto op_in_place =
+      find_operator<void(const Tensor&, double, const Tensor&, c10::SymInt, IndexStrides, std::optional<double>)>(
           "fused_dropout::relu_dropout_");
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto strides = strides_of(mask);
   if (!inplace) {
-    return with_torchs_error(x, [&] { return op.call(x, mask.p, mask.key, 0, strides, mask.scale); });
+    return with_torch_error(x, [&] { return op.call(x, mask.p, mask.key, 0, strides, mask.scale); });
   }
-  in_place.call(x, mask.p, mask.key, 0, strides, mask.scale);
+  op_in_place.call(x, mask.p, mask.key, 0, strides, mask.scale);
   return x;
 }
 
 Tensor relu_dropout_backward(const Tensor& gradient, const Tensor& output, double scale);
 
-// Linear in the gradient. Its derivative with respect to the output is 0 wherever there is one.
+// The backward pass of ReluDropout, with a derivative: it is linear in the gradient. Its derivative with respect to the
+// output is 0 wherever it exists.
 struct ReluDropoutBackward : torch::autograd::Function<ReluDropoutBackward> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& gradient, const Tensor& output,
                         double scale) {
@@ -96,10 +98,10 @@ Tensor relu_dropout_backward(const Tensor& gradient, const Tensor& output, doubl
   static const auto op =
       find_operator<Tensor(const Tensor&, const Tensor&, double)>("fused_dropout::relu_dropout_backward");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return with_torchs_error(gradient, [&] { return op.call(gradient, output, scale); });
+  return with_torch_error(gradient, [&] { return op.call(gradient, output, scale); });
 }
 
-// Saves its output, which is positive where the gradient passes.
+// Saves its output, which tells which elements the gradient passes: those that are not 0 or less.
 struct ReluDropout : torch::autograd::Function<ReluDropout> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Mask& mask, bool inplace) {
     ctx->saved_data["scale"] = 1.0 / (1.0 - mask.p);
@@ -109,7 +111,7 @@ struct ReluDropout : torch::autograd::Function<ReluDropout> {
       return y;
     }
     const Tensor result = result_in_place(x);
-    // A detached x counts the changes of x, so that one after this call makes backward raise an error.
+    // x.detach() shares the version counter of x, so that backward raises an error if x is changed after this call.
     ctx->save_for_backward({x.detach()});
     return result;
   }
@@ -121,6 +123,7 @@ struct ReluDropout : torch::autograd::Function<ReluDropout> {
   }
 };
 
+// Whether `other` takes the fast path and has x's dtype and device.
 bool fits(const Tensor& x, const Tensor& other) {
   return takes_fast_path(other) && other.scalar_type() == x.scalar_type() && other.device() == x.device();
 }
@@ -133,9 +136,9 @@ std::optional<Tensor> dropout_add(const Tensor& x, const Tensor& residual, const
                                   int64_t start) {
   if (!takes_fast_path(x) || x.numel() == 0 || !fits(x, residual) || residual.sizes() != x.sizes()) return std::nullopt;
   if (bias && (!fits(x, *bias) || bias->dim() != 1 || x.dim() == 0 || bias->size(0) != x.size(-1))) return std::nullopt;
-  const bool any = x.requires_grad() || residual.requires_grad() || (bias && bias->requires_grad());
-  const bool recorded = at::GradMode::is_enabled() && any;
-  // The two gradients of one tensor are added up in the order of the separate calls.
+  const bool any_requires_grad = x.requires_grad() || residual.requires_grad() || (bias && bias->requires_grad());
+  const bool recorded = at::GradMode::is_enabled() && any_requires_grad;
+  // x + dropout(x): Python makes separate calls, so that the two gradients of x are added in the order of torch.
   if (recorded && x.is_same(residual)) return std::nullopt;
   const auto shares_memory = [&](const Tensor& other) { return x.storage().is_alias_of(other.storage()); };
   if (inplace && (!is_writable(x, recorded) || shares_memory(residual) || (bias && shares_memory(*bias)))) {

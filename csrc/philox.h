@@ -1,11 +1,12 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
-// 1, 2, 3" (SC'11), for host and device. Words and constants in the order of Random123 and cuRAND.
+// Philox4x32-10, the counter-based random number generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers:
+// as easy as 1, 2, 3" (SC'11), for host and device. mask.h calls it for one block, and the kernels of simd/ and CUDA
+// call it with their own types of words and round keys. Words and constants have the order of Random123 and cuRAND.
 #pragma once
 
 #include <cstdint>
 
-// Internal linkage: the CPU kernels compile these once for each instruction set, and no linker may pick one for
-// another.
+// Internal linkage (static): the CPU kernels compile these functions once for each instruction set, and the linker must
+// not merge the versions.
 #if defined(__CUDACC__)
 #define FUSED_DROPOUT_HOST_DEVICE static __host__ __device__ __forceinline__
 #else
@@ -18,7 +19,8 @@ constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9, kPhiloxWeyl1 = 0xBB67AE85;
 constexpr int kPhiloxRounds = 10;
 
-// Four words of a counter, or of what comes out: of one block, or of one in each lane of a vector.
+// The four words of a Philox counter or of a Philox result. Word is uint32_t for one block, or a vector with one block
+// in each lane.
 template <typename Word>
 struct PhiloxWords {
   Word w[4];
@@ -30,15 +32,18 @@ struct PhiloxKey {
   uint32_t k[2];
 };
 
-// The key of a round depends on nothing inside a caller's loop, so compilers hoist it; vectors bring theirs ready-made.
+// Word i of the key of a round. It does not depend on the counter, so compilers move it out of a caller's loop. Callers
+// with precomputed round keys overload this function.
 FUSED_DROPOUT_HOST_DEVICE uint32_t round_key(const PhiloxKey& key, int round, int i) {
   return key.k[i] + static_cast<uint32_t>(round) * (i == 0 ? kPhiloxWeyl0 : kPhiloxWeyl1);
 }
 
-// What a vector of words defines anew: the 64-bit product, its halves, and the XOR of three.
+// The operations of a round: the 64-bit product, its two halves, and the XOR of three words. The vector layers of simd/
+// overload them for vectors of words.
 FUSED_DROPOUT_HOST_DEVICE uint64_t multiply(uint32_t word, uint32_t multiplier) {
 #if defined(__CUDA_ARCH__)
-  uint64_t product;  // from the line below nvcc makes a product by 64 bits, and adds that with their upper half, 0
+  // For the expression below nvcc multiplies 64-bit numbers, and adds a product with their upper half, which is 0.
+  uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(word), "r"(multiplier));
   return product;
 #else
@@ -50,7 +55,7 @@ FUSED_DROPOUT_HOST_DEVICE uint32_t high(uint64_t product) {
 }
 FUSED_DROPOUT_HOST_DEVICE uint32_t low(uint64_t product) {
 #if defined(__CUDA_ARCH__)
-  uint32_t word;  // a cast would be taken together with a later shift, to two instructions instead of one
+  uint32_t word;  // nvcc would merge a cast with a later shift, and make two instructions instead of one
   asm("cvt.u32.u64 %0, %1;" : "=r"(word) : "l"(product));
   return word;
 #else
@@ -61,6 +66,7 @@ FUSED_DROPOUT_HOST_DEVICE uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
   return a ^ b ^ c;
 }
 
+// Ten rounds of Philox. Key is PhiloxKey, or a type with precomputed round keys.
 template <typename Word, typename Key>
 FUSED_DROPOUT_HOST_DEVICE PhiloxWords<Word> philox(PhiloxWords<Word> counter, const Key& key) {
   Word c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];

@@ -1,4 +1,4 @@
-"""``python -m fused_dropout``: what serves each device, measurements, and tests of masks."""
+"""The command line ``python -m fused_dropout``: chooses a command, and has the command ``info``."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch
 from . import __version__, inductor
 from .build_info import backend_info
 
-# Command: its description and its module. A module is imported only for its command, since some take seconds.
+# For each command its description and its module. A module is imported only when its command runs: some take seconds.
 COMMANDS = {
     "info": ("say what serves each device, and how to get a better path", ""),
     "bench": ("compare the speed and memory of nn.Dropout and fd.Dropout here, two minutes", ".bench.command"),
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def info(arguments: Sequence[str]) -> int:
-    """What a bug report needs: ``backend_info()``, and the GPUs."""
+    """Prints what a bug report needs: ``backend_info()`` and the GPUs."""
     parser = argparse.ArgumentParser(
         "python -m fused_dropout info",
         description="Says which path serves each device, what was compiled, what is missing and why, and the command "
@@ -31,7 +31,7 @@ def info(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for a program or a bug report")
     as_json = parser.parse_args(arguments).json
-    inductor.register()  # or a problem with Inductor would show at the first compilation only
+    inductor.register()  # shows a problem with Inductor now, which else appears at the first compilation
     found = backend_info()
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     gpus = [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 20} MiB" for gpu in properties]
@@ -40,7 +40,7 @@ def info(arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
-    """Returns the function of the command. Ends the process for --help, --version and a wrong command."""
+    """Returns the function that runs the command. Ends the process for --help, --version and a wrong command."""
     parser = argparse.ArgumentParser(
         "python -m fused_dropout",
         description="Dropout for PyTorch: what serves it here, how fast it is, and whether its masks are right.",
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is not None:  # the error is about a file, not about the output
             raise
         with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would write again when it exits
-        if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe on purpose
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes again when it exits
+        if not isinstance(error, BrokenPipeError):  # which means that the reader has closed the pipe on purpose
             print(f"fused_dropout: the output could not be written: {error.strerror}", file=sys.stderr)
         return 1
 

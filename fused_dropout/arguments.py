@@ -1,4 +1,7 @@
-"""Checks of arguments. Each error names the value that was given and what is allowed."""
+"""Checks of the arguments of public functions. Each error names the given value and the allowed ones.
+
+It stands below ``functional.py``, and imports nothing of this package but ``torch_internals.py``.
+"""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -14,16 +17,16 @@ from .torch_internals import is_distributed
 def check_arguments(
     input: Any, p: float, training: bool, generator: Generator | None = None, key: Tensor | None = None
 ) -> None:
-    """Checks the arguments that all functions have.
+    """Checks the arguments that all functions share.
 
     Raises:
-        TypeError: p is not a number, or a tensor that requires grad; training is not a bool; generator or key is
-            something else.
-        ValueError: p is not between 0 and 1; key and generator were both given; the key has another shape, dtype or
+        TypeError: p is not a number, or is a tensor that requires grad; training is not a bool; generator or key has a
+            wrong type.
+        ValueError: p is not between 0 and 1; key and generator are both given; the key has a wrong shape, dtype or
             device.
         RuntimeError: p is NaN.
     """
-    # The conditions of why_refused, repeated to save a function call where nothing is wrong.
+    # Repeats the conditions of why_refused, to save a function call if nothing is wrong.
     if type(p) is not float or not 0.0 <= p <= 1.0 or (training is not True and training is not False):
         error = why_refused(p, training)
         if error is not None:
@@ -35,23 +38,23 @@ def check_arguments(
 
 
 def why_refused(p: float, training: bool) -> Exception | None:
-    """The error for a wrong p or training, of the class that torch raises; None if both are fine."""
+    """The error for a wrong p or training, of the class that torch raises; None if both are correct."""
     if type(p) is not float and not _is_number(p):
         return _no_number(p)
     if training is not True and training is not False:
         return TypeError(f"training has to be True or False, but is {training!r}")
     if not 0.0 <= p <= 1.0:
-        # As in torch: its check in Python raises ValueError, but lets a NaN pass; its check in C++ raises RuntimeError.
+        # torch's check in Python raises ValueError but accepts NaN. Its check in C++ then raises RuntimeError.
         kind = ValueError if p == p else RuntimeError
         return kind(f"dropout probability has to be between 0 and 1, but got {p}")
     return None
 
 
 def check_number(p: float) -> None:
-    """Checks the type of a p that a module keeps; each call checks its range.
+    """Checks the type of a module's p. Each call checks its range.
 
     Raises:
-        TypeError: it is not a number, or a tensor that requires grad.
+        TypeError: p is not a number, or is a tensor that requires grad.
     """
     if not _is_number(p):
         raise _no_number(p)
@@ -71,17 +74,17 @@ def _no_number(p: object) -> TypeError:
 
 
 def check_generator(generator: object) -> None:
-    """Raises TypeError if it is no generator."""
+    """Raises TypeError if the argument is not a generator."""
     if not isinstance(generator, Generator):
         raise TypeError(f"generator has to be a torch.Generator, but is {generator!r}")
 
 
 def check_key(key: Any, device: torch.device | None = None, generator: Generator | None = None) -> None:
-    """Checks a key of one call. device: of the input, if it is known.
+    """Checks the key of one call. device: the input's device, if it is known.
 
     Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has another shape, dtype or device; a generator was given too.
+        TypeError: the key is not a tensor.
+        ValueError: the key has a wrong shape, dtype or device; a generator is given too.
     """
     if generator is not None:
         raise ValueError("key and generator were both given: a call draws its mask from one of them")
@@ -94,11 +97,11 @@ def check_key(key: Any, device: torch.device | None = None, generator: Generator
 
 
 def check_keys(keys: Any) -> None:
-    """Checks one key or several, of shape (..., 2), that others are to be derived from.
+    """Checks one or several keys, of shape (..., 2), from which others will be derived.
 
     Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has another shape or dtype.
+        TypeError: ``keys`` is not a tensor.
+        ValueError: ``keys`` has a wrong shape or dtype.
     """
     if not isinstance(keys, Tensor):
         raise _no_key("(..., 2)", keys)
@@ -112,16 +115,16 @@ def _no_key(shape: str, given: object) -> TypeError:
 
 
 def check_module(model: object) -> None:
-    """Raises TypeError if it is no module."""
+    """Raises TypeError if the argument is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be an nn.Module, but is {model!r}")
 
 
 def integer(number: Any, name: str) -> int:
-    """The argument of this name as an int.
+    """Converts an argument to int. name: its name, for the error.
 
     Raises:
-        TypeError: it is not an integer.
+        TypeError: the argument is not an integer.
     """
     try:
         return index(number)
@@ -130,11 +133,11 @@ def integer(number: Any, name: str) -> int:
 
 
 def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> list[int]:
-    """The index strides of a mask that is broadcast to this shape: numbered row-major, 0 where it is broadcast.
+    """The index strides of a mask that is broadcast to this shape: row-major, and 0 where it is broadcast.
 
     Raises:
         TypeError: noise_shape is not a sequence of integers and None.
-        RuntimeError: it does not broadcast.
+        RuntimeError: noise_shape does not broadcast to the shape.
     """
     given = noise_sizes(noise_shape)
     strides, stride, missing = [0] * len(shape), 1, len(shape) - len(given)
@@ -154,10 +157,10 @@ def noise_strides(noise_shape: Sequence[int | None], shape: Sequence[int]) -> li
 
 
 def noise_sizes(noise_shape: Any) -> list[int | None]:
-    """The entries of a noise_shape.
+    """Converts a noise_shape to a list.
 
     Raises:
-        TypeError: it is not a sequence of integers and None.
+        TypeError: noise_shape is not a sequence of integers and None.
     """
     try:
         return [n if n is None else as_size(n) for n in noise_shape]
@@ -166,10 +169,10 @@ def noise_sizes(noise_shape: Any) -> list[int | None]:
 
 
 def sizes(shape: Any) -> list[int]:
-    """The sizes of a shape.
+    """Converts a shape to a list of sizes.
 
     Raises:
-        TypeError: it is not a sequence of integers.
+        TypeError: the shape is not a sequence of integers.
         ValueError: a size is negative.
     """
     try:
@@ -182,5 +185,5 @@ def sizes(shape: Any) -> list[int]:
 
 
 def as_size(n: Any) -> Any:
-    """An entry of a shape, or a position, as an int. A compiler's symbolic number stays symbolic."""
+    """Converts a size or a position to int. A compiler's symbolic number stays symbolic."""
     return n if isinstance(n, (int, SymInt)) else index(n)

@@ -1,7 +1,8 @@
-"""Attention with dropout that saves nothing of the size of its weights: ``scaled_dot_product_attention``.
+"""Attention with dropout that does not keep the attention weights: ``scaled_dot_product_attention``.
 
-The weights of a block of queries are made, dropped and used, and made again in backward, as flash attention does. The
-mask is that of all weights as one tensor, whatever the blocks are.
+As in flash attention, the weights of one block of queries at a time are computed, dropped and used, and backward
+computes them again. The mask is that of the full tensor of weights, for any block size. ``csrc/attention.cpp`` has the
+operators, and ``attention_blocks.py`` has them in PyTorch.
 """
 
 from math import sqrt
@@ -17,7 +18,7 @@ from .distributed import beside
 from .functional import dropout
 from .torch_internals import apply_without_functorch, is_compiling, is_distributed, is_recorded, is_traced_ahead
 
-_torchs_own = F.scaled_dot_product_attention  # whatever stands at this name later
+_torch_attention = F.scaled_dot_product_attention  # saved here, because patch() replaces it
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 operators.implement("attention", attention_blocks.attention, attention_blocks.fake_attention)
@@ -27,7 +28,7 @@ _attention_backward = torch.ops.fused_dropout.attention_backward.default
 
 
 class _Attention(torch.autograd.Function):
-    """Saves the three inputs, the output, two numbers for each row of the weights, the mask and the key."""
+    """Saves the three inputs, the output, two numbers for each row of the weights, the attention mask and the key."""
 
     @staticmethod
     def forward(
@@ -54,7 +55,8 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, statistics, attn_mask, saved_key = ctx.saved_tensors
         dropout_key = autograd.key_for_backward(ctx.words, saved_key)
         if torch.is_grad_enabled() and not is_compiling():
-            # Views, so that each gets its own gradient alone, also if one was made of another, or is another.
+            # A view of each input separates their gradients, also if two inputs are the same tensor, or if one was
+            # computed from another.
             query, key, value = (x.view_as(x) for x in (query, key, value))
             inputs = [x for x, needed in zip((query, key, value), ctx.needs_input_grad, strict=False) if needed]
             result = _compose(query, key, value, attn_mask, ctx.p, ctx.is_causal, ctx.scale, None, dropout_key)
@@ -71,7 +73,7 @@ _apply_eager = apply_without_functorch(_Attention)
 
 
 def _expanded(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask as the operators take it: bool or float32, of the weights' shape."""
+    """The attention mask in the form that the operators need: bool or float32, of the weights' shape."""
     if attn_mask is None:
         return None
     attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float()
@@ -89,12 +91,12 @@ def _compose(
     generator: Generator | None,
     dropout_key: Tensor | None,
 ) -> Tensor:
-    """Attention in torch's operations, with all its weights in memory: for every transform and derivative."""
+    """Attention by torch's operations, with all weights in memory. Supports every transform and derivative."""
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     heads = query.shape[-3] if query.dim() > 2 else 1
-    # enable_gqa: several heads of the query for one of the keys.
+    # enable_gqa: several query heads share one key head.
     key, value = (
         x.repeat_interleave(heads // x.shape[-3], -3) if x.dim() > 2 and 1 < x.shape[-3] < heads else x
         for x in (key, value)
@@ -105,7 +107,7 @@ def _compose(
     if attn_mask is not None:
         attn_mask = attn_mask.expand(scores.shape)
         masked = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        # A row that is masked whole has no softmax: torch gives it weights of 0.
+        # The softmax of a fully masked row is undefined. torch gives it weights of 0.
         whole = (masked == -torch.inf).all(-1, keepdim=True)
         weights = masked.masked_fill(whole, 0.0).softmax(-1).masked_fill(whole, 0.0)
     else:
@@ -116,7 +118,7 @@ def _compose(
 def _is_covered(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, p: float, is_causal: bool, enable_gqa: bool
 ) -> bool:
-    """Whether the operators take the call. Whatever is wrong in it, torch's own function says so."""
+    """Whether the operators support the call. False also for a wrong call: torch's function then raises its error."""
     tensors = [query, key, value, *([] if attn_mask is None else [attn_mask])]
     if p >= 1 or is_recorded() or (is_causal and attn_mask is not None):
         return False
@@ -147,14 +149,14 @@ def _is_covered(
 def _check(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
-    """Raises what torch's function raises for tensors that do not fit: it is called without values."""
+    """Raises the error of torch's function for shapes that do not fit, by a call on the meta device."""
     mask = None if attn_mask is None else _without_values(attn_mask)
     query, key, value = map(_without_values, (query, key, value))
-    _torchs_own(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
+    _torch_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=enable_gqa)
 
 
 def _without_values(x: Tensor) -> Tensor:
-    """A tensor of that shape on the meta device; a plain one for a DTensor, whose operations may communicate."""
+    """A tensor of this shape on the meta device. Plain also for a DTensor, whose operations could communicate."""
     if is_distributed(x):
         return torch.empty(x.shape, dtype=x.dtype, device="meta")
     return x.new_empty(x.shape, device="meta")
@@ -173,42 +175,46 @@ def scaled_dot_product_attention(
     generator: Generator | None = None,
     dropout_key: Tensor | None = None,
 ) -> Tensor:
-    r"""``dropout(softmax(query @ key.T * scale + attn_mask), dropout_p) @ value``, without the weights in memory.
+    r"""Computes attention with dropout on a CPU, without keeping the attention weights for backward.
 
-    Takes the place of :func:`torch.nn.functional.scaled_dot_product_attention`. On a CPU with dropout torch keeps the
-    weights, their mask and the dropped weights for backward; this keeps two numbers for each row of the weights. The
-    mask is ``fd.keep_mask`` of the weights, a tensor of shape (..., L, S), whatever the layout of the inputs.
+    In PyTorch: ``F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)``. The formula is
+    ``dropout(softmax(query @ key.T * scale + attn_mask), dropout_p) @ value``.
 
-    Fused are calls on a CPU with 0 < ``dropout_p`` < 1, in float32, bfloat16 or float16 and three or four dimensions.
-    All others go to torch's own function as they are: without dropout, on a GPU, in other dtypes, under ``torch.func``,
-    dispatch modes and ``torch.export``, and for tensor subclasses. With a generator or a key, which torch's function
-    does not take, these are composed of torch's operations and ``fd.dropout``; so is an ``attn_mask`` that requires
-    grad. A second derivative has the weights in memory.
+    With dropout on a CPU, torch keeps the weights, their mask and the dropped weights for backward. This function keeps
+    two numbers for each row of the weights, as flash attention does (Dao et al., "FlashAttention: Fast and
+    Memory-Efficient Exact Attention with IO-Awareness", NeurIPS'22). The mask is ``fd.keep_mask`` of the weights, a
+    tensor of shape (..., L, S), for every layout of the inputs.
+
+    A call is fused on a CPU, if 0 < ``dropout_p`` < 1, the dtype is float32, bfloat16 or float16, and the inputs have
+    three or four dimensions. Other calls go to torch's function: without dropout, on a GPU, with other dtypes, under
+    ``torch.func``, dispatch modes and ``torch.export``, and for tensor subclasses. If such a call has a generator or a
+    key, or on a CPU an ``attn_mask`` that requires grad, it runs as torch's operations and :func:`dropout`. A second
+    derivative needs memory for the weights.
 
     Args:
         query: shape (..., L, E).
         key: shape (..., S, E).
         value: shape (..., S, Ev).
-        attn_mask: broadcasts to (..., L, S); bool, ``True`` where a query attends to a key, or floating point, which is
-            added to the scores. Default: ``None``
-        dropout_p: probability of a weight to be zeroed, between 0 and 1. Default: 0.0
-        is_causal: query i attends to the keys up to i. Default: ``False``
-        scale: what the scores are multiplied by. Default: :math:`1 / \sqrt{E}`
-        enable_gqa: the heads (dimension -3) of key and value are shared by as many heads of the query each, if they are
-            fewer. Default: ``False``
-        generator: where the key of the mask is drawn from, in place of the default generator.
-        dropout_key: the key of the mask, uint64, shape (2,), as in :func:`dropout`. No generator is touched then.
+        attn_mask: a tensor that broadcasts to (..., L, S). A bool mask is ``True`` where a query attends to a key. A
+            floating-point mask is added to the scores.
+        dropout_p: the probability that a weight is zeroed, from 0 to 1.
+        is_causal: if ``True``, query i attends only to keys 0 to i.
+        scale: the factor of the scores. Default: :math:`1 / \sqrt{E}`
+        enable_gqa: if ``True``, key and value may have fewer heads (dimension -3) than the query. Each of their heads
+            then belongs to several consecutive heads of the query.
+        generator: the generator that the key of the mask is drawn from. Default: the default generator
+        dropout_key: the key of the mask, as ``key`` in :func:`dropout`. The call then uses no generator.
 
     Returns:
-        Shape (..., L, Ev).
+        A tensor of shape (..., L, Ev).
 
     Raises:
-        ValueError: ``dropout_p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator
-            both.
-        RuntimeError: as torch's function, for instance if shapes do not fit.
+        ValueError: ``dropout_p`` is not between 0 and 1; ``dropout_key`` has a wrong shape, dtype or device; both
+            ``dropout_key`` and ``generator`` are given.
+        TypeError: ``dropout_p`` is not a number; ``generator`` or ``dropout_key`` has a wrong type.
+        RuntimeError: as torch's function, for example if the shapes do not fit.
 
-    Example::
-
+    Example:
         >>> query, key, value = torch.zeros(1, 2, 1), torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
         >>> fd.scaled_dot_product_attention(query, key, value, dropout_p=0.5, dropout_key=fd.key(1)).squeeze()
         tensor([1.3333, 0.6667])
@@ -219,14 +225,16 @@ def scaled_dot_product_attention(
     keyed = generator is not None or dropout_key is not None
     check_arguments(query, dropout_p, True, generator, dropout_key)
     if dropout_p == 0:
-        return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     composed = keyed or (isinstance(attn_mask, Tensor) and attn_mask.requires_grad and query.is_cpu)
     composed = composed or (is_distributed(query) and query.is_cpu)
     if not _is_covered(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         if not composed or not dispatch.is_covered(query, generator, dropout_key):
-            return _torchs_own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return _torch_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         _check(query, key, value, attn_mask, is_causal, enable_gqa)
         factor = 1 / sqrt(query.shape[-1]) if scale is None else scale
         return _compose(query, key, value, attn_mask, dropout_p, is_causal, factor, generator, dropout_key)
@@ -245,7 +253,7 @@ def scaled_dot_product_attention(
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as autocast hands them to torch's function."""
+    """Casts the tensors as autocast does for torch's function."""
 
     def cast(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

@@ -1,8 +1,7 @@
-"""Attention with dropout in torch's operations, one block of queries at a time: what ``csrc/attention.cpp`` does, for
-where it is not built.
+"""Attention with dropout by torch's operations, one block of queries at a time, if ``csrc/attention.cpp`` is not built.
 
-A row of the weights is ``e^(score - maximum) * inverse``. These two numbers of each row are kept for backward, its
-``statistics``; (+infinity, 0) where a row is masked whole.
+A row of the weights is ``exp(score - maximum) * inverse``, where ``inverse`` is 1 / the sum of the row. Backward needs
+these two numbers of each row, its ``statistics``. They are (+infinity, 0) for a fully masked row.
 """
 
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 
-_SCORES = 1 << 22  # that are worked on at once, over all heads
+_SCORES = 1 << 22  # how many scores a block has, over all heads
 _Pair = tuple[Tensor, Tensor]
 _Three = tuple[Tensor, Tensor, Tensor]
 
@@ -36,18 +35,18 @@ def _scores(query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: boo
 
 
 def _drop_(weights: Tensor, p: float, dropout_key: Tensor, rows: slice, queries: int) -> None:
-    """Drops a block of the weights with the mask of all weights, whose shape is (batch, heads, queries, keys)."""
+    """Drops a block of the weights, with its part of the mask of all weights (batch, heads, queries, keys)."""
     strides = reference.row_major((*weights.shape[:2], queries, weights.shape[3]))
     reference.apply_(weights, p, dropout_key, rows.start * strides[2], strides)
 
 
 def _for_each_head(x: Tensor, heads: int) -> Tensor:
-    """In float32, and a head of keys or values once for each head of queries."""
+    """Converts to float32, and repeats each head of keys or values for all its query heads."""
     return x.float().repeat_interleave(heads // x.shape[1], 1)
 
 
 def _new_heads(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Of x's shape but for the last size. In memory the heads stand inside the rows."""
+    """A new tensor of x's shape, with another last size. Its memory order is (batch, row, head, column)."""
     batch, heads, rows, _ = x.shape
     strides = (heads * rows * columns, columns, heads * columns, 1)
     return x.new_empty_strided((batch, heads, rows, columns), strides, dtype=dtype)
@@ -63,7 +62,7 @@ def attention(
     is_causal: bool,
     scale: float,
 ) -> _Pair:
-    """The output, and the statistics of each row: float32, shape (batch, heads, queries, 2)."""
+    """Returns the output, and the statistics of each row: float32, shape (batch, heads, queries, 2)."""
     out = _new_heads(query, value.shape[3], query.dtype)
     statistics = query.new_empty(*query.shape[:3], 2, dtype=torch.float32)
     heads = query.shape[1]
@@ -94,7 +93,7 @@ def attention_backward(
     is_causal: bool,
     scale: float,
 ) -> _Three:
-    """The gradients of query, key and value."""
+    """Returns the gradients of query, key and value."""
     dtype, heads, key_heads = query.dtype, query.shape[1], key.shape[1]
     dquery = _new_heads(query, query.shape[3], dtype)
     query, key, value = query.float(), _for_each_head(key, heads), _for_each_head(value, heads)

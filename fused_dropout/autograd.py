@@ -1,8 +1,9 @@
-"""Dropout with derivatives, in Python: for torch.compile and every transform, and where the eager binding is not there.
+"""Dropout with derivatives, in Python: for torch.compile, for transforms, and without the eager binding.
 
-Dropout is linear and diagonal: it is its own backward, its own double backward and its own forward-mode derivative, all
-with the same key. ``apply`` saves the key for backward and nothing else, 16 bytes; under the transforms of torch.func
-and under dispatch modes ``compose`` serves, which saves a mask.
+Dropout multiplies each element by 0 or by the scale. So its backward, double backward and forward-mode derivative are
+dropout with the same key. ``apply`` saves only the key for backward, 16 bytes. Under the transforms of torch.func and
+under dispatch modes, ``compose`` runs instead and saves a mask. ``dispatch.py`` calls this module, which calls
+``operators.py``.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 class Dropout(torch.autograd.Function):
-    """Dropout as torch.compile traces it: the operator in forward and in backward."""
+    """Dropout for torch.compile: calls the operator in forward and in backward."""
 
     @staticmethod
     def forward(
@@ -46,7 +47,7 @@ class Dropout(torch.autograd.Function):
 
 
 class DropoutEager(Dropout):
-    """Dropout outside of every transform. Backward uses the key's value of forward, whatever became of its memory."""
+    """Dropout outside of transforms. Backward uses the key's value in forward, also if the tensor was changed since."""
 
     @staticmethod
     def forward(
@@ -57,7 +58,7 @@ class DropoutEager(Dropout):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors  # once: a checkpoint hands it out no second time
+        (saved,) = ctx.saved_tensors  # read once, because a checkpoint returns it only once
         return _backward(ctx, gradient, key_for_backward(ctx.words, saved))
 
 
@@ -65,7 +66,7 @@ _apply_eager = apply_without_functorch(DropoutEager)
 
 
 def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
-    """The same mask on the gradient: elements are numbered as in forward, whatever layout the gradient arrives in."""
+    """Applies forward's mask to the gradient. The elements keep their numbers from forward in any gradient layout."""
     index_strides = ctx.index_strides
     if index_strides is None and not gradient.is_contiguous():
         index_strides = reference.row_major(gradient.shape)
@@ -73,22 +74,28 @@ def _backward(ctx: Any, gradient: Tensor, key: Tensor) -> tuple[Tensor | None, .
 
 
 def words_of(key: Tensor) -> list[int] | None:
-    """A key's value, kept for backward; None on a device, where a replayed graph reads it, and while compiling."""
+    """The value of a key, to keep for backward. None while compiling, and for a key on a GPU.
+
+    A replayed CUDA graph has to read a key on the GPU again.
+    """
     return key.view(torch.int64).tolist() if key.is_cpu and not is_compiling() else None
 
 
 def key_for_backward(words: list[int] | None, saved: Tensor) -> Tensor:
-    """Forward's key, whatever became of its memory. Warns if a checkpoint saved another one."""
+    """The key with its value in forward, also if the tensor was changed since. Warns if a checkpoint saved another."""
     if words is None:
         return saved
     _warn_if_drawn_anew(saved, words)
-    # A view of signed numbers: Inductor, under compiled autograd, has no constants of uint64.
+    # Makes an int64 tensor and views it, because Inductor has no uint64 constants under compiled autograd.
     return torch.tensor(words, device="cpu").view(torch.uint64)
 
 
 def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
-    """A checkpoint without reentry hands backward what it saved when it recomputed. Another key there means that the
-    recomputed activations have another mask than forward's, which torch itself does not notice."""
+    """Warns if a checkpoint drew another key when it recomputed forward, which torch does not notice.
+
+    With ``use_reentrant=False`` the saved tensors are those of the recomputation. A different key means that the
+    recomputed activations have a different mask from those of forward.
+    """
     if type(saved) is Tensor and saved.is_cpu and saved.dtype == torch.uint64:
         if saved.view(torch.int64).tolist() == words:
             return
@@ -96,9 +103,9 @@ def _warn_if_drawn_anew(saved: Tensor, words: list[int]) -> None:
 
 
 def warn_of_another_mask() -> None:
-    """Called from C++, too."""
+    """Gives the warning. C++ calls it too."""
     warn(
-        "recomputation drew another mask than forward did, and the gradients are of neither. Let the checkpoint "
+        "recomputation drew another mask than forward did, so the gradients match neither. Let the checkpoint "
         "preserve the state of the generator, or give dropout a key."
     )
 
@@ -109,7 +116,7 @@ def must_compose(x: Tensor) -> bool:
 
 
 def takes_operator(x: Tensor) -> bool:
-    """Whether the operator serves x: a plain tensor, or a DTensor, for which the operator has a rule."""
+    """Whether the operator supports x: a plain tensor, or a DTensor, for which the operator has a rule."""
     return (type(x) in _PLAIN or is_distributed(x)) and not _is_transformed()
 
 
@@ -126,12 +133,12 @@ def compose(
     scale: float | None,
     inplace: bool = False,
 ) -> Tensor:
-    """``apply`` in torch's own operations, for which every transform, mode and subclass has its rules."""
-    # The mask is made for a plain tensor: then a batched, wrapped or differentiated x needs no rule for the operator.
-    # It has no more elements than there are draws, and its dimensions in x's order, since torch.where gives its result
-    # the layout of the mask first.
+    """``apply`` composed of torch's own operations, for which transforms, modes and subclasses have rules."""
+    # The mask belongs to a plain tensor, so the operator needs no rule for a batched, wrapped or differentiated x. It
+    # has one element for each draw. Its dimensions are in x's memory order, because torch.where returns the layout of
+    # the mask.
     if x.dim() == 0:
-        # A number times a tensor without dimensions has a tangent of float64 in torch.
+        # In torch the product of a number and a tensor without dimensions has a float64 tangent.
         return compose(x.reshape(1), p, key, start, index_strides and [0], scale, inplace).reshape(())
     factor = reference.scale(p) if scale is None else scale
     kept = _keep_mask(x, p, key, start, index_strides)
@@ -141,7 +148,7 @@ def compose(
 
 
 def _keep_mask(x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None) -> Tensor:
-    """The mask of x as a tensor that no transform wraps, or a DTensor placed as x is."""
+    """The mask of x, as a tensor that no transform wraps, or as a DTensor with the placements of x."""
     if is_distributed(x):
         return operators.keep_mask_as_served(x.detach(), p, key, start, index_strides)
     shape, order = list(x.shape), reference.order_by_stride(x)
@@ -149,7 +156,7 @@ def _keep_mask(x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequ
     if index_strides is not None:
         shape = [size if stride else 1 for size, stride in zip(x.shape, index_strides, strict=True)]
     elif not in_order and not reference.is_dense(x):
-        index_strides = reference.row_major(x.shape)  # else those of the tensor below, which is dense
+        index_strides = reference.row_major(x.shape)  # in the other cases the strides of the dense ``like`` are right
     empty = x.new_empty if is_fake(x) else torch.empty
     like = empty(shape if in_order else [shape[d] for d in order], dtype=torch.bool, device=x.device)
     if not in_order:
@@ -165,7 +172,7 @@ def apply(
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Dropout of x with probability p and the mask of the key, with derivatives of every kind.
+    """Dropout of x with probability p and the mask of the key, with all kinds of derivatives.
 
     x: any shape and layout; float32, float64, float16 or bfloat16. key: uint64, shape (2,). start, index_strides and
     scale: as in the operator. Returns a tensor with the strides of ``torch.empty_like(x)``.
@@ -177,7 +184,7 @@ def apply(
 def apply_plain(
     x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
 ) -> Tensor:
-    """``apply`` for callers that know that ``takes_operator`` is true, a compiler among them."""
+    """``apply`` for callers for which ``takes_operator`` is true, such as a compiler."""
     if x.requires_grad and torch.is_grad_enabled():
         return (Dropout.apply if is_compiling() else _apply_eager)(x, p, key, start, index_strides, scale)
     return operators.apply_as_served(x, p, key, start, index_strides, scale)

@@ -1,10 +1,14 @@
-"""``backend_info``: which path serves each device, what was compiled for what, and the command for a better path."""
+"""``backend_info``: which implementation runs on each device, what was compiled, and the command for a faster one.
+
+It turns what ``native.py`` found into text for users. Its import gives the warning about a missing library.
+"""
 
 import json
 import platform
 import re
 import shlex
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,27 +21,38 @@ from .warn import warn
 
 
 class BackendInfo(NamedTuple):
-    """Which path serves each device, and why not a better one.
-
-    devices: for each device type "native", or "reference", or "compiled reference" where Inductor makes a kernel of
-    that. cpu_isa: the instruction set of the CPU kernels, if they are there. eager: whether the C++ binding takes the
-    calls outside of transforms. notes: a line for each thing that is missing. improve: the command that would give a
-    better path, or what to do where there is no such command, or None. built: what was compiled for what (built, torch,
-    cuda, architectures, and left_out with the reasons), empty if there is no usable record.
-    """
+    """The result of :func:`backend_info`. ``str()`` of it is a text for a bug report."""
 
     version: str
+    """The version of fused_dropout."""
     torch: str
+    """The version of torch."""
     cuda: str | None
+    """The version of CUDA that torch was built with, or ``None``."""
     python: str
+    """The version of Python."""
     platform: str
+    """The operating system and the machine type."""
     backend: str
+    """The value of the environment variable ``FUSED_DROPOUT_BACKEND``, or ``"auto"``."""
     devices: dict[str, str]
+    """The implementation for each device type: ``"native"``, ``"reference"`` (PyTorch operations), or
+    ``"compiled reference"`` (a kernel that Inductor makes of the reference).
+    """
     eager: bool
+    """Whether the C++ binding handles calls outside of transforms."""
     cpu_isa: str | None
+    """The instruction set of the CPU kernels, or ``None`` without them."""
     notes: tuple[str, ...]
+    """One line for each missing part."""
     improve: str | None
+    """A command that installs a faster implementation, or an instruction if there is no such command. ``None`` if
+    nothing is missing.
+    """
     built: dict[str, Any]
+    """The record of the build: ``built``, ``torch``, ``cuda``, ``architectures``, and ``left_out`` with the reasons.
+    Empty if there is no usable record.
+    """
 
     def __str__(self) -> str:
         served = ", ".join(f"{device}: {path}" for device, path in self.devices.items())
@@ -58,17 +73,21 @@ class BackendInfo(NamedTuple):
 
 
 def how_to_improve(**settings: str) -> str | None:
-    """The command that installs what is missing, or a sentence if the sources are not known. settings: environment
-    variables for the command."""
+    """The command that installs what is missing, or a sentence if the location of the sources is unknown.
+
+    settings: environment variables for the command.
+    """
     if not native.missing:
         return None
+    if sys.platform == "win32":
+        return "Linux, WSL included; nothing is compiled on Windows"
     if native.backend == "reference":
         return "unset FUSED_DROPOUT_BACKEND"
     if "_cuda" in native.missing and (native.release(torch.version.cuda or "0")[0] >= 13 or shutil.which("nvcc")):
-        settings["FUSED_DROPOUT_BUILD"] = "cuda"  # brings nvcc from PyPI where there is none, from CUDA 13 on
+        settings["FUSED_DROPOUT_BUILD"] = "cuda"  # from CUDA 13 on this build installs nvcc from PyPI if it is missing
     variables = " ".join(f"{name}={value}" for name, value in settings.items())
     if source := _sources():
-        # Not find_spec("pip"): setuptools' hook takes that for a build, and takes its distutils out of this process.
+        # Not find_spec("pip"): setuptools' import hook would take this for a build, and remove its distutils.
         has_pip = any(metadata.distributions(name="pip"))
         command = f"{'pip install' if has_pip else 'uv pip install --no-build-isolation'} {source}"
         command = f"{variables} {command}" if variables else command
@@ -83,17 +102,18 @@ def how_to_improve(**settings: str) -> str | None:
 
 
 def _compiler_to_get() -> str:
-    """Which C++ compiler to install; empty if there is one that works. It reads the reason that toolchain.py wrote."""
+    """Which C++ compiler to install; empty if a working one exists. Parses the reason that toolchain.py recorded."""
     why = native.built().get("left_out", {}).get("_C", "")
+    how = "xcode-select --install" if sys.platform == "darwin" else "apt-get install g++"
     if variable := re.match("no working C\\+\\+ compiler: (CXX|CC) is ", why):
-        return f"{variable[1]} unset or naming a working C++ compiler (apt-get install g++)"
+        return f"{variable[1]} unset or naming a working C++ compiler ({how})"
     if why.startswith("no working C++ compiler: ") or not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "a working C++ compiler on PATH (apt-get install g++)"
+        return f"a working C++ compiler on PATH ({how})"
     return ""
 
 
 def _sources() -> str | None:
-    """pip's arguments that install this package again from its sources; None if it is not known where these are."""
+    """The arguments for pip to reinstall this package from its sources; None if their location is unknown."""
     again = "--force-reinstall --no-deps --no-cache-dir"
     try:
         origin = json.loads(metadata.distribution("fused-dropout").read_text("direct_url.json") or "{}")
@@ -121,7 +141,17 @@ def _path(device: str) -> str:
 
 
 def backend_info() -> BackendInfo:
-    """Which path serves each device, what was compiled for what, and what is missing."""
+    """Reports which implementation runs on each device, what was compiled, and what is missing.
+
+    In PyTorch: ``torch.utils.collect_env`` and ``torch.__config__.show()`` give such reports about torch itself.
+
+    Returns:
+        A named tuple. ``print`` it for a text, as ``python -m fused_dropout info`` does.
+
+    Example:
+        >>> fd.backend_info().devices["cpu"] in ("native", "reference")
+        True
+    """
     return BackendInfo(
         version=__version__,
         torch=torch.__version__,

@@ -1,7 +1,8 @@
-"""The reference as one kernel, which Inductor and Triton make at the first call: for GPUs without the CUDA kernels.
+"""The reference compiled to one kernel by Inductor and Triton at the first call, for GPUs without the CUDA kernels.
 
-``inductor.py`` says what the kernel computes. One serves every size, p, start and key of a dtype, and another one those
-that number their elements otherwise than by memory order from 0: nothing is compiled again when these change.
+``inductor.py`` has the arithmetic. For each dtype there are two kernels, for all sizes, p, scales and keys: one for
+elements numbered in memory order from 0, and one for other indices. So a new value never causes a compilation.
+``operators.py`` registers these functions as the CUDA kernels.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from .build_info import how_to_improve
 from .inductor import FORM, for_every_size
 from .warn import warn
 
-_failed: set[tuple[Any, ...]] = set()  # what did not compile here: then the reference serves as it is
+_failed: set[tuple[Any, ...]] = set()  # what did not compile here. For these the reference runs uncompiled.
 
 
 def _apply_any(x: Tensor, p: Tensor, scale: Tensor | None, key: Tensor, *window: Any) -> Tensor:
@@ -35,7 +36,8 @@ def _write_in_place(x: Tensor, *arguments: Any) -> None:
 def _say_once() -> None:
     better = f" Better by: {how_to_improve()}" if how_to_improve() else ""
     warn(
-        "there are no CUDA kernels. The reference serves, for which torch.compile makes a kernel now, in some seconds."
+        "there are no CUDA kernels. The reference serves instead: torch.compile makes a kernel of it now, which takes "
+        "some seconds."
         f"{better}"
     )
 
@@ -48,15 +50,18 @@ def _compiled(function: Callable[..., None]) -> Callable[..., None]:
 def _run(
     out: Tensor, x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int], scale: float | None
 ) -> bool:
-    """Writes x, dropped, to out, which is dense and may be x; or the mask, if out is of bools. Returns whether it did:
-    not if it does not compile here, or would for this size alone."""
+    """Writes the dropped x to out, or the mask if out is bool. out is dense and may be x itself.
+
+    Returns False and writes nothing in two cases: the kernel does not compile here, or out has less than 2 elements. It
+    would be compiled for that size alone.
+    """
     function = _write_in_place if out is x or out.dtype == torch.bool else _write
     if out.numel() < 2 or (function, out.dtype) in _failed:
         return False
     _say_once()
     sizes, steps = _levels(out, index_strides)
     window = [] if (start, steps) == (0, [1]) else [torch.tensor(n, device="cpu") for n in (start, *steps)]
-    # Numbers as tensors of no dimensions on the CPU: a kernel takes them as arguments, and none is compiled in.
+    # The numbers are CPU tensors without dimensions, so the kernel takes them as arguments and not as constants.
     threshold = torch.tensor(reference.threshold(p), device="cpu")
     wide = torch.promote_types(x.dtype, torch.float32)
     factor = torch.tensor(reference.scale(p) if scale is None else scale, dtype=wide, device="cpu")
@@ -69,13 +74,13 @@ def _run(
         raise
     except Exception as error:
         _failed.add((function, out.dtype))
-        warn(f"it does not compile here, and stays slow: {error}")
+        warn(f"the reference does not compile here, and stays slow: {error}")
         return False
     return True
 
 
 def _levels(out: Tensor, index_strides: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Sizes and index strides of out in memory order, outermost first: dimensions whose indices continue are one."""
+    """Sizes and index strides of out in memory order, outermost first. Merges dimensions with continuous indices."""
     sizes: list[int] = []
     steps: list[int] = []
     for d in reference.order_by_stride(out):
@@ -91,12 +96,12 @@ def _levels(out: Tensor, index_strides: Sequence[int]) -> tuple[list[int], list[
 
 
 def _over(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The memory of x in another shape, but no view: autograd and the compiler treat those otherwise."""
+    """The memory of x in another shape. Not a view, because autograd and the compiler treat views differently."""
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), sizes, reference.row_major(sizes))
 
 
 def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None) -> Tensor:
-    """``reference.keep_mask``."""
+    """``reference.keep_mask``, compiled if possible."""
     strides = reference.checked_strides(x, start, index_strides)
     out = torch.empty_like(x, dtype=torch.bool)
     return out if _run(out, x, p, key, start, strides, None) else reference.keep_mask(x, p, key, start, strides)
@@ -110,7 +115,7 @@ def apply(
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``reference.apply``."""
+    """``reference.apply``, compiled if possible."""
     x, strides = x.detach(), reference.checked_strides(x, start, index_strides)
     dense = reference.is_dense(x)
     out = torch.empty_like(x) if dense else torch.empty_like(x).copy_(x)
@@ -127,7 +132,7 @@ def apply_(
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> None:
-    """``reference.apply_``."""
+    """``reference.apply_``, compiled if possible."""
     strides = reference.checked_strides(x, start, index_strides)
     own = x.detach()
     if not reference.is_dense(own) or not _run(own, own, p, key, start, strides, scale):

@@ -1,13 +1,14 @@
-"""Which path serves a call: the one place that decides it.
+"""Chooses the implementation of a call: the only place that does. ``functional.py`` calls it, and it calls
+``autograd.py``.
 
-| who looks on | path |
+| the call runs under | implementation |
 |---|---|
-| nobody | the eager binding, or the autograd Function in Python without it |
-| torch.compile | the autograd Function, whose operator stays opaque |
+| nothing else | the eager binding; without it the autograd Function in Python |
+| torch.compile | the autograd Function, whose operator the compiler does not look into |
 | torch.func, forward-mode AD, a dispatch mode, a tensor subclass | ``autograd.compose``: torch's own operations |
-| torch.export, torch.jit.trace | torch's own dropout; the composition for a call with a key |
+| torch.export, torch.jit.trace | torch's own dropout; with a key ``autograd.compose`` |
 
-A tensor that none of them takes is left to torch's own dropout, and ``drop`` returns None for it.
+For a tensor that none of them supports, ``drop`` returns None, and the caller uses torch's own dropout.
 """
 
 from collections.abc import Sequence
@@ -45,13 +46,13 @@ def drop(
     scale: float | None = None,
     start: int = 0,
 ) -> Tensor | None:
-    """Dropout in training, with 0 < p <= 1. ``arguments.py`` has checked the arguments.
+    """Dropout in training, with 0 < p <= 1. The caller has checked the arguments.
 
-    index_strides, scale, start: as in the operator. Returns None if torch's own dropout has to serve.
+    index_strides, scale, start: as in the operator. Returns None if the caller has to use torch's own dropout.
 
     Raises:
-        TypeError: a key or a generator is given, and the fused path does not take x.
-        RuntimeError: in place on memory that elements share.
+        TypeError: a key or a generator is given, and the fused implementations do not support x.
+        RuntimeError: ``inplace`` is set and elements of x share memory.
     """
     if _eager_drop is not None and not is_compiling() and isinstance(x, Tensor):
         output = _eager_drop(x, p, inplace, generator, key, index_strides, scale, start)
@@ -85,14 +86,14 @@ def drop(
         output = autograd.apply_plain(x, p, key, start, index_strides, scale)
     else:
         try:
-            # Compiled code must not call copy_: AOTAutograd turns it into aten.copy, which has no forward-mode
-            # derivative.
+            # Compiled code works in place inside compose, without the copy_ below: AOTAutograd turns copy_ into
+            # aten.copy, which has no forward-mode derivative.
             output = autograd.compose(x, p, key, start, index_strides, scale, inplace and compiling)
         except NotImplementedError:
             if not wraps_tensors(x):
                 raise
             _refuse_for_torch(x, False, generator, given)
-            return None  # a subclass without a rule for the composition
+            return None  # the subclass lacks a rule for one of the composed operations
     return x.copy_(output) if inplace and output is not x else output
 
 
@@ -106,28 +107,28 @@ def drop_part(
     index_strides: Sequence[int],
     scale: float | None = None,
 ) -> Tensor:
-    """``drop`` of a part of a tensor. index_strides: of the whole tensor.
+    """``drop`` for a part of a tensor. index_strides: those of the whole tensor.
 
-    All runs of the part share one key. An empty part of a tensor that is not empty draws a key too, so that all ranks
-    keep their generators in the same state.
+    All runs of the part share one key. An empty part of a tensor with elements draws a key too, so that the generators
+    of all ranks stay in the same state.
 
     Raises:
-        TypeError: also where the fused path does not take x, and for DTensors.
+        TypeError: the fused implementations do not support x, or x is a DTensor.
     """
-    is_covered(x, generator, key, part)  # raises if not
+    is_covered(x, generator, key, part)  # raises TypeError if not
     if is_distributed(x):
-        raise TypeError("shard is for plain tensors: a DTensor knows its own")
+        raise TypeError("shard is for plain tensors: a DTensor already knows its shard")
     if key is None and p < 1 and (is_empty(x) or any(len(own) > 1 for own in part.runs)) and 0 not in part.whole:
         randomness, watched = functorch_randomness(), is_compiling() or must_compose(x)
         key = key_of_call(x.device, generator, None, randomness, watched, False)
 
     def on_window(window: Tensor, start: int, strides: list[int]) -> Tensor:
         output = drop(window, p, inplace, generator if key is None else None, key, strides, scale, start)
-        assert output is not None  # is_covered said so
+        assert output is not None  # because is_covered() is true
         return output
 
     if is_empty(x):
-        # A compiler removes a draw whose result is not used.
+        # apply() uses the key, because a compiler removes a draw with an unused result.
         return autograd.apply(x, float(p), key, 0, index_strides) if is_compiling() and key is not None else x
     if inplace:
         check_no_overlap(x)  # drop() checks each run alone
@@ -148,9 +149,9 @@ def key_of_call(
     watched: bool,
     recorded: bool,
 ) -> Tensor:
-    """The key that a call uses: a fresh one (``keys.draw_key``), or the given one.
+    """The key of a call: a new one (``keys.draw_key``), or the given one.
 
-    recorded: whether autograd keeps the key. It then keeps a copy, so that later changes to the caller's key do not
+    recorded: whether autograd saves the key. It then saves a copy, so that later changes to the caller's key do not
     change the gradient.
     """
     if key is None:
@@ -159,10 +160,10 @@ def key_of_call(
 
 
 def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = None, shard: object = None) -> bool:
-    """Whether the fused path, or its composition, takes x.
+    """Whether the fused implementations, or the composition, support x.
 
     Raises:
-        TypeError: it does not, and a key, a generator or a shard asks for it.
+        TypeError: they do not, and a key, a generator or a shard is given, which torch's own dropout lacks.
     """
     recorded = is_recorded()
     taken = type(x) is Tensor or type(x) is Parameter
@@ -177,7 +178,7 @@ def is_covered(x: Any, generator: Generator | None = None, key: Tensor | None = 
 def _refuse_for_torch(
     x: Any, recorded: bool, generator: Generator | None, key: Tensor | None, shard: object = None
 ) -> None:
-    """Refuses the arguments that torch's own dropout does not know."""
+    """Raises TypeError if an argument is given that torch's own dropout lacks."""
     if generator is not None and recorded:
         raise TypeError("a generator is not recorded by torch.export and torch.jit.trace: give a key, or neither")
     if shard is not None and recorded and key is None:
@@ -191,13 +192,16 @@ def _refuse_for_torch(
 
 
 def needs_copy(x: Tensor) -> bool:
-    """Whether copy_ has to write to x: it keeps autograd's rules for in-place changes, raises torch's own errors, and
-    knows negated views (``z.conj().imag``)."""
+    """Whether the result has to be written to x by ``copy_``.
+
+    ``copy_`` follows autograd's rules for in-place changes, raises torch's own errors, and supports negated views such
+    as ``z.conj().imag``.
+    """
     return x.is_inference() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled())
 
 
 def check_no_overlap(x: Tensor) -> None:
-    """Refuses to write to memory that several elements share, as torch does where it can tell cheaply."""
+    """Raises RuntimeError if several elements of x share memory. torch raises it only where the check is cheap."""
     span = 1
     for d in reference.order_by_stride(x)[::-1]:
         if x.shape[d] != 1 and x.stride(d) < span:
@@ -205,7 +209,7 @@ def check_no_overlap(x: Tensor) -> None:
         span += x.stride(d) * (x.shape[d] - 1)
     else:
         return
-    # Interleaved dimensions may still be free of overlap: count the addresses.
+    # Interleaved dimensions need not overlap, so this counts the different addresses.
     address = torch.arange(x.untyped_storage().nbytes() // x.element_size()).as_strided(x.shape, x.stride())
     if 0 in x.stride() or address.unique().numel() != x.numel():
         raise RuntimeError(

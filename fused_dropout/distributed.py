@@ -1,10 +1,11 @@
 """DTensors: each rank draws the part of the global tensor's mask that belongs to its shard.
 
-An element has the index that it has in a plain tensor of the global shape and strides. So the mask does not depend on
-how, or over how many devices, a tensor is distributed, and no rank has to ask another.
+Each element has its index in a plain tensor of the global shape and strides. So the mask does not depend on the
+placements or on the number of devices, and the ranks need no communication. ``operators.py`` and ``dispatch.py`` call
+this module.
 
-Private names of torch: ``_spec`` and ``_local_tensor`` of a DTensor, ``_StridedShard``, ``_disable_current_modes``.
-Without one of them the first call with a DTensor raises AttributeError or ImportError.
+It uses private names of torch: ``_spec`` and ``_local_tensor`` of a DTensor, ``_StridedShard`` and
+``_disable_current_modes``. If one is missing, the first call with a DTensor raises AttributeError or ImportError.
 """
 
 import functools
@@ -21,13 +22,13 @@ from . import keys, reference, windows
 from .torch_internals import constant_while_tracing, is_distributed, unwrapped_constant
 from .warn import warn
 
-# The meshes whose ranks have compared keys, and whether these came from a generator that the caller gave.
+# The meshes whose ranks have compared their keys, each with whether the keys came from the caller's generator.
 _compared: set[tuple[Any, bool]] = set()
 _plans: dict[Any, Any] = {}
 
 
 def beside(x: Tensor, other: Tensor) -> Tensor:
-    """``other``, which all ranks hold alike, as a replicated DTensor if x is a DTensor."""
+    """If x is a DTensor, converts ``other``, which is equal on all ranks, to a replicated DTensor on its mesh."""
     if not is_distributed(x):
         return other
     from torch.distributed.tensor import DTensor, Replicate
@@ -38,7 +39,10 @@ def beside(x: Tensor, other: Tensor) -> Tensor:
 
 @constant_while_tracing
 def register_rules() -> bool:
-    """Gives the operators their rule for DTensors, whose class takes long to import. Returns True."""
+    """Registers the operators' rule for DTensors. Not done at import, because DTensor takes long to import.
+
+    Returns True.
+    """
     _register_rules()
     return True
 
@@ -120,7 +124,7 @@ def on_shard(
     index_strides: Sequence[int] | None = None,
     *scale: float | None,
 ) -> Any:
-    """The operator on this rank's shard of x, by the indices of the global tensor."""
+    """Calls the operator on this rank's shard of x, with the indices of the global tensor."""
     makes_mask, in_place = operator._opname == "keep_mask", operator._opname == "apply_"
     if not all(map(_is_linear, x.placements)):
         x = _reduced(x, in_place)
@@ -135,17 +139,17 @@ def on_shard(
         output = operator(local, p, key, start, strides, *scale)
     else:
         output = windows.over_runs(on_window, local, runs, start, strides, in_place)
-    # Skips __init__: it does nothing, and takes as long as all the rest.
+    # Skips __init__, which does nothing and takes as long as the rest of this function.
     return None if in_place else x.__class__.__new__(x.__class__, output, output_spec, requires_grad=False)
 
 
 def _is_linear(placement: Any) -> bool:
-    """Whether dropout of each rank's part gives the parts of the dropped tensor."""
+    """Whether dropout of each rank's part gives that rank's part of the dropped tensor."""
     return not placement.is_partial() or getattr(placement, "reduce_op", None) in ("sum", "avg")
 
 
 def _reduced(x: Any, in_place: bool) -> Any:
-    """x with those partial placements reduced whose reduction does not commute with dropout."""
+    """Reduces those partial placements of x whose reduction does not commute with dropout, such as max."""
     from torch.distributed.tensor import Replicate
 
     if in_place:
@@ -158,7 +162,7 @@ def _plan_of(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask
     """``_plan``, cached: it is the same for all tensors with the same spec."""
     spec, coordinate = x._spec, x.device_mesh.get_coordinate()
     if not all(type(n) is int for n in (*spec.shape, start, *(index_strides or ()))):
-        return _plan(x, start, index_strides, makes_mask)  # a compiler's sizes, which have no hash
+        return _plan(x, start, index_strides, makes_mask)  # a compiler's symbolic sizes have no hash
     known = (spec, coordinate and tuple(coordinate), start, index_strides and tuple(index_strides), makes_mask)
     plan = _plans.get(known)
     if plan is None:
@@ -186,8 +190,10 @@ def _plan(x: Any, start: int, index_strides: Sequence[int] | None, makes_mask: b
 
 
 def _spec_of_output(x: Any, makes_mask: bool) -> Any:
-    """The spec of a tensor that is placed as x, with the strides of ``torch.empty_like(x)``: bool for a mask, which
-    has no parts to add up."""
+    """The spec of the output: the placements of x, and the strides of ``torch.empty_like(x)``.
+
+    A mask is bool, and replicated where x is partial, because bools have no sum.
+    """
     from torch.distributed.tensor import Replicate
 
     spec, strides = x._spec, x.stride()
@@ -223,18 +229,18 @@ def _runs_of(spec: Any) -> list[windows.Runs]:
     return runs
 
 
-# Of one call of dropout on this rank: the key of its mask, and checksums of its input.
+# For one call of dropout on this rank: the key of its mask, and checksums of its input.
 Fingerprint = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def meshes_of(model: torch.nn.Module) -> list[Any]:
-    """The device meshes of a model's parameters that have this rank."""
+    """The device meshes of a model's parameters to which this rank belongs."""
     sharded: list[Any] = [p for p in model.parameters() if is_distributed(p)]
     return list(dict.fromkeys(p.device_mesh for p in sharded if has_part_in(p)))
 
 
 def fingerprint_of(x: Any, generator: Generator | None, key: Tensor | None) -> Fingerprint:
-    """The fingerprint of a call with these arguments. Has to be taken before the call, which draws the key."""
+    """The fingerprint of a call with these arguments. Call this before the call itself, which draws the key."""
     x = (x.to_local() if is_distributed(x) else x).detach()
     if key is None:
         state = keys.default_generator(x.device) if generator is None else generator
@@ -244,8 +250,10 @@ def fingerprint_of(x: Any, generator: Generator | None, key: Tensor | None) -> F
 
 
 def one_mask_for_shards(mesh: Any, fingerprints: dict[str, list[Fingerprint]]) -> dict[str, list[str]]:
-    """For each dimension of a mesh, the sites that drew the same mask on all its ranks for different inputs, in one or
-    more calls. All ranks of the mesh have to call this function."""
+    """For each dimension of a mesh: the sites that drew the same mask on all its ranks for different inputs.
+
+    One such call is enough. All ranks of the mesh have to call this function.
+    """
     found: dict[str, list[str]] = {}
     for d in range(mesh.ndim):
         ranks: list[Any] = [None] * mesh.size(d)

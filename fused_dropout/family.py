@@ -1,4 +1,8 @@
-"""The relatives of ``dropout``: channels, alpha dropout and stochastic depth."""
+"""The other functions of torch's dropout family, and ``drop_path``: dropout of channels, alpha dropout, whole samples.
+
+All are built from ``dispatch.drop`` with index strides, a shift and a scale. Users call them; ``modules.py`` and
+``swap/patching.py`` use them.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,11 +21,11 @@ from .functional import drop_shard, hand_over, is_overridden, noisy
 from .reference import row_major
 from .windows import Shard, part_of
 
-# torch's own, whatever stands at these names later.
+# Saved here, because patch() replaces them.
 _torch_dropout1d, _torch_dropout2d, _torch_dropout3d = F.dropout1d, F.dropout2d, F.dropout3d
 _torch_alpha_dropout, _torch_feature_alpha_dropout = F.alpha_dropout, F.feature_alpha_dropout
-# The value that a SELU unit saturates at, negated: scale times alpha of Klambauer et al., "Self-Normalizing Neural
-# Networks", NIPS'17, as in torch.
+# SELU(x) tends to minus this value for x -> -infinity: scale * alpha of Klambauer et al., "Self-Normalizing Neural
+# Networks", NIPS'17. The digits are torch's.
 _SELU_SATURATION = 1.7580993408473766
 
 
@@ -35,20 +39,34 @@ def dropout1d(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+    r"""Sets each channel of a 1d signal to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
-    Takes the place of :func:`torch.nn.functional.dropout1d`; :func:`dropout` with a ``noise_shape`` of 1 for the
-    spatial dimension.
+    In PyTorch: ``torch.nn.functional.dropout1d(input, p, training, inplace)``. The mask is that of :func:`dropout` with
+    ``noise_shape=(N, C, 1)``.
 
     Args:
-        input: shape (N, C, L) or (C, L); dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, training, inplace, generator, key, shard: as in :func:`dropout`.
+        input: shape (N, C, L) or (C, L). Dtypes and devices as in :func:`dropout`.
+        p: the probability that a channel is zeroed, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+        A tensor of the input's shape and dtype. It is ``input`` itself in the same cases as for :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has another number of dimensions. Otherwise as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`, and if the input does not have 2 or 3 dimensions.
+
+    Example:
+        >>> fd.dropout1d(torch.ones(1, 4, 2), 0.5, key=fd.key(1))
+        tensor([[[2., 2.],
+                 [0., 0.],
+                 [2., 2.],
+                 [0., 0.]]])
     """
     return _channelwise(dropout1d, _torch_dropout1d, (2, 3), 3, input, p, training, inplace, generator, key, shard)
 
@@ -63,21 +81,36 @@ def dropout2d(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+    r"""Sets each channel of an image to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
-    Takes the place of :func:`torch.nn.functional.dropout2d`; :func:`dropout` with a ``noise_shape`` of (N, C, 1, 1).
+    In PyTorch: ``torch.nn.functional.dropout2d(input, p, training, inplace)``. The mask is that of :func:`dropout` with
+    ``noise_shape=(N, C, 1, 1)``.
 
     Args:
-        input: shape (N, C, H, W), or (N, C, L) with torch's warning; dtypes and devices as in :func:`dropout`, else
-            torch's own function serves. Other numbers of dimensions from 2 on are taken as (N, C, \*), with a warning.
-        p, training, inplace, generator, key, shard: as in :func:`dropout`.
+        input: shape (N, C, H, W). Any other number of dimensions from 2 on is read as (N, C, \*), with torch's warning.
+            Dtypes and devices as in :func:`dropout`.
+        p: the probability that a channel is zeroed, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+        A tensor of the input's shape and dtype. It is ``input`` itself in the same cases as for :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has less than 2 dimensions and ``p`` is not 1, where torch's own function gives
-            ``input * 0``. Otherwise as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`, and if the input has less than 2 dimensions. (With ``p=1`` torch's function
+            returns ``input * 0`` for these, and so does this one.)
+
+    Example:
+        >>> fd.dropout2d(torch.ones(1, 4, 1, 2), 0.5, key=fd.key(1)).squeeze()
+        tensor([[2., 2.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
     """
     return _channelwise(dropout2d, _torch_dropout2d, (4,), None, input, p, training, inplace, generator, key, shard)
 
@@ -92,22 +125,36 @@ def dropout3d(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""Sets each channel to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
+    r"""Sets each channel of a volume to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
-    Takes the place of :func:`torch.nn.functional.dropout3d`; :func:`dropout` with a ``noise_shape`` of 1 for the
-    spatial dimensions.
+    In PyTorch: ``torch.nn.functional.dropout3d(input, p, training, inplace)``. The mask is that of :func:`dropout` with
+    ``noise_shape=(N, C, 1, 1, 1)``.
 
     Args:
-        input: shape (N, C, D, H, W) or (C, D, H, W); dtypes and devices as in :func:`dropout`, else torch's own
-            function serves. Other numbers of dimensions are taken as (C, \*), with torch's warning.
-        p, training, inplace, generator, key, shard: as in :func:`dropout`.
+        input: shape (N, C, D, H, W) or (C, D, H, W). Any other number of dimensions is read as (C, \*), with torch's
+            warning. Dtypes and devices as in :func:`dropout`.
+        p: the probability that a channel is zeroed, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+        A tensor of the input's shape and dtype. It is ``input`` itself in the same cases as for :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has no dimension and ``p`` is not 1, where torch's own function gives ``input * 0``.
-            Otherwise as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`, and if the input has no dimensions. (With ``p=1`` torch's function returns
+            ``input * 0`` for it, and so does this one.)
+
+    Example:
+        >>> fd.dropout3d(torch.ones(1, 4, 1, 1, 2), 0.5, key=fd.key(1)).squeeze()
+        tensor([[2., 2.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
     """
     return _channelwise(dropout3d, _torch_dropout3d, (4, 5), 5, input, p, training, inplace, generator, key, shard)
 
@@ -125,8 +172,11 @@ def _channelwise(
     key: Tensor | None,
     shard: Shard | None,
 ) -> Tensor:
-    """One draw a channel. ranks: the numbers of dimensions that torch does not comment on; batched: the one that has
-    samples before channels, None if all have."""
+    """Dropout with one draw for each channel.
+
+    ranks: the numbers of dimensions for which torch gives no warning. batched: the number of dimensions of an input
+    (N, C, ...); inputs with another number are (C, ...). None: every input is (N, C, ...).
+    """
     if has_torch_function_unary(input) and is_overridden(input):
         return hand_over(
             ours, theirs, input, p, training, inplace, {"generator": generator, "key": key, "shard": shard}
@@ -137,7 +187,7 @@ def _channelwise(
     if not training or p == 0 or dims < lead:
         return theirs(input, p, training, inplace)
     if dims not in ranks and is_covered(input, generator, key, shard):
-        theirs(input, p, training=False)  # changes nothing, but warns or raises in torch's words
+        theirs(input, p, training=False)  # gives torch's warning or error, and changes nothing
     if shard is not None:
         return drop_shard(input, p, inplace, generator, key, shard, partial(_lead_strides, lead))
     output = drop(input, p, inplace, generator, key, _lead_strides(lead, input.shape))
@@ -145,8 +195,10 @@ def _channelwise(
 
 
 def _lead_strides(lead: int, shape: Sequence[int]) -> list[int]:
-    """Index strides of a mask with one draw for each index of the first ``lead`` dimensions, one or two: row-major for
-    these, 0 for the others."""
+    """The index strides of a mask with one draw for each index of the first ``lead`` dimensions (1 or 2).
+
+    They are row-major in these dimensions, and 0 in the others.
+    """
     return [shape[1] if lead == 2 else 1, 1][:lead] + [0] * (len(shape) - lead)
 
 
@@ -160,23 +212,33 @@ def alpha_dropout(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""Sets each element to SELU's negative saturation with probability ``p``, then restores mean 0 and variance 1.
+    r"""Sets each element to SELU's limit at minus infinity with probability ``p``, and keeps mean 0 and variance 1.
 
-    Takes the place of :func:`torch.nn.functional.alpha_dropout`, with its formula (Klambauer et al., "Self-Normalizing
-    Neural Networks", NIPS'17): a kept x becomes :math:`a x + b`, a dropped one :math:`-a \alpha + b`, where
-    :math:`\alpha = 1.7580993408473766`, :math:`a = ((1 - p) (1 + p \alpha^2))^{-1/2}`, :math:`b = a \alpha p`.
-    If ``p`` is 1 all become 0.
+    In PyTorch: ``torch.nn.functional.alpha_dropout(input, p, training, inplace)``. The formula is from Klambauer et
+    al., "Self-Normalizing Neural Networks", NIPS'17. A kept x becomes :math:`a x + b`, and a dropped one becomes
+    :math:`-a \alpha + b`, with :math:`\alpha = 1.7580993408473766`, :math:`a = ((1 - p) (1 + p \alpha^2))^{-1/2}` and
+    :math:`b = a \alpha p`. With ``p=1`` the result is 0. The mask is that of :func:`dropout`.
 
     Args:
-        input: a tensor of any shape; dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, inplace, generator, key, shard: as in :func:`dropout`; the mask is the one that it applies.
-        training: return ``input`` itself if ``False``. Default: ``False``, as in torch
+        input: a tensor of any shape. Dtypes and devices as in :func:`dropout`.
+        p: the probability that an element is dropped, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged. ``False`` is the default, as in torch.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+        A tensor of the input's shape and dtype. It is ``input`` itself in the same cases as for :func:`dropout`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`.
+
+    Example:
+        >>> fd.alpha_dropout(torch.zeros(4), 0.5, training=True, key=fd.key(1))
+        tensor([ 0.7792, -0.7792,  0.7792, -0.7792])
     """
     return _alpha(alpha_dropout, _torch_alpha_dropout, None, input, p, training, inplace, generator, key, shard)
 
@@ -191,20 +253,32 @@ def feature_alpha_dropout(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""``alpha_dropout`` of whole channels: the mask of :func:`dropout` with a ``noise_shape`` of (N, C, 1, ...).
+    r"""Applies :func:`alpha_dropout` to whole channels.
 
-    Takes the place of :func:`torch.nn.functional.feature_alpha_dropout`.
+    In PyTorch: ``torch.nn.functional.feature_alpha_dropout(input, p, training, inplace)``. The formula is that of
+    :func:`alpha_dropout`, and the mask is that of :func:`dropout` with ``noise_shape=(N, C, 1, ...)``.
 
     Args:
-        input: shape (N, C, \*); dtypes and devices as in :func:`dropout`, else torch's own function serves.
-        p, training, inplace, generator, key, shard: as in :func:`alpha_dropout`.
+        input: shape (N, C, \*). Dtypes and devices as in :func:`dropout`.
+        p: the probability that a channel is dropped, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged. ``False`` is the default, as in torch.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of the input's shape and dtype; ``input`` itself as in :func:`dropout`.
+        A tensor of the input's shape and dtype. It is ``input`` itself in the same cases as for :func:`dropout`.
 
     Raises:
-        RuntimeError: the input has less than 2 dimensions and ``p`` is not 1, where torch's own function gives
-            ``input * 0``. Otherwise as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`, and if the input has less than 2 dimensions. (With ``p=1`` torch's function
+            returns ``input * 0`` for these, and so does this one.)
+
+    Example:
+        >>> fd.feature_alpha_dropout(torch.zeros(1, 4, 2), 0.5, training=True, key=fd.key(1))[0, :, 0]
+        tensor([ 0.7792, -0.7792,  0.7792, -0.7792])
     """
     return _alpha(
         feature_alpha_dropout, _torch_feature_alpha_dropout, 2, input, p, training, inplace, generator, key, shard
@@ -223,9 +297,10 @@ def _alpha(
     key: Tensor | None,
     shard: Shard | None,
 ) -> Tensor:
-    """Alpha dropout of elements (lead None), or of all that share the first ``lead`` indices.
+    """Alpha dropout of single elements (lead is None), or of all elements with the same first ``lead`` indices.
 
-    It is dropout of x + alpha between two affine maps, so that its mask, its gradient and what they save are dropout's.
+    Computes ``a * (dropped(x + alpha) - alpha) + b`` by dropout of ``x + alpha``. So the mask, the gradient and the
+    saved key are those of dropout.
     """
     if has_torch_function_unary(input) and is_overridden(input):
         return hand_over(
@@ -250,17 +325,17 @@ def _alpha(
         output = drop_shard(shifted, p, False, generator, key, shard, strides_of)
     elif lead:
         output = drop(shifted, p, False, generator, key, _lead_strides(lead, input.shape))
-    else:  # numbered as input is, which need not have the layout of the sum
+    else:  # the elements are numbered by input's layout, from which the layout of the sum can differ
         strides = None if input.is_contiguous() else reference.index_strides_of(input)
         output = drop(shifted, p, False, generator, key, strides)
     if output is None:
         return theirs(input, p, training, inplace)
-    if output is shifted:  # it is empty
+    if output is shifted:  # drop() returns its input if that is empty
         return input
     p = float(p)
     scale = 1 / sqrt((1 - p) * (1 + p * _SELU_SATURATION**2))
     factor, shift = scale * (1 - p), -scale * (1 - p) * _SELU_SATURATION
-    # A mode, such as selective checkpointing's, may hold dropout's result, which then must not change.
+    # A mode, such as that of selective checkpointing, may keep the result of dropout. It must not be changed then.
     output = output * factor + shift if must_compose(input) else output.mul_(factor).add_(shift)
     return input.copy_(output) if inplace else output
 
@@ -275,24 +350,31 @@ def drop_path(
     key: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    """Stochastic depth: sets each sample to zero with probability ``drop_prob`` (Huang et al., "Deep Networks with
-    Stochastic Depth", ECCV'16), with timm's arguments and defaults.
+    r"""Sets each sample to zero with probability ``drop_prob`` (stochastic depth).
+
+    In PyTorch: ``x * torch.empty(N, 1, ..., 1).bernoulli_(1 - drop_prob) / (1 - drop_prob)``. Arguments and defaults
+    are those of ``timm.layers.drop_path``. Stochastic depth is from Huang et al., "Deep Networks with Stochastic
+    Depth", ECCV'16. The mask is that of :func:`dropout` with ``noise_shape=(N, 1, ..., 1)``.
 
     Args:
-        x: shape (N, ...); dtypes and devices as in :func:`dropout`.
-        drop_prob: probability of a sample to be zeroed, between 0 and 1. Default: 0
-        training: return ``x`` itself if ``False``. Default: ``False``
-        scale_by_keep: multiply the other samples by ``1 / (1 - drop_prob)``. Default: ``True``
-        generator, key, shard: as in :func:`dropout`; the mask is that of ``noise_shape=(N, 1, ..., 1)``.
+        x: shape (N, \*). Dtypes and devices as in :func:`dropout`.
+        drop_prob: the probability that a sample is zeroed, from 0 to 1.
+        training: if ``False``, returns ``x`` unchanged.
+        scale_by_keep: if ``True``, multiplies the kept samples by ``1 / (1 - drop_prob)``.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`.
+        shard: as in :func:`dropout`.
 
     Returns:
-        A tensor of x's shape and dtype; ``x`` itself if ``drop_prob`` is 0 or ``training`` is ``False``.
+        A tensor of x's shape and dtype. It is ``x`` itself if ``drop_prob`` is 0, ``training`` is ``False`` or ``x`` is
+        empty.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`.
 
-    Example::
-
+    Example:
         >>> fd.drop_path(torch.ones(4, 2), 0.5, training=True, key=fd.key(1))
         tensor([[2., 2.],
                 [0., 0.],

@@ -1,4 +1,7 @@
-"""``dropout`` and ``keep_mask``: what a call means. ``arguments.py`` checks it, and ``dispatch.py`` serves it."""
+"""The functions ``dropout`` and ``keep_mask``, and what the other functions share with them.
+
+Users call this layer. ``arguments.py`` checks the arguments, and ``dispatch.py`` chooses the implementation.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +21,7 @@ from .reference import row_major
 from .torch_internals import function_mode, is_distributed, wraps_tensors
 from .windows import Shard, over_runs, part_of
 
-_torch_dropout = F.dropout  # torch's own, whatever stands at that name later
+_torch_dropout = F.dropout  # saved here, because patch() replaces F.dropout
 
 
 def dropout(
@@ -34,48 +37,51 @@ def dropout(
 ) -> Tensor:
     r"""Sets each element to zero with probability ``p`` and multiplies the others by ``1 / (1 - p)``.
 
-    Takes the place of :func:`torch.nn.functional.dropout`. Backward regenerates the mask from its 16-byte key; nothing
-    else is saved. A DTensor is dropped by the mask of the global tensor. What the fused kernels do not cover (other
-    dtypes, devices and layouts) is left to torch's own function.
+    In PyTorch: ``torch.nn.functional.dropout(input, p, training, inplace)``.
+
+    Backward computes the mask again from the call's 16-byte key, so a call saves the key and nothing else. The mask
+    depends only on the key, ``p`` and the index of each element (docs/mask-v1.md). For a DTensor these are the indices
+    of the global tensor. Inputs with a dtype, device or layout that the kernels do not support go to torch's own
+    function.
 
     Args:
-        input: a tensor of any shape; float32, float64, float16 or bfloat16 on CPU or CUDA for the fused path.
-        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
-        training: return ``input`` itself if ``False``. Default: ``True``
-        inplace: overwrite ``input`` and return it. Default: ``False``
-        generator: where the key is drawn from, in place of the default generator of the input's device.
-        key: a uint64 tensor of shape (2,), ``[seed, offset]``, on the CPU or on the input's device: the mask is a pure
-            function of it, and no generator is touched.
-        noise_shape: the mask's shape, in place of the input's; it is broadcast over the dimensions where it has 1, so
-            that elements there are dropped together. Each entry is 1 or the input's size there, for which ``None``
-            may stand. The mask is ``keep_mask(noise_shape, p, key)``, and never expanded in memory.
-        shard: ``(global_shape, offsets)``, if ``input`` is a part of a larger tensor: the shape of that tensor, and for
-            each dimension the position where the part begins. The mask is this part of
-            ``keep_mask(global_shape, p, key)``, so that all parts together are dropped as one tensor. An offset may be
-            a tuple: the first positions of runs of equal length, which follow on each other in ``input``.
-            ``noise_shape`` is that of the global tensor. All processes have to use the same key, or generators in the
-            same state; see docs/distributed.md. Only for plain tensors: DTensors always have the global mask.
+        input: a tensor of any shape. The kernels support float32, float64, float16 and bfloat16 on CPU and CUDA.
+        p: the probability that an element is zeroed, from 0 to 1.
+        training: if ``False``, returns ``input`` unchanged.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: the generator that the key is drawn from. Default: the default generator of the input's device
+        key: a uint64 tensor ``[seed, offset]`` of shape (2,), on the CPU or on the input's device. The call then uses
+            no generator, and the same key gives the same mask again. See :func:`key`.
+        noise_shape: the shape of the mask, which is broadcast to the input's shape. Each entry is 1 or the input's
+            size in that dimension; ``None`` also means the input's size. Elements that share an entry of the mask are
+            dropped together. The mask is ``keep_mask(noise_shape, p, key)``, and is never expanded in memory.
+            Default: the input's shape
+        shard: ``(global_shape, offsets)``, for an ``input`` that is a part of a larger tensor. It gives the shape of
+            the larger tensor, and the position where the part begins in each dimension. The call applies this part of
+            ``keep_mask(global_shape, p, key)``. An offset may be a tuple, if the part consists of several runs of
+            equal length in that dimension: the first position of each run. ``noise_shape`` then belongs to the global
+            tensor. All processes must use the same key, or generators in the same state (docs/distributed.md). Not for
+            DTensors, which always get the global mask.
 
     Returns:
-        A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``; ``input`` itself if
-        ``p`` is 0, ``training`` is ``False`` or it is empty, or if ``inplace`` is ``True``.
+        A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``. It is ``input`` itself
+        if ``inplace`` is ``True``, if ``training`` is ``False``, if ``p`` is 0, or if ``input`` is empty.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1; the key has another shape, dtype or device; key and generator both;
-            ``input`` does not lie in the tensor that ``shard`` describes.
-        TypeError: ``p`` is not a number, or a tensor that requires grad; ``training`` is not a bool; the key is not a
-            tensor, or the generator not a generator; ``noise_shape`` is not a sequence of integers and ``None``; a key,
-            generator or shard for a tensor that the fused path does not cover.
-        RuntimeError: ``p`` is NaN; the generator is of another device; in place on a leaf that requires grad, or on
-            shared memory; ``noise_shape`` does not broadcast to the input's shape.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape, dtype or device; both ``key`` and
+            ``generator`` are given; ``input`` does not lie inside the tensor that ``shard`` describes.
+        TypeError: ``p`` is not a number, or is a tensor that requires grad; ``training`` is not a bool; ``key`` is not
+            a tensor; ``generator`` is not a generator; ``noise_shape`` is not a sequence of integers and ``None``;
+            ``key``, ``generator`` or ``shard`` is given for an input that the kernels do not support.
+        RuntimeError: ``p`` is NaN; the generator belongs to another device; ``noise_shape`` does not broadcast to the
+            input's shape; ``inplace`` is ``True`` and ``input`` is a leaf that requires grad, or several of its
+            elements share memory.
 
-    Example::
-
+    Example:
         >>> x = torch.ones(4)
-        >>> key = torch.tensor([1, 0], dtype=torch.uint64)
-        >>> fd.dropout(x, 0.5, key=key)
+        >>> fd.dropout(x, 0.5, key=fd.key(1))
         tensor([2., 0., 2., 0.])
-        >>> fd.dropout(torch.ones(4, 3), 0.5, key=key, noise_shape=(4, 1))  # one draw a row
+        >>> fd.dropout(torch.ones(4, 3), 0.5, key=fd.key(1), noise_shape=(4, 1))  # one draw for each row
         tensor([[2., 2., 2.],
                 [0., 0., 0.],
                 [2., 2., 2.],
@@ -107,13 +113,16 @@ def drop_shard(
     strides_of: Callable[[Sequence[int]], Sequence[int]],
     scale: float | None = None,
 ) -> Tensor:
-    """``drop`` of a shard. strides_of: the index strides for a shape, here that of the global tensor."""
+    """Calls ``dispatch.drop_part`` for a shard.
+
+    strides_of: returns the index strides of the mask for the global tensor's shape.
+    """
     part = part_of(input.shape, shard)
     return drop_part(input, part, p, inplace, generator, key, strides_of(part.whole), scale)
 
 
 def noisy(x: Tensor, p: float, inplace: bool, strides: Sequence[int], scaled: bool = True) -> Tensor:
-    """Torch's own dropout with a mask that is broadcast where the stride is 0."""
+    """Torch's own dropout, with a mask that is broadcast over the dimensions whose index stride is 0."""
     noise = _torch_dropout(
         x.new_ones([size if stride else 1 for size, stride in zip(x.shape, strides, strict=True)]), p
     )
@@ -122,8 +131,10 @@ def noisy(x: Tensor, p: float, inplace: bool, strides: Sequence[int], scaled: bo
 
 
 def is_overridden(x: Tensor) -> bool:
-    """Whether a ``__torch_function__`` has to see the call: a mode's or a subclass's own, not the default of a subclass
-    that sees operations instead."""
+    """Whether a ``__torch_function__`` has to get the call: that of a mode, or one that a subclass defines itself.
+
+    A subclass that defines only ``__torch_dispatch__`` does not need it: it sees the operations inside.
+    """
     return function_mode() is not None or not (isinstance(x, Tensor) and wraps_tensors(x))
 
 
@@ -136,9 +147,10 @@ def hand_over(
     inplace: bool,
     more: dict[str, Any],
 ) -> Tensor:
-    """Hands the call to __torch_function__: as torch's own dropout, so that FX, export and modes see what they know.
+    """Passes the call to ``__torch_function__`` as a call of torch's own function, which FX, export and modes know.
 
-    A default device is a mode too, but one that says nothing about dropout; and a key has no place in torch's function.
+    Passes it as our function in two cases: if it has arguments that torch's function lacks, such as a key, and under
+    ``torch.device`` as a mode, which only sets the default device.
     """
     more = {name: value for name, value in more.items() if value is not None}
     seen = ours if more or isinstance(function_mode(), DeviceContext) else theirs
@@ -153,30 +165,36 @@ def keep_mask(
     start: int = 0,
     shard: Shard | None = None,
 ) -> Tensor:
-    """The mask that ``dropout(x, p, key=key)`` applies: True where an element is kept.
+    """Returns the mask that ``dropout(x, p, key=key)`` applies: ``True`` where an element is kept.
+
+    In PyTorch: ``torch.rand(shape) >= p``, with random numbers that depend only on the key and the element's index.
+    The element is kept if its 48-bit number from Philox4x32-10 is below ``(1 - p) * 2**48`` (docs/mask-v1.md has the
+    definition; Philox is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
 
     Args:
-        x_or_shape: a tensor, whose layout the mask then has (its elements are numbered in memory order if it is dense,
-            else row-major), or a shape, for a contiguous mask. The tensor's values and dtype do not matter.
-        p: probability of an element to be dropped, between 0 and 1.
-        key: a uint64 tensor of shape (2,), ``[seed, offset]``.
-        device: where the mask is made. Default: the tensor's device, or the key's for a shape.
-        start: the index of the first element, from 0 to 2**63 - 1; with ``shard``, of the global tensor's first.
-        shard: as in :func:`dropout`: the mask is that part of ``keep_mask(global_shape, p, key)``.
+        x_or_shape: a tensor or a shape. For a tensor, the mask has its layout; its values and dtype have no effect. The
+            elements are numbered in memory order if the tensor is dense, else in row-major order. For a shape, the mask
+            is contiguous.
+        p: the probability that an element is dropped, from 0 to 1.
+        key: a uint64 tensor ``[seed, offset]`` of shape (2,). See :func:`key`.
+        device: the device of the mask. Default: the tensor's device; for a shape, the key's device
+        start: the index of the first element, from 0 to 2**63 - 1. With ``shard``: of the global tensor's first
+            element.
+        shard: ``(global_shape, offsets)`` as in :func:`dropout`. The result is this part of
+            ``keep_mask(global_shape, p, key)``.
 
     Returns:
-        A bool tensor of that shape.
+        A bool tensor of the tensor's shape, or of the given shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1; ``start`` or a size is out of range; the key has another shape, dtype
-            or device; the shape does not lie in the tensor that ``shard`` describes.
-        TypeError: ``p`` is not a number, ``start`` not an integer, ``x_or_shape`` neither a tensor nor a sequence of
-            integers, or the key not a tensor.
-        RuntimeError: ``p`` is NaN; an element has an index of 2**63 or more.
+        ValueError: ``p`` is not between 0 and 1; ``start`` or a size is out of range; ``key`` has a wrong shape, dtype
+            or device; the shape does not lie inside the tensor that ``shard`` describes.
+        TypeError: ``p`` is not a number; ``start`` is not an integer; ``x_or_shape`` is neither a tensor nor a sequence
+            of integers; ``key`` is not a tensor.
+        RuntimeError: ``p`` is NaN; an element's index is 2**63 or more.
 
-    Example::
-
-        >>> fd.keep_mask((4,), 0.5, torch.tensor([1, 0], dtype=torch.uint64))
+    Example:
+        >>> fd.keep_mask((4,), 0.5, fd.key(1))
         tensor([ True, False,  True, False])
     """
     check_arguments(None, p, True)
@@ -193,7 +211,7 @@ def keep_mask(
         if device is None:
             device = key.device if isinstance(key, Tensor) and key.is_cuda else "cpu"
     if like is None:
-        # One element stands for all: only shape, layout and device are looked at.
+        # The operator reads only shape, strides and device. One expanded element saves the memory.
         like = torch.empty((), dtype=torch.bool, device=device).expand(shape)
     check_key(key, like.device)
     if is_distributed(like):

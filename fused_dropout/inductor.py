@@ -1,19 +1,19 @@
-"""What Inductor makes of the operators: ``apply`` as pointwise arithmetic, and the draws of a graph as one call.
+"""Inductor's lowerings of the operators: ``apply`` as pointwise arithmetic, and all draws of a graph as one call.
 
-torch.compile traces the operators as they are. Some have an overload for Inductor, which this module lowers:
+torch.compile traces the operators as they are. Some have an overload for Inductor, and this module has its lowering:
 
-| overload | what Inductor writes |
+| overload | code that Inductor generates |
 |---|---|
 | ``apply.<FORM>`` | the mask's arithmetic for each element, fused with its neighbours |
-| ``apply.any_<FORM>`` | the same for any p, start and index strides: for GPUs without kernels, from ``compiled.py`` |
-| ``draw_keys.<FORM>`` | one ``draw_keys(n)`` for the draws of the graph, whose rows are the keys |
-| ``after.<FORM>`` | nothing: it is x |
+| ``apply.any_<FORM>`` | the same for any p, start and index strides: for ``compiled.py`` on GPUs without kernels |
+| ``draw_keys.<FORM>`` | one ``draw_keys(n)`` for n draws of the graph; each row is a key |
+| ``after.<FORM>`` | none: the result is x |
 
-Inductor's caches know a graph by the names of its operators and not by their lowerings. So the overloads' names hold a
-hash of this file: a graph that another version compiled, or that was compiled for the kernel, is never served here.
+Inductor's cache identifies a graph by the names of its operators and not by their lowerings. So the overloads' names
+contain a hash of this file, and a graph compiled by another version is never reused.
 
-All of Inductor's private names stand in this module. Where one is missing, nothing is lowered: Inductor then calls the
-overloads as they are, and ``problem`` says why.
+Only this module uses private names of Inductor. If one is missing, there are no lowerings: Inductor calls the overloads
+as operators, and ``problem`` has the reason.
 """
 
 import sys
@@ -29,28 +29,32 @@ import torch
 from . import __version__, reference
 
 FORM = "inductor_" + sha256(__version__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
-problem: str | None = None  # why nothing is lowered, as far as was tried
+problem: str | None = None  # why there are no lowerings; None if register() had no problem or has not run
 _registered = False
-_STATE = "_fused_dropout"  # on Inductor's graph: "rows", the key of each draw's node, and "last", the draw before
+# The name of a dictionary on Inductor's graph. "rows": the key of each draw, by node. "last": the previous draw.
+_STATE = "_fused_dropout"
 
 
 @contextmanager
 def for_every_size() -> Iterator[None]:
-    """For a function that is compiled once for each dtype, device, mode and number of dimensions, which are more than
-    the eight forms that Dynamo allows; sizes that are equal at the first call may differ at the next."""
+    """Sets Dynamo's options for a function that is compiled once for all sizes.
+
+    It is compiled for each dtype, device, mode and number of dimensions, which is more than the eight times that Dynamo
+    allows. Sizes that are equal in the first call may differ in the next, so Dynamo must not assume that they are.
+    """
     shapes: Any = torch.fx.experimental._config
     with torch._dynamo.config.patch(recompile_limit=256), shapes.patch(use_duck_shape=False):
         yield
 
 
 def register_if_imported() -> None:
-    """Registers the lowerings once Inductor is there. The fake kernels call it: they run before Inductor lowers."""
+    """Registers the lowerings if Inductor is imported. The fake kernels call this, and run before the lowering."""
     if not _registered and "torch._inductor.lowering" in sys.modules:
         register()
 
 
 def register() -> None:
-    """Registers the lowerings, or says in ``problem`` why not."""
+    """Registers the lowerings, or sets ``problem``."""
     global problem, _registered
     problem, _registered = None, True
     try:
@@ -83,9 +87,9 @@ def _register() -> None:
     def index_of(
         x: Any, start: Any, strides: Sequence[Any], fits: bool = False
     ) -> tuple[Callable[[Sequence[Any]], Any], torch.dtype]:
-        """The elements' indices, and the type of the numbers that go with them.
+        """A function for the index of an element, and the integer type for arithmetic with it.
 
-        Indices are of 32 bits where all are known to fit: Triton then sees that neighbours share a block.
+        The indices have 32 bits if all are known to fit. Triton then sees that neighbours share a block.
         """
         known, on_cpu = V.graph.sizevars, x.get_device().type == "cpu"
         start, span = sympify(start), sum((n - 1) * stride for n, stride in zip(x.get_size(), strides, strict=True))
@@ -96,7 +100,7 @@ def _register() -> None:
             in_window = sum((i * stride for i, stride in zip(place, strides, strict=True)), sympify(0))
             if fits or on_cpu:
                 return ops.index_expr(start + in_window, torch.int32 if fits else int64)
-            # Triton may compute an expression in 32 bits if the tensor's size fits, whatever start and strides are.
+            # Triton may compute an expression in 32 bits if the tensor's size fits, also if start or strides do not.
             if dense:
                 at = ops.index_expr(in_window, int64)
                 return at if start == 0 else as_int64(at) + size(start)
@@ -109,10 +113,10 @@ def _register() -> None:
 
     def keep(at: Any, words: Sequence[Any], bound: Any, narrow: torch.dtype, on_cpu: bool) -> Any:
         """Whether the element with this index is kept."""
-        # Makes each constant once: Inductor visits every operation about ten times, in Python.
+        # Each constant is made once, because Inductor visits every operation about ten times, in Python.
         low, bits = number(reference.LOW_32), number(32)
-        # In C++ a product beyond 2**63 is undefined, so the CPU multiplies as the reference does. On a GPU the full
-        # product of two 32-bit words is one instruction.
+        # In C++ a product beyond 2**63 is undefined, so the CPU code multiplies as reference._multiply does. On a GPU
+        # the full product of two 32-bit words is one instruction.
         multipliers = [number(m - (1 << 32) if on_cpu else m) for m in reference.MULTIPLIERS]
         weyl = [number(w) for w in reference.WEYL]
 
@@ -142,8 +146,8 @@ def _register() -> None:
         return (ops.bitwise_left_shift(draw, bits) | tie) < bound
 
     def key_of(key: Any, device: torch.device) -> Callable[[], list[Any]]:
-        """The seed and the offset."""
-        key.realize()  # or what the key is made of, a fold_in say, would be computed for each element
+        """A function that loads the seed and the offset."""
+        key.realize()  # else Inductor inlines what computes the key, such as fold_in, for each element
         load = key.make_loader()
 
         def words() -> list[Any]:
@@ -151,7 +155,7 @@ def _register() -> None:
 
         if key.get_device() == device:
             return words
-        # A kernel on the GPU takes numbers on the CPU as arguments, if each is a tensor of no dimensions.
+        # A GPU kernel takes a number on the CPU as an argument if it is a tensor without dimensions.
         numbers = [pointwise(key, int64, partial(lambda i, _: words()[i], i), []) for i in (0, 1)]
         for word in numbers:
             word.realize()
@@ -161,7 +165,7 @@ def _register() -> None:
         return ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=list(shape))
 
     def product(x: Any, factor: Callable[[torch.dtype], Any]) -> Callable[[Sequence[Any]], Any]:
-        """x times the factor, rounded once."""
+        """x times the factor, computed in float32 or wider and rounded once."""
         dtype, load = x.get_dtype(), x.make_loader()
         wide = torch.promote_types(dtype, torch.float32)
         return lambda place: ops.to_dtype(ops.to_dtype(load(place), wide) * factor(wide), dtype)
@@ -205,14 +209,16 @@ def _register() -> None:
         return pointwise(x, dtype, element, x.get_size())
 
     def call(x: Any, p: float, key: Any, start: Any = 0, index_strides: Any = None, scale: Any = None) -> Any:
-        """Calls the operator without expanding it. Leaves out arguments at their defaults: Inductor's own call passes
-        them by name, which costs 2 us a call."""
+        """Calls the operator without expanding it.
+
+        Leaves out arguments with default values. Inductor's own call passes them by name, which costs 2 us.
+        """
         plain = (start, index_strides, scale) == (0, None, None) and not V.graph.cpp_wrapper
         options = {} if plain else {"start": start, "index_strides": index_strides, "scale": scale}
         return fallback_handler(operators.apply.default, add_to_fallback_set=False)(x, p, key, **options)
 
     def in_order(lower: Callable[[], Any]) -> Any:
-        """Lowers a draw so that it follows the one before it: Inductor orders what it calls by memory, else."""
+        """Lowers a draw so that it runs after the previous one. Otherwise Inductor may reorder calls to save memory."""
         graph: Any = V.graph
         state, first = graph.__dict__.setdefault(_STATE, {}), len(graph.operations)
         result = lower()
@@ -224,7 +230,7 @@ def _register() -> None:
 
     def draw_keys(n: Any, *, device: torch.device) -> Any:
         def draw(n: Any) -> Any:
-            if V.graph.cpp_wrapper:  # what it writes for a device does not compile (torch 2.11 to 2.14)
+            if V.graph.cpp_wrapper:  # its C++ code for a Device argument does not compile (torch 2.11 to 2.14)
                 named = getattr(operators.draw_keys, f"named_{FORM}")
                 return fallback_handler(named, add_to_fallback_set=False)(n, str(device))
             return fallback_handler(operators.draw_keys.default, add_to_fallback_set=False)(n, device=device)
@@ -260,7 +266,10 @@ def _register() -> None:
 
 
 def _draws_together(first: torch.fx.Node) -> list[torch.fx.Node]:
-    """The draws of one key, from this one on, that one call can make: no other operator that may draw comes between."""
+    """The draws of one key each, from this one on, that one call can make.
+
+    They are equal nodes, with no other operator between them that may draw random numbers.
+    """
     draws, node = [first], first.next
     while node.op != "root":
         if node.target is first.target and (node.args, node.kwargs) == (first.args, first.kwargs):
@@ -272,7 +281,7 @@ def _draws_together(first: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _may_draw(target: Any) -> bool:
-    """Whether random numbers may be drawn: by a random operator, or by one that nobody here knows."""
+    """Whether the operator may draw random numbers: it is tagged as random, or belongs to an unknown library."""
     if not isinstance(target, torch._ops.OperatorBase):
         return False  # a Python function of sizes
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:

@@ -1,7 +1,7 @@
-"""A linear layer after dropout, which saves its input in place of the dropped copy: ``dropout_linear``.
+"""Dropout and the linear layer after it as one function: ``dropout_linear`` and ``DropoutLinear``.
 
-The gradient of the weight needs the dropped input. Autograd would keep that copy; here backward makes it again from the
-input and the 16-byte key.
+The weight's gradient needs the dropped input. Autograd would keep this copy. Here backward computes it again from the
+input and the 16-byte key. ``swap/pairing.py`` uses this for LoRA layers.
 """
 
 from functools import partial
@@ -20,7 +20,10 @@ _eager_dropout_linear = native.eager.dropout_linear if native.eager else None
 
 
 class _DropoutLinear(torch.autograd.Function):
-    """Saves the input, the weight if the input needs a gradient, and the key; ``csrc/dropout_linear.cpp`` in Python."""
+    """Saves the input, the key, and the weight if the input needs a gradient.
+
+    ``csrc/dropout_linear.cpp`` does the same in C++.
+    """
 
     @staticmethod
     def forward(
@@ -55,8 +58,8 @@ class _DropoutLinear(torch.autograd.Function):
 _apply_eager = apply_without_functorch(_DropoutLinear)
 
 
-# The gradients of a matrix product as torch's autograd has them, which follow the layout of what they belong to. The
-# same calls give the same bits.
+# The gradients of a matrix product, by the same calls as in torch's autograd: the results are equal bit for bit.
+# There the layout of each factor decides which call computes its gradient.
 
 
 def _is_column_major(matrix: Tensor) -> bool:
@@ -76,7 +79,7 @@ def _as_matrix(t: Tensor) -> Tensor:
 
 
 def _product_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> torch.dtype | None:
-    """The dtype of a product whose backward may make the dropped copy again; None where the two calls have to serve."""
+    """The dtype of the matrix product, or None if the two separate calls have to be used."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not torch.is_grad_enabled() or p == 1 or any(map(autograd.must_compose, tensors)):
         return None
@@ -104,22 +107,25 @@ def dropout_linear(
     generator: Generator | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    r"""``F.linear(fd.dropout(input, p, training), weight, bias)``, which saves ``input`` itself for backward.
+    r"""Applies dropout and then a linear layer, and saves ``input`` instead of its dropped copy.
 
-    Value, mask, use of the generator and gradients are those of the two calls, bit for bit. Where ``input`` is alive
-    anyway, as in LoRA, whose base layer keeps it too, this takes the memory of ``p = 0``. Backward drops the input once
-    more. An in-place change to ``input`` after the call makes backward raise torch's error.
+    In PyTorch: ``F.linear(F.dropout(input, p, training), weight, bias)``.
 
-    The two calls serve under ``torch.func`` and dispatch modes, and for tensor subclasses and inputs of three or more
-    dimensions that are not contiguous.
+    The result, the mask and the gradients are those of ``F.linear(fd.dropout(...))``, bit for bit, and so is the use of
+    the generator. Backward computes the dropped input again. If something else keeps ``input`` too, as the base layer
+    of LoRA does, the call needs no more memory than with ``p=0``. If ``input`` is changed in place after the call,
+    backward raises torch's error.
+
+    The two separate calls run instead under ``torch.func`` and dispatch modes, for tensor subclasses, and for inputs of
+    three or more dimensions that are not contiguous.
 
     Args:
-        input: shape (..., in_features). If its dtype differs from the weight's, it is cast to that before dropout, and
-            saved as it is: PEFT keeps float32 adapters over a bfloat16 model.
+        input: shape (..., in_features). If its dtype differs from the weight's, it is cast before dropout, and saved
+            without the cast. (PEFT has float32 adapters in a bfloat16 model.)
         weight: shape (out_features, in_features).
-        bias: shape (out_features,), or ``None``. Default: ``None``
-        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
-        training: drop nothing if ``False``. Default: ``True``
+        bias: shape (out_features,), or ``None``.
+        p: the probability that an element of ``input`` is zeroed, from 0 to 1.
+        training: if ``False``, drops nothing.
         generator: as in :func:`dropout`.
         key: as in :func:`dropout`.
 
@@ -127,10 +133,11 @@ def dropout_linear(
         A tensor of shape (..., out_features).
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout` and :func:`torch.nn.functional.linear`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout` and :func:`torch.nn.functional.linear`.
+        RuntimeError: as :func:`dropout` and :func:`torch.nn.functional.linear`.
 
-    Example::
-
+    Example:
         >>> x, weight = torch.ones(2, 3), torch.eye(3)
         >>> fd.dropout_linear(x, weight, p=0.5, key=fd.key(1))
         tensor([[2., 0., 2.],
@@ -138,7 +145,7 @@ def dropout_linear(
     """
     check_arguments(input, p, training, generator, key)
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        return F.linear(input, weight, bias)  # raises, in torch's words
+        return F.linear(input, weight, bias)  # raises torch's error
     if training and p > 0:
         if _eager_dropout_linear is not None and not is_compiling():
             output = _eager_dropout_linear(input, weight, bias, p, generator, key)
@@ -156,20 +163,26 @@ def dropout_linear(
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer whose input is dropped in training: ``nn.Linear`` after ``fd.Dropout``, in the memory of one.
+    """A linear layer that drops its input in training, and saves the input instead of its dropped copy.
+
+    In PyTorch: ``nn.Sequential(nn.Dropout(p), nn.Linear(in_features, out_features, bias))``. It calls
+    :func:`dropout_linear`, and has the state dict of ``nn.Linear``.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in :class:`torch.nn.Linear`, whose state dict it has.
-        p: probability of an element of the input to be zeroed. Default: 0.5
+        in_features: the size of the input's last dimension.
+        out_features: the size of the output's last dimension.
+        bias: if ``False``, the layer has no bias.
+        p: the probability that an element of the input is zeroed, from 0 to 1. Read at each call.
+        device: the device of the parameters, as in :class:`torch.nn.Linear`.
+        dtype: the dtype of the parameters, as in :class:`torch.nn.Linear`.
 
-    Shape:
-        (..., in_features) to (..., out_features).
+    Shape: the input is (..., in_features), and the output is (..., out_features).
 
     Raises:
         ValueError: ``p`` is not between 0 and 1.
+        TypeError: ``p`` is not a number.
 
-    Example::
-
+    Example:
         >>> layer = fd.DropoutLinear(20, 30, p=0.1)
         >>> layer(torch.ones(4, 20)).shape
         torch.Size([4, 30])

@@ -1,15 +1,8 @@
-"""The dropout modules of ``torch.nn`` on the fused path, and timm's ``DropPath``.
+"""Subclasses of torch's dropout modules that call the fused functions, and timm's ``DropPath``.
 
-Each is torch's module in all but its forward, which calls the function of its name in :mod:`fused_dropout`. In addition
-all take keyword-only arguments, which are attributes of the same names, read at each call:
-
-generator: where keys are drawn from, in place of the default generator of the input's device. A copy or a pickle of the
-    module has a generator of its own, in the same state.
-key: a uint64 tensor of shape (2,): with it each call in training applies the same mask. It is not part of the
-    state_dict, and does not move with the module; on the CPU it serves inputs on every device.
-
-Both are for the fused path: a scripted module does without, and an input that goes to torch's own function is an error.
-``torch.export`` and ``torch.jit.trace`` record the mask of a key, and refuse a generator.
+They differ from torch's modules only in ``forward``, and in the attributes ``generator`` and ``key``. A scripted module
+ignores both attributes. With one of them, an input that the kernels do not support is an error. ``torch.export`` and
+``torch.jit.trace`` record the mask of a key, and refuse a generator.
 """
 
 from collections.abc import Sequence
@@ -25,7 +18,10 @@ from .arguments import check_generator, check_key, check_number, noise_sizes
 
 
 def is_leaf(module: nn.Module, proxy: Proxy) -> bool:
-    """Whether FX records a call of this module, as it does of torch's: the graph then knows eval()."""
+    """Whether FX should record a call of this module as one node, as it does for torch's modules.
+
+    Such a graph follows ``train()`` and ``eval()``.
+    """
     return isinstance(proxy.tracer, Tracer) and proxy.tracer.root is not module
 
 
@@ -36,8 +32,11 @@ def recorded(module: nn.Module, proxy: Proxy) -> Any:
 
 
 class Keyed(nn.Module):
-    """generator and key; class attributes, so that a module of torch's can become one of these by an assignment to its
-    ``__class__``."""
+    """The attributes ``generator`` and ``key`` of the modules.
+
+    Their defaults are class attributes, because ``convert`` assigns to ``__class__`` of a module and runs no
+    ``__init__``. A copy or a pickle of a module has a generator of its own, in the same state.
+    """
 
     generator: Generator | None = None
     key: Tensor | None = None
@@ -51,8 +50,8 @@ class Keyed(nn.Module):
             self.key = key
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # torch quantizes the module now, and its tables have torch's own classes only
-            from .convert import revert
+        if name == "qconfig":  # torch starts to quantize the module, and knows only its own classes
+            from .swap.convert import revert
 
             revert(self)
         nn.Module.__setattr__(self, name, value)
@@ -62,7 +61,7 @@ class Keyed(nn.Module):
         return super().extra_repr() + "".join(f", {name}={_repr(x)}" for name, x in shown.items() if x is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        # pickle writes uint64 tensors in a way that it cannot read (torch 2.13).
+        # A pickled uint64 tensor cannot be loaded (torch 2.13).
         return self.__dict__ | ({} if self.key is None else {"key": self.key.view(torch.int64)})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -73,12 +72,12 @@ class Keyed(nn.Module):
 
 def _repr(value: object) -> str:
     if isinstance(value, Tensor) and torch.compiler.is_compiling():
-        return "..."  # vmap takes the name of a module from its repr, and Dynamo does not trace that of a tensor
+        return "..."  # vmap calls the repr of a module, and Dynamo cannot trace the repr of a tensor
     return f"Generator({value.device})" if isinstance(value, Generator) else repr(value)
 
 
 class Fused(Keyed, nn.modules.dropout._DropoutNd):
-    """The arguments of torch's dropout modules, and a generator and a key."""
+    """Base of the modules with torch's arguments ``p`` and ``inplace``. Adds ``generator`` and ``key``."""
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, generator: Generator | None = None, key: Tensor | None = None
@@ -89,28 +88,28 @@ class Fused(Keyed, nn.modules.dropout._DropoutNd):
 
 
 class Dropout(Fused, nn.Dropout):
-    r"""Sets each element of the input to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
+    r"""Sets each element to zero with probability ``p`` in training, and multiplies the others by ``1 / (1 - p)``.
 
-    An :class:`torch.nn.Dropout` that calls :func:`fused_dropout.dropout`.
+    In PyTorch: ``torch.nn.Dropout(p, inplace)``, of which this is a subclass. It calls :func:`dropout`.
 
     Args:
-        p: probability of an element to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
-        noise_shape: the mask's shape, each size 1 or the input's, for which ``None`` may stand: as in
-            :func:`fused_dropout.dropout`. Default: the input's shape
+        p: the probability that an element is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
+        noise_shape: the shape of the mask, as in :func:`dropout`. Default: the input's shape
 
-    Shape: input and output have the same, any shape.
+    Shape: the input has any shape, and the output has the same.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator``, ``key`` or ``noise_shape`` has a wrong type.
 
-    Example::
-
-        >>> m = fd.Dropout(p=0.2)
-        >>> m(torch.randn(20, 16)).shape
-        torch.Size([20, 16])
-        >>> over_time = fd.Dropout(p=0.2, noise_shape=(1, None, None))  # (T, N, C): one mask for all steps
+    Example:
+        >>> fd.Dropout(0.5, key=fd.key(1))(torch.ones(4))
+        tensor([2., 0., 2., 0.])
+        >>> over_time = fd.Dropout(p=0.2, noise_shape=(1, None, None))  # (T, N, C): one mask for all T
         >>> (over_time(torch.ones(50, 4, 8)).std(0) == 0).all()
         tensor(True)
     """
@@ -149,17 +148,24 @@ class Dropout(Fused, nn.Dropout):
 class Dropout1d(Fused, nn.Dropout1d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
-    An :class:`torch.nn.Dropout1d` that calls :func:`fused_dropout.dropout1d`.
+    In PyTorch: ``torch.nn.Dropout1d(p, inplace)``, of which this is a subclass. It calls :func:`dropout1d`.
 
     Args:
-        p: probability of a channel to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that a channel is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output (N, C, L) or (C, L).
+    Shape: the input is (N, C, L) or (C, L), and the output has the same shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
+
+    Example:
+        >>> fd.Dropout1d(0.5, key=fd.key(1))(torch.ones(1, 4, 2))[0, :, 0]
+        tensor([2., 0., 2., 0.])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -173,22 +179,23 @@ class Dropout1d(Fused, nn.Dropout1d):
 class Dropout2d(Fused, nn.Dropout2d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
-    An :class:`torch.nn.Dropout2d` that calls :func:`fused_dropout.dropout2d`.
+    In PyTorch: ``torch.nn.Dropout2d(p, inplace)``, of which this is a subclass. It calls :func:`dropout2d`.
 
     Args:
-        p: probability of a channel to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that a channel is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output (N, C, H, W); (N, C, L) with torch's warning.
+    Shape: the input is (N, C, H, W), or (N, C, L) with torch's warning. The output has the same shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
 
-    Example::
-
-        >>> y = fd.Dropout2d(0.5, key=fd.key(1))(torch.ones(1, 4, 2, 2))
-        >>> y[0, :, 0, 0]
+    Example:
+        >>> fd.Dropout2d(0.5, key=fd.key(1))(torch.ones(1, 4, 2, 2))[0, :, 0, 0]
         tensor([2., 0., 2., 0.])
     """
 
@@ -203,17 +210,24 @@ class Dropout2d(Fused, nn.Dropout2d):
 class Dropout3d(Fused, nn.Dropout3d):
     r"""Sets whole channels to zero with probability ``p`` in training, and scales the rest by 1 / (1 - p).
 
-    An :class:`torch.nn.Dropout3d` that calls :func:`fused_dropout.dropout3d`.
+    In PyTorch: ``torch.nn.Dropout3d(p, inplace)``, of which this is a subclass. It calls :func:`dropout3d`.
 
     Args:
-        p: probability of a channel to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that a channel is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output (N, C, D, H, W) or (C, D, H, W).
+    Shape: the input is (N, C, D, H, W) or (C, D, H, W), and the output has the same shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
+
+    Example:
+        >>> fd.Dropout3d(0.5, key=fd.key(1))(torch.ones(1, 4, 2, 2, 2))[0, :, 0, 0, 0]
+        tensor([2., 0., 2., 0.])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -225,19 +239,27 @@ class Dropout3d(Fused, nn.Dropout3d):
 
 
 class AlphaDropout(Fused, nn.AlphaDropout):
-    r"""Sets elements to SELU's negative saturation with probability ``p`` in training, and keeps mean 0 and variance 1.
+    r"""Sets elements to SELU's limit with probability ``p`` in training, and keeps mean 0 and variance 1.
 
-    An :class:`torch.nn.AlphaDropout` that calls :func:`fused_dropout.alpha_dropout`.
+    In PyTorch: ``torch.nn.AlphaDropout(p)``, of which this is a subclass. It calls :func:`alpha_dropout`, which has the
+    formula and its source.
 
     Args:
-        p: probability of an element to be dropped, between 0 and 1; read at each call. Default: 0.5
-        inplace: without effect, as in torch.
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that an element is dropped, from 0 to 1. Read at each call.
+        inplace: has no effect, as in torch.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output have the same, any shape.
+    Shape: the input has any shape, and the output has the same.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
+
+    Example:
+        >>> fd.AlphaDropout(0.5, key=fd.key(1))(torch.zeros(4))
+        tensor([ 0.7792, -0.7792,  0.7792, -0.7792])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -249,19 +271,27 @@ class AlphaDropout(Fused, nn.AlphaDropout):
 
 
 class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
-    r"""Sets channels to SELU's negative saturation with probability ``p`` in training, and keeps mean 0 and variance 1.
+    r"""Sets channels to SELU's limit with probability ``p`` in training, and keeps mean 0 and variance 1.
 
-    An :class:`torch.nn.FeatureAlphaDropout` that calls :func:`fused_dropout.feature_alpha_dropout`.
+    In PyTorch: ``torch.nn.FeatureAlphaDropout(p)``, of which this is a subclass. It calls
+    :func:`feature_alpha_dropout`, which has the formula and its source.
 
     Args:
-        p: probability of a channel to be dropped, between 0 and 1; read at each call. Default: 0.5
-        inplace: without effect, as in torch.
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that a channel is dropped, from 0 to 1. Read at each call.
+        inplace: has no effect, as in torch.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output (N, C, \*).
+    Shape: the input is (N, C, \*), and the output has the same shape.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
+
+    Example:
+        >>> fd.FeatureAlphaDropout(0.5, key=fd.key(1))(torch.zeros(1, 4, 2))[0, :, 0]
+        tensor([ 0.7792, -0.7792,  0.7792, -0.7792])
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -273,19 +303,25 @@ class FeatureAlphaDropout(Fused, nn.FeatureAlphaDropout):
 
 
 class DropPath(Keyed):
-    r"""Stochastic depth: sets whole samples to zero with probability ``drop_prob`` in training.
+    r"""Sets whole samples to zero with probability ``drop_prob`` in training (stochastic depth).
 
-    timm's module of this name, with its arguments and attributes; calls :func:`fused_dropout.drop_path`.
+    In timm: ``timm.layers.DropPath(drop_prob, scale_by_keep)``, with the same arguments and attributes. It calls
+    :func:`drop_path`, which has the PyTorch line and the source.
 
     Args:
-        drop_prob: probability of a sample to be zeroed, between 0 and 1; read at each call. Default: 0
-        scale_by_keep: multiply the other samples by 1 / (1 - drop_prob). Default: ``True``
-        generator, key: see :mod:`fused_dropout.modules`.
+        drop_prob: the probability that a sample is zeroed, from 0 to 1. Read and checked at each call.
+        scale_by_keep: if ``True``, multiplies the kept samples by ``1 / (1 - drop_prob)``.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output (N, \*).
+    Shape: the input is (N, \*), and the output has the same shape.
 
-    Example::
+    Raises:
+        ValueError: ``key`` has a wrong shape or dtype.
+        TypeError: ``generator`` or ``key`` has a wrong type.
 
+    Example:
         >>> fd.DropPath(0.5, key=fd.key(1))(torch.ones(4, 2))
         tensor([[2., 2.],
                 [0., 0.],

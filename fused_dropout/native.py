@@ -1,4 +1,7 @@
-"""Loads what was compiled. The only module that knows whether a library is there; ``build_info`` says it to users."""
+"""Loads the compiled libraries, and keeps the reason for each missing one.
+
+Only this module knows whether a library is loaded. ``build_info.py`` tells users.
+"""
 
 import ctypes
 import json
@@ -24,12 +27,12 @@ _SETTINGS = {
 }
 _FOLDER = Path(__file__).parent
 _LIBRARIES = {"_C": "CPU kernels", "_cuda": "CUDA kernels", "_eager": "eager binding"}
-OLDEST_TORCH = (2, 11)  # whose stable ABI the kernels are kept to
+OLDEST_TORCH = (2, 11)  # the kernels use only the stable ABI of this version
 _OLDEST_FOR_THE_REFERENCE = (2, 8)  # as in pyproject.toml
 
 
 def _setting(name: str, **older: str) -> str:
-    """The value of an environment variable; "auto" if it is unset or empty. older: former values, by name."""
+    """The value of an environment variable; "auto" if it is unset or empty. older: the new names of former values."""
     value = os.environ.get(name) or "auto"
     value = older.get(value, value)
     if value not in _SETTINGS[name]:
@@ -38,12 +41,12 @@ def _setting(name: str, **older: str) -> str:
 
 
 def built() -> dict[str, Any]:
-    """What setup.py wrote down: what was compiled, for what, and what was left out; empty without a usable record."""
+    """The record of setup.py: what was compiled, for what, and what was left out. Empty without a usable record."""
     return _record()[0]
 
 
 def why_no_record() -> str:
-    """Why the record cannot be used; empty if it can, or if there is none."""
+    """Why the record cannot be used; empty if it can, or if there is no record."""
     return _record()[1]
 
 
@@ -60,7 +63,7 @@ def _record() -> tuple[dict[str, Any], str]:
 
 
 def _is_record(found: Any) -> bool:
-    """Whether this has the fields and types that setup.py writes, and each text is one line."""
+    """Whether the record has the fields and types that setup.py writes, and each text is one printable line."""
     if not isinstance(found, dict):
         return False
     names, left_out = found.get("built"), found.get("left_out")
@@ -73,12 +76,12 @@ def _is_record(found: Any) -> bool:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """(2, 11) of "2.11.0a0+abc": what comes before a release counts as it."""
+    """Returns (2, 11) for "2.11.0a0+abc". A pre-release counts as its release."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _fits(built_for: str, here: str) -> bool:
-    """Whether an eager binding serves: patch releases keep the C++ ABI, what comes before a release need not."""
+    """Whether an eager binding fits this torch. Patch releases keep the C++ ABI; a pre-release may have another."""
     final = r"\d+\.\d+\.\d+(\+.*)?"
     if re.fullmatch(final, built_for) and re.fullmatch(final, here):
         return release(built_for) == release(here)
@@ -86,7 +89,7 @@ def _fits(built_for: str, here: str) -> bool:
 
 
 def _is_whole(library: bytes) -> bool:
-    """Whether the file has all that its program headers speak of: the loader dies of one that was cut off."""
+    """Whether the file has all segments of its program headers. A truncated library would crash the process."""
     if library[:4] != b"\x7fELF":
         return True
     try:
@@ -98,7 +101,7 @@ def _is_whole(library: bytes) -> bool:
 
 
 def _why_refused(name: str, library: bytes) -> str:
-    """Why not to load this file, read before it is: loading it would register its kernels."""
+    """Why this file must not be loaded; empty if it may. Reads the bytes, because loading registers the kernels."""
     if not library:
         return "is empty"
     if not _is_whole(library):
@@ -117,7 +120,7 @@ def _why_refused(name: str, library: bytes) -> str:
 
 
 def _driver() -> int:
-    """The major version of CUDA that the driver is made for; 0 without one."""
+    """The major version of CUDA that the driver supports; 0 without a driver."""
     version = ctypes.c_int(0)
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -136,10 +139,13 @@ def _why_no_file(name: str) -> str:
 
 
 def _load(name: str) -> tuple[ModuleType | None, str, bool]:
-    """The extension module from the package's own folder; or None, why, and whether that was to be expected."""
+    """Loads an extension module from the package's folder.
+
+    Returns the module or None, the reason for None, and whether None was expected, so that no warning is needed.
+    """
     full_name = f"fused_dropout.{name}"
     files = [file for suffix in EXTENSION_SUFFIXES if (file := _FOLDER / f"{name}{suffix}").exists()]
-    if sys.modules.get(full_name, name) is None:  # hidden by a test
+    if sys.modules.get(full_name, name) is None:  # the tests' option --hide sets it to None
         return None, "not built", True
     if not files:
         return None, _why_no_file(name), True
@@ -157,7 +163,7 @@ def _load(name: str) -> tuple[ModuleType | None, str, bool]:
 
 
 def _load_all() -> tuple[dict[str, ModuleType | None], dict[str, str], list[str]]:
-    """Each library's module or None; for each missing one the reason; and those that the user is to be warned of."""
+    """Returns each library's module or None, the reason for each missing one, and those that need a warning."""
     modules: dict[str, ModuleType | None] = dict.fromkeys(_LIBRARIES)
     if backend == "reference":
         return modules, dict.fromkeys(_LIBRARIES, "not used: FUSED_DROPOUT_BACKEND=reference"), []
@@ -187,10 +193,10 @@ def note(name: str) -> str:
 if release(torch.__version__) < _OLDEST_FOR_THE_REFERENCE:
     raise ImportError(f"fused_dropout needs torch 2.8 or later, and this is {torch.__version__}")
 backend = _setting("FUSED_DROPOUT_BACKEND", python="reference")
-_setting("FUSED_DROPOUT_CPU_ISA")  # the library reads it when it is loaded
-# What torch.compile is given: the mask's arithmetic, to fuse with the neighbours, or the kernel as it is.
+_setting("FUSED_DROPOUT_CPU_ISA")  # only checks it: the library reads it when it is loaded
+# What torch.compile gets. "fuse": the mask's arithmetic, to fuse with its neighbours. "kernel": a call of the kernel.
 compile_as = _setting("FUSED_DROPOUT_COMPILE")
-# Each library that is missing, with the reason; and those whose absence the user is warned of.
+# missing: the reason for each missing library. warned_of: the missing libraries that need a warning.
 _modules, missing, warned_of = _load_all()
 kernels: ModuleType | None = _modules["_C"]
 cuda_kernels: ModuleType | None = _modules["_cuda"]
@@ -200,18 +206,18 @@ if backend == "native" and kernels is None:
 
 
 def _has_triton() -> bool:
-    with suppress(ValueError):  # a module of that name that is none
+    with suppress(ValueError):  # sys.modules["triton"] may be a stub without __spec__
         return find_spec("triton") is not None
     return False
 
 
 def compiles_reference() -> bool:
-    """Whether Inductor compiles the reference for the GPU, since there are no CUDA kernels."""
+    """Whether Inductor compiles the reference for the GPU, because there are no CUDA kernels."""
     on_gpu = bool(torch.version.cuda or torch.version.hip)
     return backend != "reference" and not cuda_kernels and on_gpu and _has_triton()
 
 
 def withdraw_cuda_kernels(why: str) -> None:
-    """Does without the CUDA kernels from here on: they have no code for a GPU of this machine."""
+    """Stops using the CUDA kernels, because they have no code for a GPU of this machine."""
     global cuda_kernels
     cuda_kernels, missing["_cuda"] = None, why

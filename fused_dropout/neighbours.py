@@ -1,7 +1,7 @@
-"""Dropout together with the element-wise operations around it: ``dropout_add`` and ``relu_dropout``.
+"""Dropout fused with the element-wise operation next to it: ``dropout_add``, ``relu_dropout`` and their modules.
 
-One pass over memory takes the place of two or three. Values, masks and gradients are those of the separate calls, bit
-for bit. A compiler fuses the separate calls itself, so it is given those.
+One pass over memory replaces two or three. Values, masks and gradients equal those of the separate calls bit for bit.
+Under ``torch.compile`` the separate calls run, because the compiler fuses them itself.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _eager_relu_dropout = native.eager.relu_dropout if native.eager else None
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """Saves the key. ``csrc/neighbours.cpp`` in Python."""
+    """Saves the key alone. ``csrc/neighbours.cpp`` does the same in C++."""
 
     @staticmethod
     def forward(
@@ -55,7 +55,7 @@ class _DropoutAdd(torch.autograd.Function):
 
 
 class _ReluDropout(torch.autograd.Function):
-    """Saves the output, which is positive where the gradient passes."""
+    """Saves the output alone: the gradient passes where the output is positive."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, key: Tensor, strides: Sequence[int]) -> Tensor:
@@ -71,7 +71,10 @@ class _ReluDropout(torch.autograd.Function):
 
 
 class _ReluDropoutBackward(torch.autograd.Function):
-    """Linear in the gradient; its derivative with respect to the output is 0 wherever there is one."""
+    """The backward of ``_ReluDropout``, with a derivative of its own.
+
+    It is linear in the gradient. Its derivative with respect to the output is 0 where it exists.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, output: Tensor, scale: float) -> Tensor:
@@ -98,7 +101,7 @@ def _relu_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
 
 
 def _takes_fused_path(x: Any, *others: Any) -> bool:
-    """Whether the operators take these tensors: plain ones of one dtype and device, with elements."""
+    """Whether the operators support these tensors: plain, not empty, all of one dtype and on one device."""
     return (
         not is_recorded()
         and all(isinstance(t, Tensor) and not autograd.must_compose(t) for t in (x, *others))
@@ -119,7 +122,7 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _into(input: Any, output: Any, inplace: bool) -> Any:
-    """The output, in the memory of the input if that is wanted and the output fits there."""
+    """Copies the output to the input if ``inplace`` is set and shape and dtype are the same."""
     if not inplace or output is input or output.shape != input.shape or output.dtype != input.dtype:
         return output
     return input.copy_(output)
@@ -135,7 +138,10 @@ def _drop_as_numbered(
     noise_shape: Sequence[int | None] | None = None,
     shard: Shard | None = None,
 ) -> Any:
-    """Dropout of x, whose elements are numbered as those of ``input``: what lies between may have another layout."""
+    """Dropout of x, which was computed from ``input``, with the elements numbered by the layout of ``input``.
+
+    The layout of x can differ, and the fused operator numbers the elements by its own input.
+    """
     own_layout = isinstance(x, Tensor) and x is not input and x.shape == input.shape and not input.is_contiguous()
     if training and p > 0 and noise_shape is None and shard is None and own_layout:
         output = dispatch.drop(x, p, False, generator, key, reference.index_strides_of(input))
@@ -157,31 +163,38 @@ def dropout_add(
     noise_shape: Sequence[int | None] | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""``residual + fd.dropout(input + bias, p, training)`` in one pass.
+    r"""Adds a bias, applies dropout and adds a residual in one pass.
 
-    Values, mask, use of the generator and gradients are those of the separate calls, bit for bit. Saves the 16-byte key
-    for backward. Tensors of different dtypes or shapes, subclasses, transforms and compilers are given the separate
-    calls.
+    In PyTorch: ``residual + F.dropout(input + bias, p, training)``.
+
+    The result, the mask and the gradients are those of the separate calls with :func:`dropout`, bit for bit, and so is
+    the use of the generator. The call saves the 16-byte key for backward. The separate calls run instead for tensors of
+    different shapes or dtypes, tensor subclasses, ``torch.func`` and ``torch.compile``.
 
     Args:
-        input: a tensor of any shape; float32, float64, float16 or bfloat16 on CPU or CUDA for the fused path.
-        residual: what is added after dropout; the input's shape and dtype for the fused path.
-        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
-        training: drop nothing if ``False``; the sum is taken all the same. Default: ``True``
-        inplace: overwrite ``input``, never ``residual``, and return it if the result has its shape and dtype.
-            Default: ``False``
-        bias: what is added before dropout, such as a linear layer's; shape (input.shape[-1],) for the fused path.
-        generator, key, noise_shape, shard: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
-            ``noise_shape=(N, 1, ..., 1)`` is stochastic depth: ``residual + fd.drop_path(input, p, training)``.
+        input: a tensor of any shape. Dtypes and devices as in :func:`dropout`.
+        residual: the tensor added after dropout. Only one of the input's shape and dtype is fused.
+        p: the probability that an element is zeroed, from 0 to 1.
+        training: if ``False``, drops nothing and only adds.
+        inplace: if ``True``, overwrites ``input`` and returns it, if the result has the input's shape and dtype.
+            ``residual`` is never overwritten.
+        bias: a tensor added before dropout, such as the bias of a linear layer. Only one of shape (input.shape[-1],) is
+            fused.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
+        noise_shape: as in :func:`dropout`. ``(N, 1, ..., 1)`` is stochastic depth:
+            ``residual + fd.drop_path(input, p, training)``.
+        shard: as in :func:`dropout`.
 
     Returns:
         A tensor with the shape, dtype and strides of the sum.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout` and :func:`torch.add`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout` and :func:`torch.add`.
+        RuntimeError: as :func:`dropout` and :func:`torch.add`.
 
-    Example::
-
+    Example:
         >>> x, residual = torch.ones(4), torch.full((4,), 10.0)
         >>> fd.dropout_add(x, residual, 0.5, key=fd.key(1))
         tensor([12., 10., 12., 10.])
@@ -207,7 +220,7 @@ def _fused_dropout_add(
     noise_shape: Sequence[int | None] | None,
     shard: Shard | None,
 ) -> Tensor | None:
-    """The result, or None where the separate calls have to serve."""
+    """The result, or None if the separate calls have to be used."""
     if is_compiling() or not (isinstance(input, Tensor) and isinstance(residual, Tensor)):
         return None
     if bias is not None and not isinstance(bias, Tensor):
@@ -232,7 +245,7 @@ def _fused_dropout_add(
     if bias is not None and (bias.dim() != 1 or bias.shape != input.shape[-1:]):
         return None
     if input is residual and torch.is_grad_enabled() and input.requires_grad:
-        return None  # its two gradients are added up in the order of the separate calls
+        return None  # both gradients belong to one tensor, and autograd must add them in the order of separate calls
     own = _key_of(input, generator, key)
     window = reference.index_strides_of(input) if strides is None else strides
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -254,27 +267,32 @@ def relu_dropout(
     generator: Generator | None = None,
     key: Tensor | None = None,
 ) -> Tensor:
-    r"""``fd.dropout(F.relu(input), p, training)`` in one pass.
+    r"""Applies ReLU and then dropout in one pass.
 
-    Saves its output for backward, which a linear layer after it keeps too, and nothing else: backward draws no mask,
-    since the gradient passes where the output is positive. Subclasses, transforms and compilers are given the separate
-    calls.
+    In PyTorch: ``F.dropout(F.relu(input), p, training)``.
+
+    The result, the mask and the gradients are those of the separate calls with :func:`dropout`, bit for bit. The call
+    saves only its output, which a linear layer after it keeps as well. Backward needs no mask: the gradient passes
+    where the output is positive. The separate calls run instead for tensor subclasses, ``torch.func`` and
+    ``torch.compile``.
 
     Args:
-        input: a tensor of any shape; dtypes and devices as in :func:`dropout`.
-        p: probability of an element to be zeroed, between 0 and 1. Default: 0.5
-        training: return ``F.relu(input)`` if ``False``. Default: ``True``
-        inplace: overwrite ``input`` and return it. Default: ``False``
-        generator, key: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
+        input: a tensor of any shape. Dtypes and devices as in :func:`dropout`.
+        p: the probability that an element is zeroed, from 0 to 1.
+        training: if ``False``, returns ``F.relu(input)``.
+        inplace: if ``True``, overwrites ``input`` and returns it.
+        generator: as in :func:`dropout`.
+        key: as in :func:`dropout`. The mask is ``keep_mask(input, p, key)``.
 
     Returns:
         A tensor of the input's shape and dtype, with the strides of ``torch.empty_like(input)``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`dropout`.
+        ValueError: as :func:`dropout`.
+        TypeError: as :func:`dropout`.
+        RuntimeError: as :func:`dropout`.
 
-    Example::
-
+    Example:
         >>> fd.relu_dropout(torch.tensor([1.0, 1.0, -1.0, 3.0]), 0.5, key=fd.key(1))
         tensor([2., 0., 0., 0.])
     """
@@ -311,21 +329,26 @@ def _fused_relu_dropout(
 
 
 class DropoutAdd(Fused):
-    r"""``residual + dropout(input + bias)`` in one pass; drops in training only, and adds always.
+    r"""Adds a bias, applies dropout in training, and adds a residual, in one pass.
+
+    In PyTorch: ``residual + nn.Dropout(p)(input + bias)``. It calls :func:`dropout_add`. In evaluation mode it only
+    adds. ``forward`` takes ``(input, residual, bias=None)``.
 
     Args:
-        p: probability of an element to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input, never the residual. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
-        noise_shape: as in :class:`fused_dropout.Dropout`. Default: the input's shape
+        p: the probability that an element is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input. The residual is never overwritten.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
+        noise_shape: the shape of the mask, as in :func:`dropout`. Default: the input's shape
 
-    Shape: input, residual and output have the same, any shape; bias, if given, has its last dimension.
+    Shape: input, residual and output have one shape, any. A bias has the size of the last dimension.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
 
-    Example::
-
+    Example:
         >>> m = fd.DropoutAdd(p=0.1)
         >>> x, residual = torch.randn(2, 20, 16), torch.randn(2, 20, 16)
         >>> m(x, residual).shape
@@ -359,20 +382,24 @@ class DropoutAdd(Fused):
 
 
 class ReLUDropout(Fused):
-    r"""``dropout(relu(input))`` in one pass, which saves its output alone; ``nn.ReLU`` and ``fd.Dropout`` in one.
+    r"""Applies ReLU, and dropout in training, in one pass that saves only its output.
+
+    In PyTorch: ``nn.Sequential(nn.ReLU(), nn.Dropout(p))``. It calls :func:`relu_dropout`.
 
     Args:
-        p: probability of an element to be zeroed, between 0 and 1; read at each call. Default: 0.5
-        inplace: overwrite the input. Default: ``False``
-        generator, key: see :mod:`fused_dropout.modules`.
+        p: the probability that an element is zeroed, from 0 to 1. Read at each call.
+        inplace: if ``True``, overwrites the input.
+        generator: as in :func:`dropout`. Stored as an attribute and read at each call; copied with the module.
+        key: as in :func:`dropout`. Stored as an attribute and read at each call: every call applies the same mask. It
+            is not part of the state dict and does not move with the module; a key on the CPU works on every device.
 
-    Shape: input and output have the same, any shape.
+    Shape: the input has any shape, and the output has the same.
 
     Raises:
-        ValueError: ``p`` is not between 0 and 1.
+        ValueError: ``p`` is not between 0 and 1; ``key`` has a wrong shape or dtype.
+        TypeError: ``p`` is not a number; ``generator`` or ``key`` has a wrong type.
 
-    Example::
-
+    Example:
         >>> feed_forward = nn.Sequential(nn.Linear(8, 32), fd.ReLUDropout(0.1), nn.Linear(32, 8))
         >>> feed_forward(torch.randn(4, 8)).shape
         torch.Size([4, 8])

@@ -1,9 +1,9 @@
-"""The operators ``torch.ops.fused_dropout``: schemas, fake kernels and a batching rule; the reference for every device.
+"""Defines the operators ``torch.ops.fused_dropout``: schemas, fake kernels, a batching rule, and reference kernels.
 
-All apply, or show, the mask of a window of indices: element (i_0, ..., i_n-1) of x has the index
-``start + sum(i_d * index_strides[d])``. The native library, where it is loaded, puts its kernels before the reference
-for the devices that it was built for. All are pure functions of an explicit key, but for ``draw_keys``, which takes n
-keys from a default generator.
+Most of them apply the mask of a window of indices: element (i_0, ..., i_n-1) of x has the index
+``start + sum(i_d * index_strides[d])``. They are pure functions of an explicit key, except ``draw_keys``, which draws n
+keys from a default generator. The native library has its own kernels for its devices, and the reference runs on all
+others. ``autograd.py`` calls this module.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from .warn import warn
 _library = torch.library.Library("fused_dropout", "DEF")
 _WINDOW = "float p, Tensor key, SymInt start=0, SymInt[]? index_strides=None"
 _SCHEMAS = {
-    # Without index strides the mask follows the memory order of x, so a compiler must keep the strides of eager.
+    # Without index strides the mask follows the memory order of x, so a compiler must keep eager's strides.
     f"apply(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
     f"apply_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
     f"keep_mask(Tensor x, {_WINDOW}) -> Tensor": (torch.Tag.needs_exact_strides,),
@@ -35,29 +35,29 @@ _SCHEMAS = {
     f"relu_dropout(Tensor x, {_WINDOW}, float? scale=None) -> Tensor": (torch.Tag.needs_exact_strides,),
     f"relu_dropout_(Tensor(a!) x, {_WINDOW}, float? scale=None) -> ()": (torch.Tag.needs_exact_strides,),
     "relu_dropout_backward(Tensor gradient, Tensor output, float scale) -> Tensor": (),
-    # Without gradients of their own: ``attention.py`` has them. The kernels are for the CPU alone.
+    # The operators have no autograd rules; ``attention.py`` has them. The kernels are only for the CPU.
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, Tensor dropout_key, "
     "bool is_causal, float scale) -> (Tensor, Tensor)": (),
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor out, Tensor statistics, "
     "Tensor? attn_mask, float p, Tensor dropout_key, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)": (),
-    # For Inductor, which expands it. With index strides given, the mask is the same whatever the layout of x becomes.
+    # For Inductor, which expands it. The index strides are required, so the mask is right for any layout of x.
     f"apply.{FORM}(Tensor x, float p, Tensor key, SymInt start, SymInt[] index_strides, float? scale=None) -> Tensor": (
         torch.Tag.flexible_layout,
     ),
-    # For GPUs without kernels, in ``compiled.py``: numbers are tensors, so that nothing is compiled again for another
-    # one. window: start and index strides, or nothing for 0 and row-major ones; fits: whether all indices have 32 bits.
-    # Without a scale: the mask.
+    # For ``compiled.py``, on GPUs without kernels. The numbers are tensors, so that a new value needs no compilation.
+    # window: start and index strides; empty for 0 and row-major. fits: whether all indices fit 32 bits. Returns the
+    # mask if scale is None.
     f"apply.any_{FORM}(Tensor x, Tensor threshold, Tensor? scale, Tensor key, Tensor[] window, bool fits) -> Tensor": (
         torch.Tag.flexible_layout,
     ),
-    # Returns x, and depends on the gradient: a compiler then computes in backward what backward makes of x. Without it
-    # forward would compute and save that.
+    # Returns x, but depends on the gradient, so a compiler has to compute in backward what backward derives from x.
+    # Without it the compiler would compute this in forward and save it.
     f"after.{FORM}(Tensor x, Tensor gradient) -> Tensor": (torch.Tag.flexible_layout,),
-    # Partitioner and checkpointing replay random state only around operators with this tag, and look for the device
-    # among the keyword arguments.
+    # The partitioner and checkpointing replay the random state only around operators with this tag, and find the device
+    # in the keyword arguments.
     "draw_keys(SymInt n, *, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
-    # For Inductor, which makes one call of the draws of a graph: the second, if it writes that call in C++.
-    # torch confuses overloads of the same arguments when it removes them, and ends the process: hence "count".
+    # For Inductor, which merges the draws of a graph into one call. The second overload is for its C++ wrapper. The
+    # argument is named "count" because torch crashes on removing two overloads with equal arguments.
     f"draw_keys.{FORM}(SymInt count, *, Device device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
     f"draw_keys.named_{FORM}(SymInt n, str device) -> Tensor": (torch.Tag.nondeterministic_seeded,),
 }
@@ -80,13 +80,13 @@ after = getattr(torch.ops.fused_dropout.after, FORM)
 
 
 def implement(name: str, reference_kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Gives an operator the kernel of every device that has none of its own, and its fake kernel."""
+    """Registers the kernel for all devices without their own kernel, and the fake kernel."""
     _library.impl(name, reference_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_dropout::{name}", fake, lib=_library)
 
 
 def _uncounted(in_place: Callable[..., None]) -> Callable[..., None]:
-    """As the kernels have it: who calls the operator counts the change."""
+    """Makes an in-place function leave the version counter alone, as the C++ kernels do. Their callers increment it."""
 
     def changed(x: Tensor, *arguments: Any) -> None:
         with torch.autograd._unsafe_preserve_version_counter(x):
@@ -134,7 +134,7 @@ def _dropout_add(
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``residual + apply(x + bias)``. The mask is numbered by x, whatever layout the sum has."""
+    """``residual + apply(x + bias)``. The layout of x numbers the elements, also if the sum has another layout."""
     strides = reference.checked_strides(x, start, index_strides)
     return residual + apply(x if bias is None else x + bias, p, key, start, strides, scale)
 
@@ -147,12 +147,12 @@ def _relu_dropout(
     index_strides: Sequence[int] | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """``apply(relu(x))``, with the mask numbered by x."""
+    """``apply(relu(x))``. The layout of x numbers the elements."""
     return apply(torch.relu(x), p, key, start, reference.checked_strides(x, start, index_strides), scale)
 
 
 def _relu_dropout_backward(gradient: Tensor, output: Tensor, scale: float) -> Tensor:
-    """``gradient * scale``, and 0 where the output is 0 or less: a NaN there lets the gradient pass, as in torch."""
+    """``gradient * scale``, and 0 where the output is 0 or less. Where it is NaN the gradient passes, as in torch."""
     result = _fake_relu_dropout_backward(gradient, output, scale)
     zero = torch.zeros((), dtype=gradient.dtype, device=gradient.device)
     return torch.where(output <= 0, zero, gradient * scale, out=result)
@@ -171,7 +171,7 @@ def _written_to_x(function: Callable[..., Tensor]) -> Callable[..., None]:
     return _uncounted(in_place)
 
 
-# The operators that are made of the one above where no kernel serves.
+# The operators that have a composition as their reference: for each the kernel and the fake kernel.
 _COMPOSED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dropout_add": (_dropout_add, lambda x, residual, bias, *_: residual + (x if bias is None else x + bias)),
     "dropout_add_": (_written_to_x(_dropout_add), lambda x, *_: None),
@@ -188,7 +188,7 @@ implement(f"after.{FORM}", _after, _fake_after)
 implement("apply_", _uncounted(reference.apply_), lambda x, *_: None)
 implement("keep_mask", reference.keep_mask, lambda x, *_: torch.empty_like(x, dtype=torch.bool))
 torch.library.register_fake("fused_dropout::draw_keys", _fake_draw_keys, lib=_library)
-if native.eager is None:  # which has it in C++
+if native.eager is None:  # the eager binding registers it in C++
     _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd")
 implement(f"draw_keys.{FORM}", lambda count, *, device: draw_keys(count, device=device), _fake_draw_keys)
 implement(
@@ -207,7 +207,9 @@ def _keep_mask_batched(
     start: int = 0,
     index_strides: Sequence[int] | None = None,
 ) -> tuple[Tensor, int | None]:
-    """vmap: with one key all samples get one mask, that of a sample alone; with a key each, each gets its own."""
+    """The vmap rule. One key gives all samples the same mask, that of a single sample. A batch of keys gives each
+    sample its own mask.
+    """
     x_dim, _, key_dim, *_ = in_dims
     sample = x if x_dim is None else x.select(x_dim, 0)
     if key_dim is None:
@@ -219,14 +221,14 @@ torch.library.register_vmap("fused_dropout::keep_mask", _keep_mask_batched, lib=
 
 
 def _serve_cuda_by_reference() -> None:
-    """Registers the reference for CUDA, compiled if that is possible, and replaces the kernels if they are loaded."""
+    """Registers the reference for CUDA, compiled if possible. Replaces the CUDA kernels if they are loaded."""
     by = compiled if native.compiles_reference() else reference
-    # Older versions of torch load no kernels to replace, and may not have this option.
+    # Under older versions of torch no kernels are loaded, and this option may be missing.
     override: Any = {"allow_override": True} if native.release(torch.__version__) >= native.OLDEST_TORCH else {}
     kernels = {"apply": by.apply, "apply_": _uncounted(by.apply_), "keep_mask": by.keep_mask}
     for name, kernel in (kernels | {name: kernel for name, (kernel, _) in _COMPOSED.items()}).items():
         _library.impl(name, kernel, "CUDA", **override)
-    if native.eager is not None:  # its draw_keys needs a CUDA kernel to write keys on the device
+    if native.eager is not None:  # its draw_keys uses a CUDA kernel to write keys on the device
         _library.impl("draw_keys", keys.draw_keys_on, "CompositeExplicitAutograd", **override)
 
 
@@ -235,8 +237,11 @@ _settled: set[int] = set()
 
 @constant_while_tracing
 def settle_cuda(device: torch.device) -> bool:
-    """Loads the CUDA kernels at the first call on a device. If they have no code for it, warns, and lets the reference
-    serve CUDA from then on. Not done at import, since it creates a CUDA context. Returns True."""
+    """Loads the CUDA kernels at the first call on a device. Returns True.
+
+    If they have no code for this GPU, it warns and registers the reference for CUDA. It does not run at import, because
+    it creates a CUDA context.
+    """
     if native.cuda_kernels is None or device.index in _settled or not torch.cuda.is_available():
         return True
     if why := native.cuda_kernels.load(device.index):
@@ -258,24 +263,24 @@ if native.compiles_reference() or (native.cuda_kernels is None and native.eager 
 def apply_as_served(
     x: Tensor, p: float, key: Tensor, start: int, index_strides: Sequence[int] | None, scale: float | None
 ) -> Tensor:
-    """``apply``, in the form that is made for whoever runs it: a compiler may fuse it with its neighbours."""
+    """Calls ``apply``, or while compiling, if set so, the overload that Inductor fuses with its neighbours."""
     fuse = native.compile_as == "fuse" or (native.compile_as == "auto" and x.is_cuda)
     if fuse and is_compiling() and not is_recorded():
         strides = reference.index_strides_of(x) if index_strides is None else index_strides
         return apply_expanded(x, p, key, start, strides, scale)
     try:
         if is_distributed(x) and not is_compiling():
-            return on_shard(apply, x, p, key, start, index_strides, scale)  # what the dispatcher would come to
+            return on_shard(apply, x, p, key, start, index_strides, scale)  # calls the rule without the dispatcher
         return apply(x, p, key, start, index_strides, scale)
     except RuntimeError:
-        torch.empty_like(x)  # if memory is missing, raises torch's own error: the kernel's has lost its class
+        torch.empty_like(x)  # if memory is missing, raises torch's OutOfMemoryError, which the kernel's error is not
         raise
 
 
 def keep_mask_as_served(
     x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: Sequence[int] | None = None
 ) -> Tensor:
-    """``keep_mask``, which raises torch's own error if memory is missing."""
+    """Calls ``keep_mask``. Raises torch's own error if memory is missing."""
     try:
         return keep_mask(x, p, key, start, index_strides)
     except RuntimeError:

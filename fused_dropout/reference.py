@@ -1,15 +1,15 @@
-"""The mask contract in PyTorch, on any device: the specification to read, and what runs where no kernel was built.
+"""The mask contract in PyTorch, on any device: the readable specification, which runs if there is no kernel.
 
 The mask is a pure function of a key ``[seed, offset]``, the drop probability p and each element's index i:
 
 1. ``block = i // 8``. Philox4x32-10 gives four 32-bit words for the counter (offset, block) and the key (seed), each a
    64-bit number, low word first (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11).
-2. ``draw(i)`` is half-word ``i % 8`` of the block; ``tie(i)`` is the XOR of the three words that it is not in.
+2. ``draw(i)`` is the 16-bit half-word ``i % 8`` of the block. ``tie(i)`` is the XOR of the three other words.
 3. ``K = floor((1 - p) * 2**48 + 0.5)``, at least 1 and at most ``2**48 - 1``. Element i is kept if, and only if,
    ``draw(i) * 2**32 + tie(i) < K``.
 
 A kept element becomes ``x * scale`` with ``scale = 1 / (1 - p)``: the product is taken in float32 (float64 for float64)
-and rounded once to x's dtype. A dropped element becomes +0, whatever it was.
+and rounded once to x's dtype. A dropped element becomes +0, also if it was inf or NaN.
 
 Element (i_0, ..., i_n-1) has the index ``start + sum(i_d * index_strides[d])``. Without index strides these are x's own
 strides if x is dense, and the row-major strides of its shape otherwise.
@@ -28,11 +28,11 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 BLOCK = 8
 LOW_32 = 0xFFFFFFFF
-CHUNK = 1 << 15  # blocks drawn at a time: their words and products fill some forty bytes an element
+CHUNK = 1 << 15  # blocks drawn at a time; their words and products take about forty bytes for each element
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low word of the product. Uses the multiplier less 2**32, since the whole product overflows int64."""
+    """High and low word of the product. Uses ``multiplier - 2**32``, because the full product overflows int64."""
     product = word * (multiplier - (1 << 32))
     return (product >> 32).add_(word), product.bitwise_and_(LOW_32)
 
@@ -57,7 +57,7 @@ def threshold(p: float) -> int:
 
 
 def scale(p: float) -> float:
-    """What a kept element is multiplied by."""
+    """The factor of a kept element, 1 / (1 - p); 0 for p = 1."""
     return 1.0 / (1.0 - p) if p < 1 else 0.0
 
 
@@ -74,8 +74,8 @@ def order_by_stride(x: Tensor) -> list[int]:
     order = list(range(x.dim()))
     if x.is_contiguous():
         return order
-    # By insertion, from the innermost dimension on: a stride of 0 says nothing of the order, and a compiler cannot sort
-    # by sizes that it does not know yet.
+    # An insertion sort from the innermost dimension on. sorted() cannot be used: a stride of 0 compares with no other,
+    # and a compiler does not know its symbolic sizes yet.
     for place in range(x.dim() - 2, -1, -1):
         moving = place
         for other in range(place + 1, x.dim()):
@@ -91,7 +91,7 @@ def order_by_stride(x: Tensor) -> list[int]:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether x fills one stretch of memory without overlap, in whatever order of its dimensions."""
+    """Whether x fills one contiguous piece of memory without overlap, in any order of its dimensions."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -105,12 +105,12 @@ def is_dense(x: Tensor) -> bool:
 
 
 def index_strides_of(x: Tensor) -> Sequence[int]:
-    """The index strides of a call that gives none: x's own strides if it is dense, else row-major ones."""
+    """The default index strides: x's own strides if it is dense, else the row-major strides of its shape."""
     return x.stride() if is_dense(x) else row_major(x.shape)
 
 
 def checked_strides(x: Tensor, start: int, index_strides: Sequence[int] | None) -> Sequence[int]:
-    """The index strides of a call on x. Refuses a window of indices that are negative or do not fit an int64.
+    """The index strides of a call on x, after a check that all indices are from 0 to 2**63 - 1.
 
     Raises:
         RuntimeError: ``start`` or an index stride is negative, there is not one stride for each dimension, or the
@@ -129,9 +129,9 @@ def checked_strides(x: Tensor, start: int, index_strides: Sequence[int] | None) 
 
 
 def keep_indices(start: int, strides: Sequence[int], shape: Sequence[int], p: float, key: Tensor) -> Tensor:
-    """The mask of a window of indices: a bool tensor of this shape, contiguous, on the key's device.
+    """The mask of a window of indices: a contiguous bool tensor of this shape, on the key's device.
 
-    The last stride should be 1, or else most of each block is drawn in vain.
+    strides: the index strides. The last one has to be 1.
     """
     *outer, length = shape
     first = torch.full((), start, device=key.device)
@@ -143,7 +143,7 @@ def keep_indices(start: int, strides: Sequence[int], shape: Sequence[int], p: fl
     bound = threshold(p)
     for column in range(0, length, BLOCK * CHUNK):
         n = min(BLOCK * CHUNK, length - column)
-        blocks = n // BLOCK + 2  # enough wherever in a block the row begins
+        blocks = n // BLOCK + 2  # enough for a row that begins at any slot of a block
         for row in range(0, len(first), max(1, CHUNK // blocks)):
             begin = first[row : row + max(1, CHUNK // blocks)] + column
             block = (begin // BLOCK).unsqueeze(-1) + torch.arange(blocks, device=key.device)
@@ -168,10 +168,10 @@ def keep_indices(start: int, strides: Sequence[int], shape: Sequence[int], p: fl
 def keep_window(
     shape: Sequence[int], p: float, key: Tensor, start: int, strides: Sequence[int], device: torch.device
 ) -> Tensor:
-    """The mask of the elements of this shape whose indices have these strides: expanded where a stride is 0."""
+    """The mask of a window with any index strides: of this shape, and expanded where a stride is 0."""
     if p in (0, 1) or prod(shape) == 0:
         return torch.full(shape, p == 0, device=device)
-    # Draws each index of the window once, in ascending order, in as few and as long rows as there are.
+    # Draws each index once, in ascending order, and merges dimensions with continuous indices into long rows.
     order = sorted((d for d, n in enumerate(shape) if n != 1 and strides[d] != 0), key=lambda d: -strides[d])
     sizes, steps = [1], [1]
     for d in order[::-1]:
@@ -197,7 +197,7 @@ def keep_mask(x: Tensor, p: float, key: Tensor, start: int = 0, index_strides: S
 
 
 def _drop(x: Tensor, kept: Tensor) -> Tensor:
-    """Makes the elements of x that are not kept +0, in place: selects by their bits, whatever they stand for."""
+    """Sets the elements of x that are not kept to +0, in place. Multiplies their bits, so inf and NaN become 0 too."""
     x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).mul_(kept)
     return x
 
@@ -215,7 +215,7 @@ def apply(
     Kept elements are multiplied by ``scale``, or by 1 / (1 - p) if that is None.
     """
     kept = _window_of(x, p, key, start, index_strides)
-    # mul by a Python number is what the contract asks for: it takes the product in float32, or float64 for float64.
+    # torch.mul by a Python number computes in float32 (float64 for float64) and rounds once, as the contract requires.
     return _drop(torch.mul(x, _scale(p, scale), out=torch.empty_like(x)), kept)
 
 

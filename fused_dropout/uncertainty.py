@@ -1,5 +1,6 @@
-"""Dropout at inference: predictions with their spread (Gal and Ghahramani, "Dropout as a Bayesian Approximation",
-ICML'16).
+"""Monte Carlo dropout: predictions with a standard deviation, from several passes with dropout on.
+
+The method is from Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML'16.
 """
 
 from collections.abc import Iterator
@@ -12,32 +13,40 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .arguments import check_module
 
+__all__ = ["Prediction", "mc_dropout", "mc_predict"]
+
 
 class Prediction(NamedTuple):
-    """mean, std: of the model's output over the passes, each of the output's shape; float32 for 16-bit outputs."""
+    """The result of :func:`mc_predict`."""
 
     mean: Tensor
+    """The mean of the model's output over the passes, of the output's shape. float32 for 16-bit outputs."""
     std: Tensor
+    """The standard deviation over the passes (unbiased estimate), of the same shape and dtype."""
 
 
 @contextmanager
 def mc_dropout(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the dropout modules of the model are in training mode, and nothing else: normalization keeps its
-    running statistics. On exit, by an exception too, each module's mode is as it was.
+    """Puts the dropout modules of a model, and no others, into training mode inside a ``with`` block.
 
-    Dropout modules are those of ``torch.nn``, of this package, and their subclasses. Dropout that is not a module of
-    its own follows its owner's mode, and stays off: that of ``nn.LSTM`` and ``nn.MultiheadAttention``, and functional
-    calls; so does ``DropPath``. Within, ``nn.TransformerEncoderLayer`` does not take the fast path that it has for eval
-    mode, which is without its dropout modules.
+    In PyTorch: ``module.train()`` for each dropout module, and ``module.eval()`` for each at the end. Normalization
+    layers keep their running statistics. On exit, also by an exception, each module gets its former mode back.
+
+    The dropout modules are those of ``torch.nn`` and of this package, and their subclasses, but not ``DropPath``. Other
+    dropout follows the mode of the module that contains it, and stays off: functional calls, and dropout inside
+    ``nn.LSTM`` and ``nn.MultiheadAttention``. The block switches off the fast path of ``nn.TransformerEncoderLayer``
+    for eval mode, which skips its dropout modules.
 
     Args:
-        model: any module; usually in eval mode.
+        model: any module, usually in eval mode.
 
     Yields:
         The model.
 
-    Example::
+    Raises:
+        TypeError: ``model`` is not a module.
 
+    Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), fd.Dropout(0.5)).eval()
         >>> with fd.mc_dropout(model):
         ...     model.training, model[1].training
@@ -61,24 +70,29 @@ def mc_dropout(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def mc_predict(model: nn.Module, *inputs: Any, passes: int = 20, **options: Any) -> Prediction:
-    """Mean and standard deviation of the model's output over passes with dropout on, without gradients.
+    """Computes mean and standard deviation of a model's output over several passes with dropout on.
 
-    A dropout module with a ``key`` of its own applies one mask in every pass, and adds nothing to the spread.
+    In PyTorch: ``torch.std_mean(torch.stack([model(*inputs) for _ in range(passes)]), 0)`` inside :func:`mc_dropout`
+    and ``torch.no_grad()``. Here one output at a time is in memory. The method is from Gal and Ghahramani, "Dropout as
+    a Bayesian Approximation", ICML'16, and the update formula from Welford, "Note on a method for calculating corrected
+    sums of squares and products", Technometrics 4(3), 1962.
+
+    A dropout module with a ``key`` applies the same mask in every pass, and so adds nothing to the deviation.
 
     Args:
-        model: a module that returns a tensor; its mode is left as it is but for dropout (see :func:`mc_dropout`).
-        inputs, options: what it is called with.
-        passes: how many, 2 or more. Default: 20
+        model: a module that returns a tensor. Only the mode of its dropout modules changes (see :func:`mc_dropout`).
+        inputs: the positional arguments of the model.
+        passes: the number of passes, 2 or more.
+        options: the keyword arguments of the model.
 
     Returns:
-        A named tuple ``(mean, std)`` of tensors of the output's shape; std is the unbiased estimate.
+        A named tuple ``(mean, std)`` of tensors of the output's shape. ``std`` is the unbiased estimate.
 
     Raises:
         ValueError: ``passes`` is less than 2.
-        TypeError: ``model`` is not a module, or returns something other than a floating-point tensor.
+        TypeError: ``model`` is not a module, or does not return a floating-point tensor.
 
-    Example::
-
+    Example:
         >>> model = nn.Sequential(nn.Linear(4, 1), fd.Dropout(0.5)).eval()
         >>> mean, std = fd.mc_predict(model, torch.ones(8, 4), passes=10)
         >>> mean.shape, std.shape
@@ -89,7 +103,7 @@ def mc_predict(model: nn.Module, *inputs: Any, passes: int = 20, **options: Any)
     with mc_dropout(model):
         mean = _output(model, inputs, options)
         squares = torch.zeros_like(mean)
-        # Welford's update: one output in memory at a time, and no cancellation.
+        # Welford's update avoids the cancellation that a sum of squares has.
         for n in range(2, passes + 1):
             output = _output(model, inputs, options)
             difference = output - mean

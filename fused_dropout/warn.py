@@ -1,4 +1,4 @@
-"""``warn``: a warning that names the user's line."""
+"""``warn``: gives a warning that names the user's line. All warnings of the package go through it."""
 
 import sys
 import warnings
@@ -6,17 +6,16 @@ from types import FrameType
 
 from .torch_internals import constant_while_tracing
 
-# Modules whose frames stand between the user's line and the cause. Code that torch generates has a name of torch's, or
-# none.
+# Packages whose frames lie between the user's line and the cause. Generated code of torch has a name in torch, or none.
 _BETWEEN = {"fused_dropout", "torch", "importlib", "_frozen_importlib", "_frozen_importlib_external", "runpy", None}
 
 
 @constant_while_tracing
 def warn(message: str) -> None:
-    """Warns at the innermost line that is neither this package's nor torch's nor the import system's.
+    """Warns at the innermost line outside of this package, torch and the import system.
 
-    ``warnings.warn`` takes names of files to skip only from Python 3.12 on. Where there is no such line, as in a thread
-    of autograd's, the warning names line 1 of ``sys``, as Python's own do.
+    If there is none, as in a thread of autograd, the warning names line 1 of ``sys``, as ``warnings.warn`` does.
+    ``warnings.warn`` itself can skip files only from Python 3.12 on.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _top_package(frame.f_globals) in _BETWEEN:

@@ -1,4 +1,7 @@
-"""Shards of a tensor as windows of its element indices."""
+"""Describes a shard of a tensor as windows of element indices: start and index strides for the operator.
+
+``dispatch.py`` uses it for the argument ``shard``, and ``distributed.py`` for DTensors.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -26,10 +29,10 @@ class Part(NamedTuple):
 
 
 def part_of(shape: Sequence[int], shard: Shard) -> Part:
-    """Checks the argument ``shard`` of a call on a tensor of this shape, and converts it.
+    """Checks and converts the argument ``shard`` of a call on a tensor of this shape.
 
     Raises:
-        ValueError: the shape does not fit, or a part does not lie in the whole, or has an element twice.
+        ValueError: the shapes do not fit; the part does not lie inside the whole, or has an element twice.
         TypeError: ``shard`` is not a pair of sequences of integers.
     """
     try:
@@ -61,7 +64,7 @@ def part_of(shape: Sequence[int], shard: Shard) -> Part:
 
 
 def chunk(runs: Runs, n: int, rank: int) -> Runs:
-    """``torch.chunk(positions, n)[rank]``, or no runs if there are not so many chunks."""
+    """``torch.chunk(positions, n)[rank]``, or no runs if there are fewer chunks."""
     total = sum(count for _, count in runs)
     size = -(-total // n)
     return _between(runs, size * rank, size * (rank + 1))
@@ -90,7 +93,7 @@ def joined(runs: Runs) -> Runs:
 
 
 def _are_regular(runs: Runs) -> bool:
-    """Whether all runs have the same length and distance, so that a view with one more dimension holds them."""
+    """Whether all runs have the same length and distance. A view with one more dimension then describes them."""
     distance = runs[1][0] - runs[0][0]
     return distance >= 0 and all(
         count == runs[0][1] and first == runs[0][0] + i * distance for i, (first, count) in enumerate(runs)
@@ -100,9 +103,9 @@ def _are_regular(runs: Runs) -> bool:
 def window(runs: Sequence[Runs], start: int, index_strides: Sequence[int]) -> tuple[int, list[int], list[int]] | int:
     """The operator's arguments for a part of a tensor: start, the shape of a view of the part, and index strides.
 
-    Returns a dimension instead if its runs are not regular: the part then needs several calls.
+    If the runs of a dimension are irregular, the part needs several calls. The function then returns that dimension.
 
-    runs: for each dimension of the part. start, index_strides: of the whole tensor.
+    runs: the runs in each dimension of the part. start, index_strides: those of the whole tensor.
 
     Raises:
         RuntimeError: an index is 2**63 or more.
@@ -131,10 +134,11 @@ def over_runs(
     index_strides: Sequence[int],
     in_place: bool = False,
 ) -> Tensor:
-    """Calls ``function(view, start, index_strides)`` on all of x, a part of a tensor, with as few calls as possible.
+    """Calls ``function(view, start, index_strides)`` for all of x, a part of a tensor, in as few calls as possible.
 
-    runs, start, index_strides: as in :func:`window`. The function gets a view of x, and start and index strides of that
-    view. It returns a tensor of the view's shape. in_place: it changes the view, and its result is not used.
+    runs, start, index_strides: as in :func:`window`. The function gets a view of x, with the start and the index
+    strides of that view, and returns a tensor of the view's shape. in_place: the function changes the view, and its
+    result is ignored.
     """
     whole = window(runs, start, index_strides)
     if isinstance(whole, int):
@@ -154,11 +158,13 @@ def _over_each_run(
     index_strides: Sequence[int],
     in_place: bool,
 ) -> Tensor:
-    """``over_runs`` with one call for each run of dimension d. Returns a tensor with the strides of
-    ``torch.empty_like(x)``."""
+    """``over_runs`` with one call for each run of dimension d.
+
+    Returns a tensor with the strides of ``torch.empty_like(x)``.
+    """
     sizes = [count for _, count in runs[d]]
-    # Autograd forbids in-place changes of views from split. Out of place, split is better: its backward makes one
-    # gradient, where narrow's would add up one for each run.
+    # Autograd forbids in-place changes of views from split. Otherwise split is faster: its backward makes one gradient
+    # in all, and that of narrow one full gradient for each run, which are then added.
     parts = [x.narrow(d, sum(sizes[:i]), n) for i, n in enumerate(sizes)] if in_place else x.split(sizes, d)
     each = [[*runs[:d], [run], *runs[d + 1 :]] for run in runs[d]]
     outputs = [
@@ -166,6 +172,6 @@ def _over_each_run(
     ]
     if in_place:
         return x
-    order = order_by_stride(x)  # cat lays its result out in the order of the dimensions
+    order = order_by_stride(x)  # cat returns a row-major result, so the dimensions are put into x's memory order
     outputs = [output.permute(order) for output in outputs]
     return torch.cat(outputs, order.index(d)).permute([order.index(dim) for dim in range(x.dim())])

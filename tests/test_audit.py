@@ -499,7 +499,7 @@ def test_hugging_face_bert(attention, fused):
 
 
 def test_examples_of_the_docstrings():
-    module = importlib.import_module("fused_dropout.audit")
+    module = importlib.import_module("fused_dropout.swap.audit")
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "F": F, "nn": nn})
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -45,8 +45,10 @@ def test_a_typing_error(capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the device that is always full is Linux's")
-def test_output_that_cannot_be_written():
-    command = [sys.executable, "-W", "ignore", "-m", "fused_dropout", "info"]
+@pytest.mark.parametrize("argument", ["info", "--help"])
+def test_output_that_cannot_be_written(argument, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the output is then written at the end
+    command = [sys.executable, "-W", "ignore", "-m", "fused_dropout", argument]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1

@@ -24,6 +24,29 @@ for argument in "$@"; do case "$argument" in csrc/*)
 esac; done
 exec c++ "$@"
 """
+# Takes other files, but has no function attribute "target".
+HAS_NO_TARGETS = """#!/bin/sh
+for argument in "$@"; do case "$argument" in
+    csrc/simd/avx2.cpp) echo "csrc/simd/avx2.cpp:13:9: error: unknown attribute 'target'" >&2; exit 1;;
+    csrc/*) exit 0;;
+esac; done
+exec c++ "$@"
+"""
+# MSVC's compiler ignores the options that it does not know. It makes a program by default, not a library.
+MSVC = """#!/bin/sh
+echo "Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35211 for x64" >&2
+for argument in "$@"; do echo "cl : Command line warning D9002 : ignoring unknown option '$argument'" >&2; done
+exit {status}
+"""
+# A setup.py that takes this for Windows. What is imported or found before depends on the real system.
+AS_WINDOWS = """
+import sys, setuptools, setuptools.command.build_ext, setuptools.command.build_py, setuptools.dist
+sys.path.append("build_backend")
+import toolchain
+sys.platform, sys.argv = "win32", sys.argv[1:]
+import runpy
+runpy.run_path("setup.py", run_name="__main__")
+"""
 ASKED = "echo 'csrc/mask.h:7:1: error: no GNU extensions' >&2; echo 'csrc/mask.h:8:1: error: more' >&2"
 
 too_old_a_torch = native.release(torch.__version__) < native.OLDEST_TORCH
@@ -34,11 +57,11 @@ def has_no_setuptools(done):
     return "No module named 'setuptools'" in done.stderr or "pip install 'setuptools>=77'" in done.stderr
 
 
-def build(into, **settings):
+def build(into, *, run=("setup.py",), **settings):
     """Why the build left out the CPU kernels."""
     cleared = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "VERBOSE")}
     environment = cleared | {"FUSED_DROPOUT_BUILD": "", **settings}
-    command = [sys.executable, "setup.py", "build", "--build-lib", into]
+    command = [sys.executable, *run, "build", "--build-lib", into]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if has_no_setuptools(done):
         pytest.skip("setuptools is missing or too old")
@@ -53,8 +76,8 @@ def forks():
         yield started
 
 
-def warning_of(forks, package):
-    done = forks.run("import fused_dropout", PYTHONPATH=str(package))
+def warning_of(forks, package, code="import fused_dropout"):
+    done = forks.run(code, PYTHONPATH=str(package))
     assert done.returncode == 0, done.stderr
     (warning,) = [line for line in done.stderr.splitlines() if "fused_dropout: " in line]
     return warning
@@ -77,6 +100,46 @@ def test_no_working_compiler(forks, tmp_path, settings, why, better):
     assert reason in warning
     assert f"Better by: with {better}" in warning
     assert "apt-get install g++" in warning
+
+
+@needs_kernels_torch
+@pytest.mark.parametrize("status", [0, 2])
+def test_msvc(tmp_path, status):
+    """Whatever its exit status is: no library was made."""
+    compiler = tmp_path / "cl"
+    compiler.write_text(MSVC.format(status=status))
+    compiler.chmod(0o755)
+    reason = build(tmp_path, CXX=str(compiler))
+    assert reason == f"no working C++ compiler: CXX is {compiler}, which fails on a program of one line"
+
+
+@needs_kernels_torch
+def test_windows(forks, tmp_path):
+    """Nothing is compiled, the reference serves, and the advice is no command of Linux's."""
+    reason = build(tmp_path, run=("-c", AS_WINDOWS, "setup.py"))
+    assert reason == "the sources need GCC's and Clang's extensions to C++, and builds on Windows use MSVC"
+    code = "import sys; sys.platform = 'win32'; import torch, fused_dropout as fd; "
+    code += "assert 0 < int(fd.Dropout(0.5)(torch.ones(1000)).count_nonzero()) < 1000"
+    warning = warning_of(forks, tmp_path, code)
+    assert f"CPU kernels not built: {reason}; the pure-PyTorch reference serves instead" in warning
+    assert warning.endswith("Better by: Linux, WSL included; nothing is compiled on Windows")
+
+
+@needs_kernels_torch
+def test_compiler_of_macos(forks, tmp_path):
+    build(tmp_path, CXX="/bin/false")
+    warning = warning_of(forks, tmp_path, "import sys; sys.platform = 'darwin'; import fused_dropout")
+    assert "naming a working C++ compiler (xcode-select --install): " in warning
+
+
+@needs_kernels_torch
+def test_compiler_without_function_attributes(tmp_path):
+    """One file that does not compile is enough: the CPU kernels are left out whole."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(HAS_NO_TARGETS)
+    compiler.chmod(0o755)
+    assert subprocess.run([compiler, "--version"], capture_output=True).returncode == 0, "no c++ behind it"
+    assert build(tmp_path, CXX=str(compiler)) == "csrc/simd/avx2.cpp:13:9: error: unknown attribute 'target'"
 
 
 @needs_kernels_torch

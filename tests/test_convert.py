@@ -291,7 +291,7 @@ def test_transformer():
 
 
 def test_examples_of_the_docstrings():
-    module = importlib.import_module("fused_dropout.convert")
+    module = importlib.import_module("fused_dropout.swap.convert")
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "nn": nn})
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_dropout as fd
-from fused_dropout import fusing
+from fused_dropout.swap import fusing
 
 LAYERS = [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer]
 for_layers = pytest.mark.parametrize("kind", LAYERS, ids=["encoder", "decoder"])

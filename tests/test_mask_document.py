@@ -1,6 +1,7 @@
 """docs/mask-v1.md: its Python code against the golden masks, and each of its tables against contract.py."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import contract
@@ -8,7 +9,8 @@ import golden
 import pytest
 import torch
 
-PAGE = (Path(__file__).parent.parent / "docs" / "mask-v1.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "mask-v1.md").read_text()
 PROSE = re.sub(r"\s+", " ", PAGE)  # without line breaks
 
 
@@ -68,3 +70,16 @@ def test_worked_result():
     for number in (factor, x, product, product.half()):
         assert re.search(rf"\b{number.item()}\b", PROSE)
     assert contract.expected(x.expand(2), 0, 0, 0.1).tolist() == [0, product.half().item()]
+
+
+def test_picture_of_a_block():
+    """docs/how-it-works.md shows block 0 of the key [0, 0] with p = 0.1."""
+    texts = re.findall(r">([^<>]+)</text>", (DOCS / "pictures" / "block.svg").read_text())
+    shown = dict(pairwise(texts))  # each label, and the text that follows it
+    for j, word in enumerate(contract.block_words(0, 0, 0)):
+        assert shown[f"word {j}"] == f"{word:08x}"
+    for i in range(8):
+        assert shown[f"draw {i}"] == f"{contract.draw(0, 0, i):04x}"
+        assert shown[f"element {i}"] == ("kept" if contract.keep(0, 0, i, 0.1) else "dropped")
+    high, low = divmod(contract.threshold(0.1), 2**32)
+    assert f"K = {high:04x} {low:08x}" in " ".join(texts)

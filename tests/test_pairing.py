@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fused_dropout as fd
-from fused_dropout import pairing
-from fused_dropout.pairing import PairedDropout, PairedLinear
+from fused_dropout.swap import pairing
+from fused_dropout.swap.pairing import PairedDropout, PairedLinear
 
 
 def model():

@@ -520,7 +520,7 @@ def test_transformer_trains():
 
 
 def test_examples_of_the_docstrings():
-    module = importlib.import_module("fused_dropout.patching")
+    module = importlib.import_module("fused_dropout.swap.patching")
     outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch, "F": F, "nn": nn})
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -1,4 +1,4 @@
-"""For ``make test-qemu``: the installed library on an emulated CPU. Which kernels it chooses there, and their masks.
+"""For ``make test-qemu``: checks the installed library on an emulated CPU, its choice of kernels and their masks.
 
 The argument is the instruction set that it has to choose.
 """

@@ -1,11 +1,11 @@
-"""What torch.compile has to reach with dropout on a CPU: rows for ``make bench-cpu``.
+"""Measures torch.compile with dropout on a CPU against its targets, for ``make bench-cpu``.
 
     python compile_targets.py                               all rows
     python compile_targets.py first-call DROPOUT BACKEND    one first call, in this process: seconds
     python compile_targets.py forward DROPOUT               the compiled forward, in this process: microseconds
 
-Each figure comes from a process of its own, with its own cache. First calls of ours and torch's are measured in turns;
-the figure is their median.
+Each number comes from a separate process with a separate cache. For first calls, fused_dropout and torch take turns,
+and the number is the median.
 """
 
 import os
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 import fused_dropout as fd
 
 SITES, WIDTH, REPEATS = 24, 64, 3
-FIRST_CALLS = {"inductor": 1.0, "aot_eager": 5.0}  # at most so many times F.dropout's
+# The largest allowed time as a multiple of F.dropout's: of the first call by backend, of the forward by mode.
+FIRST_CALLS = {"inductor": 1.0, "aot_eager": 5.0}
 FORWARD = {"fuse": 1.5, "kernel": 2.3}
 DROPOUTS = {"ours": fd.Dropout, "torch": nn.Dropout}
 
 
 def first_call(dropout: str, backend: str) -> float:
-    """Seconds for the first forward and backward of a chain of layers."""
+    """The seconds that the first forward and backward of a chain of layers take."""
     layers = [layer for _ in range(SITES) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU(), DROPOUTS[dropout](0.1))]
     model, x = torch.compile(nn.Sequential(*layers), backend=backend), torch.randn(8, WIDTH)
     start = time.perf_counter()
@@ -38,6 +39,7 @@ def first_call(dropout: str, backend: str) -> float:
 
 
 def in_own_process(*arguments: str, mode: str) -> float:
+    """Runs this file with the arguments. mode: the value of FUSED_DROPOUT_COMPILE."""
     with tempfile.TemporaryDirectory() as cache:
         own = {"TORCHINDUCTOR_CACHE_DIR": cache, "FUSED_DROPOUT_COMPILE": mode, "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, __file__, *arguments]
@@ -47,7 +49,7 @@ def in_own_process(*arguments: str, mode: str) -> float:
 
 
 def forward(dropout: str) -> Callable[[], Tensor]:
-    """Dropouts of one small tensor after another, compiled as one graph."""
+    """A compiled function of several dropouts in a row on a small tensor."""
     drop = {"ours": fd.dropout, "torch": F.dropout}[dropout]
 
     def run(x: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def microseconds(dropout: str) -> float:
 
 
 def rows() -> list[dict]:
-    """For each target: what, against, at most, the ratio, and both figures (s, or us for the forward)."""
+    """For each target: what, against, bound, ratio, and both times (in s; in us for the forward)."""
     found = []
     for backend, bound in FIRST_CALLS.items():
         turns = [

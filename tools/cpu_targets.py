@@ -1,8 +1,8 @@
-"""``make bench-cpu``: what the CPU kernels have to reach, and what they do on this machine, within ten minutes.
+"""``make bench-cpu``: measures the CPU kernels on this machine against their targets, in ten minutes.
 
-All contenders of a row take turns (ABAB...) in one process, so that whatever slows the machine slows all. A figure is
-the median of the ratios of neighbours. ``--row NAME`` measures one row and prints JSON: rows that need another
-environment are run that way, in a process of their own.
+All contenders of a row take turns (ABAB...) in one process, so that a slow phase of the machine slows all of them. The
+result is the median of the ratios of neighbouring samples. ``--row NAME`` measures one row and prints JSON. Rows with
+other environment variables run that way, in a separate process.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def forward_or_product(log2: int) -> list[Contender]:
     return [Contender(partial(fd.dropout, x, P)), Contender(partial(torch.mul, x, 1.1))]
 
 
-# In place the values grow: each sample begins with ones. The samples of small tensors are longer than any value lives.
+# In-place dropout lets the values grow, so each sample begins with ones. In small tensors all values become 0 before a
+# sample ends.
 def _in_place(x: Tensor, call: Callable[[], object]) -> Contender:
     return Contender(call, prepare=partial(x.fill_, 1.0), units=x.numel())
 
@@ -90,8 +91,10 @@ def rows_or_dense(length: int) -> list[Contender]:
 
 
 def shard(dim: int, log2: int) -> list[Contender]:
-    """Half of a tensor (16, n, 1024), divided along one dimension, against as many elements without a shard. Both in
-    place."""
+    """Half of a tensor (16, n, 1024), divided along one dimension, against as many elements without a shard.
+
+    Both in place.
+    """
     whole = [16, 2**log2 // 2**13, 1024]
     part = [size // 2 if d == dim else size for d, size in enumerate(whole)]
     x, begin = torch.ones(part), [size // 2 if d == dim else 0 for d, size in enumerate(whole)]
@@ -100,7 +103,7 @@ def shard(dim: int, log2: int) -> list[Contender]:
 
 
 def _on_mesh(x: Tensor, dim: int) -> Tensor:
-    """A DTensor on a mesh of this process alone."""
+    """A DTensor on a mesh that has only this process."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     if not dist.is_initialized():
@@ -110,14 +113,14 @@ def _on_mesh(x: Tensor, dim: int) -> Tensor:
 
 
 def dtensor(dim: int, log2: int) -> list[Contender]:
-    """In place, against its local tensor."""
+    """A DTensor against its local tensor, in place."""
     x = torch.ones(16, 2**log2 // 2**14, 1024)
     whole = _on_mesh(x, dim)
     return [_in_place(x, partial(fd.dropout, t, P, True, True)) for t in (whole, whole._local_tensor)]
 
 
 def small_dtensor(log2: int) -> list[Contender]:
-    """Forward and backward."""
+    """Forward and backward of a DTensor."""
     x, gradient = _on_mesh(_values(log2), 0).requires_grad_(), _on_mesh(_values(log2), 0)
 
     def run(dropout: Callable[[Tensor, float], Tensor]) -> None:
@@ -131,13 +134,13 @@ def threads(log2: int, *counts: int) -> list[Contender]:
 
     def prepare(count: int) -> None:
         torch.set_num_threads(count)
-        call()  # wakes them
+        call()  # wakes the threads
 
     return [Contender(call, prepare=partial(prepare, count)) for count in counts]
 
 
 def before_linear(batch: int, inputs: int, outputs: int, dtype: str = "float32") -> list[Contender]:
-    """Forward and backward of a dropout and a linear layer, as one and as torch's two."""
+    """Forward and backward of a dropout and a linear layer: as one module, and as torch's two."""
     of_type = {"dtype": getattr(torch, dtype)}
     x = torch.randn(batch, inputs, **of_type).requires_grad_()
     pair = nn.Sequential(nn.Dropout(P), nn.Linear(inputs, outputs, **of_type))
@@ -152,7 +155,7 @@ def before_linear(batch: int, inputs: int, outputs: int, dtype: str = "float32")
 def neighbours(
     kind: str, log2: int, dtype: str = "float32", backward: bool = False, composed: str = "fd"
 ) -> list[Contender]:
-    """One call for dropout and what stands around it, and the separate calls; the last dimension is 1,024."""
+    """One call for dropout and the operations next to it, and the separate calls. The last dimension is 1,024."""
     dropout = fd.dropout if composed == "fd" else F.dropout
     x, residual, gradient = (_values(log2, dtype).view(-1, 1024) for _ in range(3))
     bias = _values(10, dtype)
@@ -193,11 +196,12 @@ class Row:
     name: str
     what: str
     against: str
-    direction: str  # ">=": the other's time / ours; "<=": ours / the other's
-    bounds: tuple[float, ...]  # for each case; the last one for all that follow
-    cases: Sequence[Callable[[], list[Contender]]]  # ours comes first; more than two: the worst against the best
+    direction: str  # ">=": the ratio is the other's time / ours; "<=": ours / the other's
+    bounds: tuple[float, ...]  # one for each case; the last one also for all later cases
+    # Each gives ours and then the other. If it gives more than two, the slowest is compared with the fastest.
+    cases: Sequence[Callable[[], list[Contender]]]
     environment: dict[str, str] = field(default_factory=dict)
-    seconds: float = 6  # a case
+    seconds: float = 6  # for each case
 
 
 def at(make: Callable[..., list[Contender]], *log2s: int, **options: object) -> list[Callable[[], list[Contender]]]:
@@ -229,7 +233,7 @@ def around(*kinds: str, sizes: Sequence[int] = (16, 24), backward: bool, **optio
 
 
 def attention(batch: int, tokens: int, dtype: str, causal: bool, against: float, threads: int) -> list[Contender]:
-    """A step of 12 heads of 64, with dropout in ours; against: p in torch's."""
+    """Forward and backward of attention with 12 heads of 64 and dropout. against: the drop rate for torch's."""
     torch.set_num_threads(threads)
     inputs = [torch.randn(batch, tokens, 12, 64).to(getattr(torch, dtype)).transpose(1, 2) for _ in range(4)]
     *leaves, gradient = inputs
@@ -365,7 +369,7 @@ def measure_case(case: partial, row: Row) -> dict:
     times = list(rounds(dict(enumerate(contenders)), end).values())
     medians = [Speed.of(of_one).ns.median for of_one in times]
     ours, other = times[:2]
-    if len(times) > 2:  # the worst and the best
+    if len(times) > 2:  # compares the slowest with the fastest
         ours, other = (times[medians.index(choose(medians))] for choose in (max, min))
     ratio = Speed.of(ours, other).ratio if row.direction == ">=" else Speed.of(other, ours).ratio
     options = [f"{name}={value}" for name, value in case.keywords.items()]
@@ -375,7 +379,7 @@ def measure_case(case: partial, row: Row) -> dict:
 
 
 def measure(row: Row) -> list[dict]:
-    """A record for each case; none if this machine cannot run the row."""
+    """Returns a record for each case, or none if this machine cannot run the row."""
     if any(os.environ.get(name) != value for name, value in row.environment.items()):
         environment = os.environ | row.environment | {"PYTHONWARNINGS": "ignore"}
         command = [sys.executable, __file__, "--row", row.name]
@@ -387,7 +391,7 @@ def measure(row: Row) -> list[dict]:
 
 
 def describe(row: Row, records: Sequence[dict]) -> tuple[str, ...]:
-    """The table's line."""
+    """The cells of the row in the table."""
     sign = 1 if row.direction == ">=" else -1
     within = [
         sign * record["ratio"] >= sign * row.bounds[min(i, len(row.bounds) - 1)] for i, record in enumerate(records)
@@ -406,7 +410,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default="fused_dropout_bench_cpu.json", help="default: %(default)s")
     parser.add_argument("--row", choices=[row.name for row in ROWS], help="measure one row, and print JSON")
     options = parser.parse_args()
-    torch.empty(30 * 2**18)  # freed: glibc then keeps up to 30 MiB for the next call, as in any process after a while
+    # After a large tensor is freed, glibc keeps up to 30 MiB for later calls, as in any long-running process.
+    torch.empty(30 * 2**18)
     if options.row:
         print(json.dumps(measure(next(row for row in ROWS if row.name == options.row))))
         return

@@ -1,4 +1,4 @@
-"""The requirements of one of pyproject.toml's extras, a line each: ``python tools/extra.py dev``."""
+"""Prints the requirements of one extra of pyproject.toml, one a line: ``python tools/extra.py dev``."""
 
 import sys
 from pathlib import Path

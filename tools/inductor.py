@@ -1,8 +1,8 @@
-"""``make inductor``: what torch.compile makes of dropout on a CUDA device, without one.
+"""``make inductor``: shows what torch.compile generates for dropout on a CUDA device, without having one.
 
-Inductor is given the graph of a block as if an H100 were there, up to its source; Triton compiles that for sm_90.
-Counted are kernels, and in pointwise ones machine instructions an element. It stands on private parts of torch and
-Triton, as the comparison with nn.Dropout does, and nothing in it was measured on a GPU.
+Inductor generates the source for a block as if there were an H100, and Triton compiles the source for sm_90. The table
+has the number of kernels, and the machine instructions an element of pointwise kernels. All of this uses private parts
+of torch and Triton. Nothing is measured on a GPU.
 """
 
 import ast
@@ -63,10 +63,11 @@ ROWS, COLUMNS, P = 1 << 14, 1 << 10, 0.1
 
 
 class Emitted(Exception):
-    """Inductor's source is there; no kernel is loaded."""
+    """Stops Inductor after it has generated the source, before it loads kernels."""
 
 
 def pretend_there_is_a_gpu() -> None:
+    """Replaces functions of torch and Triton so that they see an H100."""
     replacements = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -94,7 +95,7 @@ def pretend_there_is_a_gpu() -> None:
 
 
 def source(function, *inputs: Tensor) -> str:
-    """What Inductor writes for a function of tensors, as if they were on the GPU."""
+    """The source that Inductor generates for a function of tensors, as if they were on the GPU."""
     with FakeTensorMode() as mode:
         on_cpu = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
         graph = make_fx(function, decomposition_table=select_decomp_table())(*on_cpu)
@@ -134,7 +135,7 @@ KERNEL_IN_SOURCE = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)'''", re
 
 
 def compiled(name: str, kernel: str, block: int, warps: int, folder: Path) -> dict[str, Any]:
-    """What Triton makes of a pointwise kernel: among others its ``ptx`` and ``cubin``."""
+    """Triton's outputs for a pointwise kernel, among them ``ptx`` and ``cubin``."""
     signature = ast.literal_eval(SIGNATURE_IN_SOURCE.search(kernel)[1])
     kernel = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", kernel, flags=re.S)
     path = folder / f"{name}.py"
@@ -149,7 +150,7 @@ def compiled(name: str, kernel: str, block: int, warps: int, folder: Path) -> di
 
 
 def instructions(name: str, kernel: str, block: int, warps: int, folder: Path) -> float:
-    """Machine instructions an element of a pointwise kernel, all of it: there is no loop in one."""
+    """The machine instructions an element of a pointwise kernel. Counts the whole kernel, because it has no loop."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled(name, kernel, block, warps, folder)["cubin"])
     sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -165,7 +166,7 @@ def fused(x: Tensor, key: Tensor) -> Tensor:
 
 
 def alone(x: Tensor, key: Tensor) -> Tensor:
-    """What an eager call runs where there are no CUDA kernels."""
+    """What an eager call runs if there are no CUDA kernels."""
     scale, threshold = torch.tensor(reference.scale(P), dtype=torch.float32), torch.tensor(reference.threshold(P))
     return operators.apply_any(x, threshold, scale, key, [], x.numel() <= 2**31)
 
@@ -184,7 +185,7 @@ BLOCKS = {
 
 
 def write_ptx(folder: Path, dtype: torch.dtype, numel: int, drop: str) -> None:
-    """fused.ptx and fused.json, the kinds of its parameters: of this dropout's one kernel, XBLOCK 1024."""
+    """Writes the kernel of a dropout (XBLOCK 1024) to fused.ptx, and the types of its parameters to fused.json."""
     key, x = torch.zeros(2, dtype=torch.uint64), torch.empty(1, dtype=dtype).expand(numel)
     ((name, kernel),) = KERNEL_IN_SOURCE.findall(source(BLOCKS["dropout"](globals()[drop]), key, x))
     signature = ast.literal_eval(SIGNATURE_IN_SOURCE.search(kernel)[1])

@@ -1,18 +1,23 @@
-"""Writes the README's tables of measurements from benchmarks/results/*.json; --check says whether they are up to date.
+"""Writes the tables of measurements into README.md and docs/benchmarks.md, from benchmarks/results/*.json. --check only
+compares them.
 
-A result is the JSON of ``make bench-cpu`` (rows) or of ``python -m fused_dropout bench --full`` (model and memory).
+A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model",
+"memory"). A table stands between the comments ``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With
+``numbers of the CPU kernels:`` or ``numbers of models:`` in the first comment only that table is written.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OPEN, CLOSE = "<!-- numbers: written by `make readme-numbers` from benchmarks/results -->\n", "<!-- /numbers -->"
+PAGES = ("README.md", "docs/benchmarks.md")
+PLACE = re.compile(r"(<!-- numbers(?: of ([a-zA-Z ]+))?: written by .*? -->\n).*?(<!-- /numbers -->)", re.DOTALL)
 
 
 def cpu_table(result):
-    """One machine: what was measured, against what, and how many times faster or slower."""
+    """The table of kernels on one machine: what was measured, against what, and how many times faster or slower."""
     environment = result["environment"]
     isa = environment["backend_info"]["cpu_isa"]
     title = f"{environment['cpu']} ({isa}), one core, torch {environment['torch']}, {environment['date'][:10]}, p = 0.1"
@@ -30,7 +35,7 @@ def size(n):
 
 
 def models_table(result):
-    """One machine: what whole models gain."""
+    """The table of whole models on one machine: speed and memory."""
     environment = result["environment"]
     speed = {(r["workload"], r["compiled"]): r["ratio"] for r in result["model"] if r["module"] == "fd.Dropout"}
     memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}
@@ -50,21 +55,27 @@ def models_table(result):
     return "\n".join(lines)
 
 
-def tables():
+def tables(kind):
+    """The tables of one kind, or all of them."""
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    return [cpu_table(result) for result in results if "rows" in result] + [
-        models_table(result) for result in results if "model" in result
-    ]
+    kinds = {
+        "the CPU kernels": [cpu_table(result) for result in results if "rows" in result],
+        "models": [models_table(result) for result in results if "model" in result],
+    }
+    return "\n\n".join(kinds[kind] if kind else (table for tables in kinds.values() for table in tables))
 
 
 def main():
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(OPEN)
-    new = before + OPEN + "\n" + "\n\n".join(tables()) + "\n\n" + CLOSE + rest.split(CLOSE)[1]
-    if "--check" in sys.argv:
-        sys.exit("README.md is not what benchmarks/results says: run `make readme-numbers`" if new != text else 0)
-    readme.write_text(new)
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        new, places = PLACE.subn(lambda m: f"{m[1]}\n{tables(m[2])}\n\n{m[3]}", text)
+        if not places:
+            sys.exit(f"{name} has no place for numbers")
+        if "--check" not in sys.argv:
+            page.write_text(new)
+        elif new != text:
+            sys.exit(f"{name} is not what benchmarks/results says: run `make readme-numbers`")
 
 
 if __name__ == "__main__":

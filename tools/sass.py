@@ -1,8 +1,8 @@
-"""``make sass``: what the CUDA kernels of the installed library are compiled to, against limits, and a model of it.
+"""``make sass``: checks the machine code of the installed CUDA kernels against limits, and computes a roofline from it.
 
-The steady state of the kernel for rows is the loop that stores most a pass, among those whose accesses all have the
-widest width that the type and the architecture have. Counted there, from the machine code: instructions an element by
-class. The roofline below them is a model, made of these counts and of data sheets; nothing in it was measured on a GPU.
+In the kernel for rows, the steady state is the loop that stores most in a pass, of those loops whose accesses all have
+the largest width for the type and the architecture. The table has its instructions an element, by class. The roofline
+is a model from these counts and from data sheets. Nothing is measured on a GPU.
 """
 
 import re
@@ -21,13 +21,13 @@ LIMITS = {
     "float": 14.2,
     "double": 19,
 }  # instructions an element, with 32-bit block numbers
-# What an operation may take more: with a residual, with a bias too, with a ReLU. By the numbers of csrc's Operation.
+# The additional instructions that an operation may have. The keys are the values of csrc's enum Operation.
 MORE = {"0": 0.0, "1": 5.8, "2": 10.8, "3": 4.0}
 OPERATIONS = {"0": "", "1": " + residual", "2": " + residual and bias", "3": " of ReLU"}
-# As many as the number of resident blocks in cuda_kernels.cuh leaves a thread; elsewhere 80.
+# The registers of a thread that the number of resident blocks in cuda_kernels.cuh allows. Elsewhere the limit is 80.
 REGISTERS = {arch: {"0": 40, "1": 64, "2": 80, "3": 48} for arch in ("sm_80", "sm_90")}
-# Registers and instructions of the kernel for any window, whose one draw is not unrolled; then of operations that do
-# more than dropout.
+# Limits of registers and instructions of the kernel for any window, which draws in one place, not unrolled. The second
+# pair is for operations that do more than dropout.
 WINDOW_LIMITS, WINDOW_LIMITS_OF_MORE = (64, 1900), (128, 3100)
 SIZES = {"c10::Half": 2, "c10::BFloat16": 2, "float": 4, "double": 8, "mask": 1}
 CLASSES = {
@@ -38,7 +38,7 @@ CLASSES = {
     "memory": r"LDG|STG",
     "the rest": r"",
 }
-DIVISION = ("MUFU", "I2F", "F2I")  # what a division or a modulo is made of, in line or called
+DIVISION = ("MUFU", "I2F", "F2I")  # the code of a division or a modulo has these, inlined or in a function
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Gpu:
     clock: float  # Hz, boost
 
     def seconds(self, instructions: float, wide_multiplies: float, size: int) -> dict[str, float]:
-        """An element's share of the device's time, for each thing that may bind: the largest does."""
+        """The seconds for an element by each limit of the GPU. The largest one binds."""
         cycles = 1 / (self.processors * self.clock)
         return {
             "memory": 2 * size / self.bandwidth,
-            "issue": instructions / 128 * cycles,  # four schedulers of a warp each
-            "wide multiply": wide_multiplies / 32 * cycles,  # a quarter of them; not documented, assumed
+            "issue": instructions / 128 * cycles,  # four schedulers, each of which issues for a warp
+            "wide multiply": wide_multiplies / 32 * cycles,  # a quarter of that; assumed, not documented
         }
 
 
@@ -73,7 +73,7 @@ class Kernel:
     block_bits: int
     registers: int
     stack: int
-    divisions: int  # anywhere
+    divisions: int  # in the whole kernel
     loop: list[str]  # the opcodes of the steady state
     operation: str = "0"
 
@@ -82,7 +82,7 @@ class Kernel:
 
     @property
     def elements(self) -> int:
-        """That a pass of the loop stores."""
+        """The number of elements that a pass of the loop stores."""
         return stored_bits(self.loop) // 8 // SIZES[self.dtype]
 
     @property
@@ -97,10 +97,10 @@ class Kernel:
         if not self.loop:
             return ["no loop whose accesses are all of the widest width"]
         registers = REGISTERS.get(self.arch, {}).get(self.operation, 80 if self.operation == "0" else 128)
-        emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # it has no instruction for the conversions
+        emulated = self.arch == "sm_75" and self.dtype == "c10::BFloat16"  # sm_75 has no bfloat16 conversions
         limit = LIMITS.get(self.dtype, 99) if self.block_bits == 32 and not emulated else 99
         limit += MORE[self.operation]
-        # Tensors of 2**34 elements and more.
+        # Kernels for tensors of 2**34 elements and more that are known to spill registers.
         known = self.operation != "0" or (self.arch, self.dtype) == ("sm_120", "double")
         may_spill = known and self.block_bits == 64
         return [
@@ -117,7 +117,7 @@ class Kernel:
 
 
 def find_tool() -> str:
-    """cuobjdump: of a CUDA toolkit, or the one that Triton brings."""
+    """The path of cuobjdump: from a CUDA toolkit, or from Triton."""
     triton = find_spec("triton")
     bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else Path()
     tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(bundled))
@@ -129,7 +129,7 @@ def output(*command: str) -> str:
 
 
 def access_bits(opcode: str) -> int:
-    """The width of a load or a store; 32 bits where the opcode names none."""
+    """The width of a load or a store in bits: 32 if the opcode does not say it."""
     found = re.search(r"\.(256|128|64|[US]?16|[US]?8)$", opcode)
     return int(found[1].lstrip("US")) if found else 32
 
@@ -144,8 +144,10 @@ def widest_access(arch: str, dtype: str) -> int:
 
 
 def steady_state(lines: list[tuple[int, str, str]], width: int) -> list[str]:
-    """The opcodes of the loop that stores most, among the loops whose accesses all have this width in bits. The loop
-    for the ends of a row also has narrower accesses, and does not count. lines: (address, opcode, operands)."""
+    """The opcodes of the loop that stores most, of the loops whose accesses all have this width in bits.
+
+    The loop for the ends of a row also has narrower accesses, so it is ignored. lines: (address, opcode, operands).
+    """
     position = {address: i for i, (address, *_) in enumerate(lines)}
     loops = []
     for end, (address, opcode, operands) in enumerate(lines):
@@ -159,7 +161,7 @@ def steady_state(lines: list[tuple[int, str, str]], width: int) -> list[str]:
 
 
 def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
-    """Registers, stack and so on, by architecture and the kernel's name."""
+    """Registers, stack and other resources, by architecture and kernel name."""
     usage: dict[tuple[str, str], dict[str, int]] = {}
     arch = name = ""
     for line in output(find_tool(), "--dump-resource-usage", str(library)).splitlines():
@@ -172,7 +174,7 @@ def resources(library: Path) -> dict[tuple[str, str], dict[str, int]]:
 
 @dataclass
 class WindowKernel:
-    """The kernel for any window: its loops depend on the window, so that only what holds for all of it is counted."""
+    """The kernel for any window. Its loops depend on the window, so only numbers of the whole kernel are counted."""
 
     name: str
     registers: int
@@ -211,7 +213,7 @@ def parse(library: Path, usage: dict[tuple[str, str], dict[str, int]]) -> tuple[
             found = instruction.findall(code)
             lines = [
                 (int(a, 16), opcode.removesuffix(".SYS"), operands) for a, opcode, operands in found
-            ]  # sm_75 has it
+            ]  # on sm_75 opcodes end with .SYS
             used = usage[arch, name]
             local, divisions = (
                 sum(opcode.startswith(names) for _, opcode, _ in lines) for names in (("LDL", "STL"), DIVISION)
@@ -294,7 +296,7 @@ def main() -> None:
         for fault in k.faults()
     ]
     faults += [f"{w.name}: {fault}" for w in windows for fault in w.faults()]
-    # PTX of sm_120 would not serve sm_110: build_backend/toolchain.py makes the same choice.
+    # PTX of sm_120 does not run on sm_110. build_backend/toolchain.py makes the same choice.
     built = {k.arch for k in kernels}
     portable = max(built - {"sm_120"} or built, key=lambda arch: int(re.sub(r"\D", "", arch)))
     if portable not in images:

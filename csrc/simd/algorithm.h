@@ -1,8 +1,10 @@
-// The CPU kernels' algorithm, over a vector layer that its includer has defined: portable.h, avx2.h or avx512.h. Each
-// layer compiles it once more for its instruction set; hence the nameless namespace.
+// The dropout kernels for CPUs, written over a vector layer: portable.h, avx2.h or avx512.h, which is included before
+// this file. tables.h puts the kernels into the tables of kernels.h, where their parameters are described.
 //
-// A layer's Lanes hold 64 bits each, of which Philox uses the lower 32: one block a lane. A group is as many blocks as
-// there are lanes. Their words give the draws of the group's elements in order, in two vectors of 16-bit draws.
+// Each layer compiles this file for its own instruction set. The unnamed namespace keeps the versions apart.
+//
+// A vector of Lanes has kLanes lanes of 64 bits, one for each block. Philox uses the lower 32 bits of a lane. A group
+// is kLanes blocks. Their words are the draws of the group's elements, in order, in two vectors of 16-bit draws.
 #pragma once
 
 #include "kernels.h"
@@ -14,14 +16,16 @@
 namespace fused_dropout {
 namespace {
 
-constexpr int kGroup = kLanes * kBlock;
+constexpr int kGroup = kLanes * kBlock;  // elements of a group
 
-// A kernel, into which all that it calls is inlined. Left to the compiler, the number of kernels in a file decides, and
-// with the operations beside dropout it kept calls in the loop: 1.5 times the time.
+// Marks a kernel: the compiler inlines all functions that it calls. Without this attribute, the number of kernels in a
+// file decides what is inlined. With the operations beside dropout, calls stayed in the loop, and the time was 1.5
+// times as long.
 #ifndef FUSED_DROPOUT_KERNEL
 #define FUSED_DROPOUT_KERNEL __attribute__((flatten))
 #endif
 
+// The Philox keys of all rounds, each word in all lanes.
 struct RoundKeys {
   Lanes k[kPhiloxRounds][2];
 };
@@ -30,9 +34,9 @@ inline const Lanes& round_key(const RoundKeys& keys, int round, int i) {
   return keys.k[round][i];
 }
 
-// What all groups of a call have in common.
-struct Common {
-  explicit Common(const MaskParams& params) : params(params), limit(limit_of(draw_limit(params.threshold))) {
+// The values that all groups of a call share, as vectors.
+struct CallConstants {
+  explicit CallConstants(const MaskParams& params) : params(params), limit(limit_of(draw_limit(params.threshold))) {
     const PhiloxKey key = philox_key(params.key);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       for (int i = 0; i < 2; ++i) keys.k[round][i] = all_lanes(round_key(key, round, i));
@@ -47,45 +51,52 @@ struct Common {
   Lanes offset[2];
 };
 
-// Interleaves two groups, so that the arithmetic of one hides the multiply latency of the other. Twins of twins, four
-// groups, run fastest with each layer. The compiler would keep an array of groups in memory.
+// Two groups that Philox interleaves, so that the arithmetic of one hides the multiply latency of the other. Pairs of
+// pairs, that is four groups, run fastest with each layer. Members instead of an array: the compiler would keep an
+// array in memory.
 template <typename Word>
-struct Twin {
+struct Pair {
   Word a, b;
 };
 
 template <typename Word>
-inline Twin<Word> multiply(const Twin<Word>& t, uint32_t multiplier) {
+inline Pair<Word> multiply(const Pair<Word>& t, uint32_t multiplier) {
   return {multiply(t.a, multiplier), multiply(t.b, multiplier)};
 }
 template <typename Word>
-inline Twin<Word> high(const Twin<Word>& product) {
+inline Pair<Word> high(const Pair<Word>& product) {
   return {high(product.a), high(product.b)};
 }
 template <typename Word>
-inline Twin<Word> low(const Twin<Word>& product) {
+inline Pair<Word> low(const Pair<Word>& product) {
   return product;
 }
 template <typename Word>
-inline Twin<Word> xor3(const Twin<Word>& x, const Twin<Word>& y, const Lanes& key) {
+inline Pair<Word> xor3(const Pair<Word>& x, const Pair<Word>& y, const Lanes& key) {
   return {xor3(x.a, y.a, key), xor3(x.b, y.b, key)};
 }
 
-using Four = Twin<Twin<Lanes>>;
+using FourGroups = Pair<Pair<Lanes>>;
 
-// How many groups a word belongs to, and a word made of one for all lanes.
+// The number of groups that a Word holds, and the conversion of one Lanes vector into a Word for all of them.
 template <typename Word>
-struct Of {
+struct WordTraits {
   static constexpr int kGroups = 1;
-  static Word same(const Lanes& word) { return word; }
+  static Word broadcast(const Lanes& word) { return word; }
 };
 template <typename Word>
-struct Of<Twin<Word>> {
-  static constexpr int kGroups = 2 * Of<Word>::kGroups;
-  static Twin<Word> same(const Lanes& word) { return {Of<Word>::same(word), Of<Word>::same(word)}; }
+struct WordTraits<Pair<Word>> {
+  static constexpr int kGroups = 2 * WordTraits<Word>::kGroups;
+  static Pair<Word> broadcast(const Lanes& word) {
+    return {WordTraits<Word>::broadcast(word), WordTraits<Word>::broadcast(word)};
+  }
 };
 
-// The blocks to draw: consecutive ones, whose numbers have one upper half...
+// The three kinds of lists of block numbers that a kernel draws. Each has the block number i, and the list from number
+// i on. lower() and upper() return the lower and upper halves of the block numbers as a Word; their pointer argument
+// only selects that type.
+
+// Consecutive block numbers with equal upper halves.
 struct Consecutive {
   uint64_t first;
   const Lanes& upper_half;
@@ -99,7 +110,7 @@ inline Lanes upper(const Consecutive& blocks, const Lanes*) {
   return blocks.upper_half;
 }
 
-// ... or any, from a list.
+// Any block numbers, from an array.
 struct Listed {
   const uint64_t* list;
   uint64_t operator[](int i) const { return list[i]; }
@@ -112,7 +123,7 @@ inline Lanes upper(const Listed& blocks, const Lanes*) {
   return high(blocks_at(blocks.list));
 }
 
-// ... or those of groups of elements, each group's being consecutive with one upper half.
+// The block numbers of groups. Within a group they are consecutive and have equal upper halves.
 template <typename T>
 struct Grouped {
   const Group<T>* groups;
@@ -129,18 +140,18 @@ inline Lanes upper(const Grouped<T>& blocks, const Lanes*) {
 }
 
 template <typename Blocks, typename Word>
-inline Twin<Word> lower(const Blocks& blocks, const Twin<Word>*) {
+inline Pair<Word> lower(const Blocks& blocks, const Pair<Word>*) {
   const Word* half = nullptr;
-  return {lower(blocks, half), lower(blocks.from(Of<Word>::kGroups * kLanes), half)};
+  return {lower(blocks, half), lower(blocks.from(WordTraits<Word>::kGroups * kLanes), half)};
 }
 template <typename Blocks, typename Word>
-inline Twin<Word> upper(const Blocks& blocks, const Twin<Word>*) {
+inline Pair<Word> upper(const Blocks& blocks, const Pair<Word>*) {
   const Word* half = nullptr;
-  return {upper(blocks, half), upper(blocks.from(Of<Word>::kGroups * kLanes), half)};
+  return {upper(blocks, half), upper(blocks.from(WordTraits<Word>::kGroups * kLanes), half)};
 }
 
-// A draw equal to the limit is decided by its tie. About one group in a thousand has one; keep() then decides the whole
-// group again.
+// Decides a group again by keep(), if one of its draws equals the limit, so that its tie decides. About one group in a
+// thousand has such a draw. Not inlined, to keep it out of the loop.
 template <typename Blocks>
 __attribute__((noinline)) void settle_ties(const MaskParams& params, Blocks blocks, Kept kept[2]) {
   uint16_t flags[kGroup];
@@ -152,19 +163,19 @@ __attribute__((noinline)) void settle_ties(const MaskParams& params, Blocks bloc
   kept[1] = kept_of(flags + kGroup / 2);
 }
 
-// Where the elements of a group are: what a group says comes first.
+// The addresses of a group's elements: those of the Group if there is one, otherwise `at`.
 template <typename T, typename Blocks>
-inline const Streams<T>& place(const Streams<T>& at, const Blocks&) {
+inline const Streams<T>& group_streams(const Streams<T>& at, const Blocks&) {
   return at;
 }
 template <typename T>
-inline const Streams<T>& place(const Streams<T>&, const Grouped<T>& blocks) {
+inline const Streams<T>& group_streams(const Streams<T>&, const Grouped<T>& blocks) {
   return blocks.groups->at;
 }
 
-// Half a group, whose flags are known.
+// Reads half a group, applies the operation with known flags, and writes the results.
 template <Operation operation, typename T, typename Compute>
-inline void write(const Streams<T>& at, Kept kept, Compute scale) {
+inline void write_half_group(const Streams<T>& at, Kept kept, Compute scale) {
   if constexpr (std::is_same_v<T, bool> || std::is_same_v<T, uint16_t>) {
     write_flags(at.y, kept);
   } else {
@@ -184,44 +195,47 @@ inline void write(const Streams<T>& at, Kept kept, Compute scale) {
   }
 }
 
+// Turns the random words of one group into flags, and applies the operation to the group's elements.
 template <Operation operation, typename T, typename Blocks, typename Compute>
-inline void finish(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Lanes>& words, const Common& common,
-                   Compute scale) {
+inline void apply_words(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Lanes>& words,
+                        const CallConstants& constants, Compute scale) {
   Draws draws[2];
   draws_of(words, draws);
-  Kept front = below(draws[0], common.limit), back = below(draws[1], common.limit);
-  if (__builtin_expect(any_equal(draws[0], draws[1], common.limit), 0)) {
+  Kept front = below(draws[0], constants.limit), back = below(draws[1], constants.limit);
+  if (__builtin_expect(any_equal(draws[0], draws[1], constants.limit), 0)) {
     Kept kept[2];  // separate variables, so that front and back stay in registers
-    settle_ties(common.params, blocks, kept);
+    settle_ties(constants.params, blocks, kept);
     front = kept[0];
     back = kept[1];
   }
-  const Streams<T> group = place(at, blocks);
-  write<operation>(group, front, scale);
-  write<operation>(group + kGroup / 2, back, scale);
+  const Streams<T> group = group_streams(at, blocks);
+  write_half_group<operation>(group, front, scale);
+  write_half_group<operation>(group + kGroup / 2, back, scale);
 }
 
+// The same for several groups, one after the other.
 template <Operation operation, typename Word, typename T, typename Blocks, typename Compute>
-inline void finish(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Twin<Word>>& words,
-                   const Common& common, Compute scale) {
+inline void apply_words(const Streams<T>& at, const Blocks& blocks, const PhiloxWords<Pair<Word>>& words,
+                        const CallConstants& constants, Compute scale) {
   const auto& w = words.w;
-  constexpr int kHalf = Of<Word>::kGroups;
-  finish<operation>(at, blocks, PhiloxWords<Word>{{w[0].a, w[1].a, w[2].a, w[3].a}}, common, scale);
-  finish<operation>(at + kHalf * kGroup, blocks.from(kHalf * kLanes),
-                    PhiloxWords<Word>{{w[0].b, w[1].b, w[2].b, w[3].b}}, common, scale);
+  constexpr int kHalf = WordTraits<Word>::kGroups;
+  apply_words<operation>(at, blocks, PhiloxWords<Word>{{w[0].a, w[1].a, w[2].a, w[3].a}}, constants, scale);
+  apply_words<operation>(at + kHalf * kGroup, blocks.from(kHalf * kLanes),
+                         PhiloxWords<Word>{{w[0].b, w[1].b, w[2].b, w[3].b}}, constants, scale);
 }
 
-// As many groups as Word has, straight from memory to memory.
+// Draws and applies the mask of as many groups as Word holds. Reads and writes whole groups at `at`.
 template <Operation operation, typename Word, typename T, typename Blocks, typename Compute>
-inline void move_groups(const Streams<T>& at, const Blocks& blocks, const Common& common, Compute scale) {
+inline void draw_and_apply(const Streams<T>& at, const Blocks& blocks, const CallConstants& constants, Compute scale) {
   const Word* type = nullptr;
-  const PhiloxWords<Word> counter = {
-      {Of<Word>::same(common.offset[0]), Of<Word>::same(common.offset[1]), lower(blocks, type), upper(blocks, type)}};
-  finish<operation>(at, blocks, philox(counter, common.keys), common, scale);
+  const PhiloxWords<Word> counter = {{WordTraits<Word>::broadcast(constants.offset[0]),
+                                      WordTraits<Word>::broadcast(constants.offset[1]), lower(blocks, type),
+                                      upper(blocks, type)}};
+  apply_words<operation>(at, blocks, philox(counter, constants.keys), constants, scale);
 }
 
-// A part of `size` elements, of which n, from the skip-th on, are those of the streams: what is read beside them must
-// not be memory of others.
+// A copy of n elements, in buffers of `size` elements, from element `skip` on. The kernels work on whole groups, and
+// must not read or write memory outside the caller's tensors.
 template <Operation operation, typename T, int size>
 struct Buffer {
   T x[size] = {}, residual[size] = {}, bias[size] = {};
@@ -234,91 +248,96 @@ struct Buffer {
   Streams<T> streams() { return {x, x, residual, bias}; }
 };
 
+// Draws and applies the mask of n elements of one group, from element `skip` on.
 template <Operation operation, typename T, typename Compute>
-inline void drop_part(const Streams<T>& at, const Consecutive& blocks, int64_t skip, int64_t n, const Common& common,
-                      Compute scale) {
+inline void drop_part(const Streams<T>& at, const Consecutive& blocks, int64_t skip, int64_t n,
+                      const CallConstants& constants, Compute scale) {
   Buffer<operation, T, kGroup> buffer(at, skip, n);
-  move_groups<operation, Lanes>(buffer.streams(), blocks, common, scale);
+  draw_and_apply<operation, Lanes>(buffer.streams(), blocks, constants, scale);
   std::memcpy(at.y, buffer.x + skip, n * sizeof(T));
 }
 
-// A ragged head, whole groups straight from memory, as many at once as there are, and a ragged tail.
+// TypedKernels::drop. If index is not the first of a block, the first group is partial. Whole groups are read and
+// written directly; partial groups at both ends go through a Buffer.
 template <Operation operation, typename T, typename Compute>
 FUSED_DROPOUT_KERNEL void drop(const Streams<T>& all, uint64_t index, int64_t n, const MaskParams& params) {
-  // Up to here the block numbers have the same upper half.
+  // The number of indices whose block numbers have equal upper halves.
   constexpr uint64_t kReach = (uint64_t{1} << 32) * kBlock;
   const int64_t reach = static_cast<int64_t>(kReach - index % kReach);
   if (n > reach) {
     drop<operation, T, Compute>(all + reach, index + reach, n - reach, params);
     n = reach;
   }
-  constexpr int kGroups = Of<Four>::kGroups;
-  const Common common(params);
+  constexpr int kGroups = WordTraits<FourGroups>::kGroups;
+  const CallConstants constants(params);
   const Compute scale = static_cast<Compute>(params.scale);
   const Lanes upper_half = all_lanes(static_cast<uint32_t>(index / kReach));
   Consecutive blocks{index / kBlock, upper_half};
-  const Streams<T> at = all;  // a copy, which the compiler knows that no store changes
+  const Streams<T> at = all;  // a local copy: the compiler then knows that no store changes the pointers
   int64_t i = 0;
   if (const int64_t skip = index % kBlock) {
     i = n < kGroup - skip ? n : kGroup - skip;
-    drop_part<operation>(at, blocks, skip, i, common, scale);
+    drop_part<operation>(at, blocks, skip, i, constants, scale);
     blocks.first += kLanes;
   }
   for (; n - i >= kGroups * kGroup; i += kGroups * kGroup, blocks.first += kGroups * kLanes) {
-    move_groups<operation, Four>(at + i, blocks, common, scale);
+    draw_and_apply<operation, FourGroups>(at + i, blocks, constants, scale);
   }
   for (; n - i >= kGroup; i += kGroup, blocks.first += kLanes) {
-    move_groups<operation, Lanes>(at + i, blocks, common, scale);
+    draw_and_apply<operation, Lanes>(at + i, blocks, constants, scale);
   }
-  if (i < n) drop_part<operation>(at + i, blocks, 0, n - i, common, scale);
+  if (i < n) drop_part<operation>(at + i, blocks, 0, n - i, constants, scale);
 }
 
+// TypedKernels::drop_groups.
 template <Operation operation, typename T, typename Compute>
 FUSED_DROPOUT_KERNEL void drop_groups(const Group<T>* groups, int64_t n, const MaskParams& params) {
-  constexpr int kAtOnce = Of<Four>::kGroups;
-  const Common common(params);
+  constexpr int kAtOnce = WordTraits<FourGroups>::kGroups;
+  const CallConstants constants(params);
   const Compute scale = static_cast<Compute>(params.scale);
-  const Streams<T> unused{};  // the groups say where
+  const Streams<T> unused{};  // each Group has its own addresses
   for (; n >= kAtOnce; n -= kAtOnce, groups += kAtOnce) {
-    move_groups<operation, Four>(unused, Grouped<T>{groups}, common, scale);
+    draw_and_apply<operation, FourGroups>(unused, Grouped<T>{groups}, constants, scale);
   }
-  for (; n > 0; --n, ++groups) move_groups<operation, Lanes>(unused, Grouped<T>{groups}, common, scale);
+  for (; n > 0; --n, ++groups) draw_and_apply<operation, Lanes>(unused, Grouped<T>{groups}, constants, scale);
 }
 
+// CpuKernels::draw_flags.
 FUSED_DROPOUT_KERNEL void draw_flags(const uint64_t* blocks, uint16_t* flags, int64_t n, const MaskParams& params) {
   static_assert(kBlockPadding % kLanes == 0, "the last group has to lie within the padding");
-  constexpr int kAtOnce = Of<Four>::kGroups * kLanes;
-  const Common common(params);
+  constexpr int kAtOnce = WordTraits<FourGroups>::kGroups * kLanes;
+  const CallConstants constants(params);
   const Streams<uint16_t> at{flags, flags, flags, flags};
   int64_t i = 0;
   for (; n - i >= kAtOnce; i += kAtOnce) {
-    move_groups<Operation::kDrop, Four>(at + i * kBlock, Listed{blocks + i}, common, 1.0f);
+    draw_and_apply<Operation::kDrop, FourGroups>(at + i * kBlock, Listed{blocks + i}, constants, 1.0f);
   }
   for (; i < n; i += kLanes) {
-    move_groups<Operation::kDrop, Lanes>(at + i * kBlock, Listed{blocks + i}, common, 1.0f);
+    draw_and_apply<Operation::kDrop, Lanes>(at + i * kBlock, Listed{blocks + i}, constants, 1.0f);
   }
 }
 
+// TypedKernels::select.
 template <Operation operation, typename T, typename Compute>
 FUSED_DROPOUT_KERNEL void select(const Streams<T>& all, const uint16_t* flags, int64_t n, double scale) {
   constexpr int kAtOnce = kGroup / 2;
   const Compute s = static_cast<Compute>(scale);
-  const Streams<T> at = all;  // as in drop
+  const Streams<T> at = all;  // a local copy, as in drop
   int64_t i = 0;
   if (flags) {
-    for (; n - i >= kAtOnce; i += kAtOnce) write<operation>(at + i, kept_of(flags + i), s);
+    for (; n - i >= kAtOnce; i += kAtOnce) write_half_group<operation>(at + i, kept_of(flags + i), s);
     if (i == n) return;
   }
   uint16_t last[kAtOnce];
   std::fill_n(last, kAtOnce, 0xFFFF);
   if (!flags) {
     const Kept kept = kept_of(last);
-    for (; n - i >= kAtOnce; i += kAtOnce) write<operation>(at + i, kept, s);
+    for (; n - i >= kAtOnce; i += kAtOnce) write_half_group<operation>(at + i, kept, s);
     if (i == n) return;
   }
   if (flags) std::memcpy(last, flags + i, (n - i) * sizeof(uint16_t));
   Buffer<operation, T, kAtOnce> buffer(at + i, 0, n - i);
-  write<operation>(buffer.streams(), kept_of(last), s);
+  write_half_group<operation>(buffer.streams(), kept_of(last), s);
   std::memcpy(at.y + i, buffer.x, (n - i) * sizeof(T));
 }
 

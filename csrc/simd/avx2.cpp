@@ -1,4 +1,7 @@
-// The CPU kernels for AVX2: this file alone is compiled for it, below the headers that others share.
+// The kernels for CPUs with AVX2 and F16C: kAvx2Kernels, which cpu_kernels() in dropout_cpu.cpp returns.
+//
+// Only this file is compiled for AVX2. The headers that other files share are included before the target pragma: their
+// inline functions must not contain AVX2 instructions.
 #if defined(__x86_64__)
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// The vector layer for AVX2 (with F16C, which every CPU that has it brings): four blocks at a time.
+// The vector layer for AVX2 and F16C, which every CPU with AVX2 has: four blocks in a vector. avx2.cpp includes it;
+// algorithm.h and softmax.h call its functions.
 #pragma once
 
 #include "kernels.h"
@@ -30,12 +31,13 @@ inline Lanes xor3(Lanes a, Lanes b, Lanes c) {
   return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)};
 }
 
-// The blocks stand in the order in which draws_of interleaves them.
+// Four consecutive block numbers, one in each lane. draws_of() interleaves the lanes, so they are in the order 0, 2,
+// 1, 3.
 inline Lanes blocks_from(uint64_t first) {
   return {_mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 2, 1, 3))};
 }
 
-// Blocks by their numbers, in the same order.
+// Four block numbers from an array, in the same order of lanes.
 inline Lanes blocks_at(const uint64_t* blocks) {
   return {_mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks)), 0xD8)};
 }
@@ -44,18 +46,21 @@ struct Draws {
   __m256i v;
 };
 
-inline __m256i join(Lanes lower, Lanes upper) {
+// A 64-bit lane of two words.
+inline __m256i join_words(Lanes lower, Lanes upper) {
   return _mm256_blend_epi32(lower.v, _mm256_slli_epi64(upper.v, 32), 0xAA);
 }
 
-// The words of a block, in order, are its eight draws: 64 bits from words 0 and 1, 64 from 2 and 3.
+// The draws of a group in the order of its elements. The words of a block, in order, are its eight draws: 64 bits from
+// words 0 and 1, 64 bits from words 2 and 3.
 inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
-  const __m256i front = join(words.w[0], words.w[1]), back = join(words.w[2], words.w[3]);
+  const __m256i front = join_words(words.w[0], words.w[1]), back = join_words(words.w[2], words.w[3]);
   draws[0] = {_mm256_unpacklo_epi64(front, back)};
   draws[1] = {_mm256_unpackhi_epi64(front, back)};
 }
 
-// 16-bit lanes of all ones or zeros. AVX2 compares signed integers only: both sides are moved by half the range.
+// Kept has 16-bit lanes: all ones for a kept element, zeros for a dropped one. AVX2 compares signed integers only, so
+// half the range is added to both sides of a comparison (by an XOR with the highest bit).
 using Limit = __m256i;
 using Kept = __m256i;
 
@@ -77,11 +82,13 @@ inline Kept kept_of(const uint16_t* flags) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(flags));
 }
 
-inline __m128i part(Kept kept, int i) {
+// Half i of a vector: eight flags.
+inline __m128i half_of(Kept kept, int i) {
   return i == 0 ? _mm256_castsi256_si128(kept) : _mm256_extracti128_si256(kept, 1);
 }
-// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
-// where another vector is zero or less. 16-bit floats are rounded after each of them.
+
+// Vectors of each dtype and their operations. drop() applies the flags of `kept` from number `first` on. gate() sets x
+// to 0 where `by` is 0 or less. Results in 16-bit floats are rounded after each operation.
 struct Halves {
   __m128i v;
 };
@@ -116,13 +123,13 @@ inline void store(BFloat16* y, BFloats x) {
 }
 
 inline __m256 drop(__m256 x, Kept kept, int first, float scale) {
-  const __m256i mask = _mm256_cvtepi16_epi32(part(kept, first / 8));
+  const __m256i mask = _mm256_cvtepi16_epi32(half_of(kept, first / 8));
   return _mm256_and_ps(_mm256_mul_ps(x, _mm256_set1_ps(scale)), _mm256_castsi256_ps(mask));
 }
 inline __m256 add(__m256 a, __m256 b) {
   return _mm256_add_ps(a, b);
 }
-// Of a NaN and of two zeros the instruction returns the second operand.
+// If one operand is a NaN, or both are zeros, the instruction returns the second one. So NaN and -0 stay as they are.
 inline __m256 relu(__m256 x) {
   return _mm256_max_ps(_mm256_setzero_ps(), x);
 }
@@ -130,11 +137,11 @@ inline __m256 gate(__m256 x, __m256 by) {
   return _mm256_and_ps(_mm256_cmp_ps(by, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
-// The larger of two. If one is a NaN, the second.
+// The larger of two elements. If one is a NaN, the second one.
 inline __m256 larger(__m256 a, __m256 b) {
   return _mm256_max_ps(a, b);
 }
-// The same of all elements of a vector, and their sum.
+// The largest element of a vector, and the sum of its elements.
 inline float largest_of(__m256 x) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -150,7 +157,7 @@ inline __m256 multiply_add(__m256 a, __m256 b, __m256 c) {
 }
 
 inline __m256d drop(__m256d x, Kept kept, int first, double scale) {
-  const __m128i eight = part(kept, first / 8), four = first % 8 ? _mm_unpackhi_epi64(eight, eight) : eight;
+  const __m128i eight = half_of(kept, first / 8), four = first % 8 ? _mm_unpackhi_epi64(eight, eight) : eight;
   const __m256d mask = _mm256_castsi256_pd(_mm256_cvtepi16_epi64(four));
   return _mm256_and_pd(_mm256_mul_pd(x, _mm256_set1_pd(scale)), mask);
 }
@@ -171,12 +178,12 @@ inline Halves narrowed(__m256 x) {
   return {_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)};
 }
 inline Halves drop(Halves x, Kept kept, int first, float scale) {
-  return {_mm_and_si128(narrowed(_mm256_mul_ps(widened(x), _mm256_set1_ps(scale))).v, part(kept, first / 8))};
+  return {_mm_and_si128(narrowed(_mm256_mul_ps(widened(x), _mm256_set1_ps(scale))).v, half_of(kept, first / 8))};
 }
 inline Halves add(Halves a, Halves b) {
   return narrowed(add(widened(a), widened(b)));
 }
-// All ones up to -infinity, -0 included: what has to become zero, but for -0 in relu.
+// All ones for -0 and for negative values down to -infinity. relu() and gate() set them to 0, but relu() keeps -0.
 inline __m128i up_to_minus_infinity(Halves x) {
   return _mm_cmpgt_epi16(_mm_set1_epi16(kMinusInfinity<Half> + 1), x.v);
 }
@@ -188,30 +195,30 @@ inline Halves gate(Halves x, Halves by) {
   return {_mm_andnot_si128(_mm_or_si128(up_to_minus_infinity(by), _mm_cmpeq_epi16(by.v, _mm_setzero_si128())), x.v)};
 }
 
-// To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
-// half is 0 and the sum carries nothing into its exponent.
+// Rounds floats to bfloat16, in the upper half of each element: to nearest, ties to even. A NaN stays a NaN: it comes
+// from a bfloat16, so its lower half is 0, and the addition does not carry into its exponent.
 inline __m256i rounded(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
 }
 
-// The even elements and the odd ones, each where the upper half of a float is.
+// The even and the odd elements as floats. A bfloat16 is the upper half of a float.
 inline __m256 even(BFloats x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x.v, 16));
 }
 inline __m256 odd(BFloats x) {
   return _mm256_castsi256_ps(_mm256_and_si256(x.v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
-inline __m256i joined(__m256 even, __m256 odd) {
+inline __m256i join_bfloats(__m256 even, __m256 odd) {
   return _mm256_blend_epi16(_mm256_srli_epi32(rounded(even), 16), rounded(odd), 0xAA);
 }
 inline BFloats drop(BFloats x, Kept kept, int, float scale) {
   const __m256 s = _mm256_set1_ps(scale);
-  return {_mm256_and_si256(joined(_mm256_mul_ps(even(x), s), _mm256_mul_ps(odd(x), s)), kept)};
+  return {_mm256_and_si256(join_bfloats(_mm256_mul_ps(even(x), s), _mm256_mul_ps(odd(x), s)), kept)};
 }
 inline BFloats add(BFloats a, BFloats b) {
-  return {joined(add(even(a), even(b)), add(odd(a), odd(b)))};
+  return {join_bfloats(add(even(a), even(b)), add(odd(a), odd(b)))};
 }
 inline __m256i up_to_minus_infinity(BFloats x) {
   return _mm256_cmpgt_epi16(_mm256_set1_epi16(kMinusInfinity<BFloat16> + 1), x.v);
@@ -226,7 +233,7 @@ inline BFloats gate(BFloats x, BFloats by) {
 }
 
 inline void write_flags(bool* y, Kept kept) {
-  const __m128i bytes = _mm_packs_epi16(part(kept, 0), part(kept, 1));
+  const __m128i bytes = _mm_packs_epi16(half_of(kept, 0), half_of(kept, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_and_si128(bytes, _mm_set1_epi8(1)));
 }
 inline void write_flags(uint16_t* flags, Kept kept) {

@@ -1,4 +1,8 @@
-// The CPU kernels for AVX-512: this file alone is compiled for it, below the headers that others share.
+// The kernels for CPUs with AVX-512 (F, DQ, BW, VL) and F16C: kAvx512Kernels, which cpu_kernels() in dropout_cpu.cpp
+// returns.
+//
+// Only this file is compiled for AVX-512. The headers that other files share are included before the target pragma:
+// their inline functions must not contain AVX-512 instructions.
 #if defined(__x86_64__)
 
 #include <algorithm>
@@ -16,7 +20,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,f16c")
 #endif
 
-// GCC's own header makes the undefined values that it then warns of.
+// GCC warns about undefined values that its own AVX-512 header makes on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "avx512.h"

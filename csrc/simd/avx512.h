@@ -1,4 +1,5 @@
-// The vector layer for AVX-512 (F, DQ, BW, VL): eight blocks at a time.
+// The vector layer for AVX-512 (F, DQ, BW, VL): eight blocks in a vector. avx512.cpp includes it; algorithm.h and
+// softmax.h call its functions.
 #pragma once
 
 #include "kernels.h"
@@ -27,15 +28,16 @@ inline Lanes low(Lanes product) {
   return product;
 }
 inline Lanes xor3(Lanes a, Lanes b, Lanes c) {
-  return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)};
+  return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)};  // 0x96: a ^ b ^ c
 }
 
-// The blocks stand in the order in which draws_of interleaves them.
+// Eight consecutive block numbers, one in each lane. draws_of() interleaves the lanes, so they are in the order 0, 4,
+// 1, 5, 2, 6, 3, 7.
 inline Lanes blocks_from(uint64_t first) {
   return {_mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))};
 }
 
-// Blocks by their numbers, in the same order.
+// Eight block numbers from an array, in the same order of lanes.
 inline Lanes blocks_at(const uint64_t* blocks) {
   return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(blocks))};
 }
@@ -44,7 +46,8 @@ struct Draws {
   __m512i v;
 };
 
-// The words of a block, in order, are its eight draws: 64 bits from words 0 and 1, 64 from 2 and 3.
+// The draws of a group in the order of its elements. The words of a block, in order, are its eight draws: 64 bits from
+// words 0 and 1, 64 bits from words 2 and 3.
 inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
   constexpr __mmask16 kUpper = 0xAAAA;
   const __m512i front = _mm512_mask_shuffle_epi32(words.w[0].v, kUpper, words.w[1].v, _MM_PERM_CCAA);
@@ -54,7 +57,7 @@ inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
 }
 
 using Limit = __m512i;
-using Kept = __mmask32;
+using Kept = __mmask32;  // one bit an element: 1 for a kept element
 
 inline Limit limit_of(uint16_t high) {
   return _mm512_set1_epi16(static_cast<int16_t>(high));
@@ -69,8 +72,8 @@ inline Kept kept_of(const uint16_t* flags) {
   return _mm512_movepi16_mask(_mm512_loadu_si512(flags));
 }
 
-// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
-// where another vector is zero or less. 16-bit floats are rounded after each of them.
+// Vectors of each dtype and their operations. drop() applies the flags of `kept` from number `first` on. gate() sets x
+// to 0 where `by` is 0 or less. Results in 16-bit floats are rounded after each operation.
 struct Halves {
   __m256i v;
 };
@@ -110,7 +113,7 @@ inline __m512 drop(__m512 x, Kept kept, int first, float scale) {
 inline __m512 add(__m512 a, __m512 b) {
   return _mm512_add_ps(a, b);
 }
-// Of a NaN and of two zeros the instruction returns the second operand.
+// If one operand is a NaN, or both are zeros, the instruction returns the second one. So NaN and -0 stay as they are.
 inline __m512 relu(__m512 x) {
   return _mm512_max_ps(_mm512_setzero_ps(), x);
 }
@@ -118,11 +121,11 @@ inline __m512 gate(__m512 x, __m512 by) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
 }
 
-// The larger of two. If one is a NaN, the second.
+// The larger of two elements. If one is a NaN, the second one.
 inline __m512 larger(__m512 a, __m512 b) {
   return _mm512_max_ps(a, b);
 }
-// The same of all elements of a vector, and their sum.
+// The largest element of a vector, and the sum of its elements.
 inline float largest_of(__m512 x) {
   return _mm512_reduce_max_ps(x);
 }
@@ -170,15 +173,15 @@ inline Halves gate(Halves x, Halves by) {
   return {_mm256_maskz_mov_epi16(static_cast<__mmask16>(~zero), x.v)};
 }
 
-// To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
-// half is 0 and the sum carries nothing into its exponent.
+// Rounds floats to bfloat16, in the upper half of each element: to nearest, ties to even. A NaN stays a NaN: it comes
+// from a bfloat16, so its lower half is 0, and the addition does not carry into its exponent.
 inline __m512i rounded(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
 }
 
-// The even elements and the odd ones, each where the upper half of a float is.
+// The even and the odd elements as floats. A bfloat16 is the upper half of a float.
 inline __m512i upper_halves() {
   return _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
 }
@@ -188,16 +191,16 @@ inline __m512 even(BFloats x) {
 inline __m512 odd(BFloats x) {
   return _mm512_castsi512_ps(_mm512_and_si512(x.v, upper_halves()));
 }
-inline __m512i joined(__m512 even, __m512 odd) {
+inline __m512i join_bfloats(__m512 even, __m512 odd) {
   const __m512i low = _mm512_srli_epi32(rounded(even), 16);
   return _mm512_ternarylogic_epi32(low, rounded(odd), upper_halves(), 0xF8);  // low | (odd & upper)
 }
 inline BFloats drop(BFloats x, Kept kept, int, float scale) {
   const __m512 s = _mm512_set1_ps(scale);
-  return {_mm512_maskz_mov_epi16(kept, joined(_mm512_mul_ps(even(x), s), _mm512_mul_ps(odd(x), s)))};
+  return {_mm512_maskz_mov_epi16(kept, join_bfloats(_mm512_mul_ps(even(x), s), _mm512_mul_ps(odd(x), s)))};
 }
 inline BFloats add(BFloats a, BFloats b) {
-  return {joined(add(even(a), even(b)), add(odd(a), odd(b)))};
+  return {join_bfloats(add(even(a), even(b)), add(odd(a), odd(b)))};
 }
 inline BFloats relu(BFloats x) {
   const __m512i least = _mm512_set1_epi16(kMinusInfinity<BFloat16>);

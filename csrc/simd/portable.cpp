@@ -1,4 +1,4 @@
-// The CPU kernels for any CPU.
+// The kernels for any CPU: kPortableKernels, which cpu_kernels() in dropout_cpu.cpp returns if no better ones fit.
 #include "portable.h"
 #include "tables.h"
 

@@ -1,5 +1,5 @@
-// The vector layer for any CPU, two blocks at a time, in the compiler's own vectors of 16 bytes: SSE2 on x86-64, NEON
-// on aarch64, and elsewhere what the compiler makes of them.
+// The vector layer for any CPU, in the compiler's vector types of 16 bytes: two blocks in a vector. portable.cpp
+// includes it; algorithm.h and softmax.h call its functions. The compiler uses SSE2 on x86-64 and NEON on aarch64.
 #pragma once
 
 #include "kernels.h"
@@ -17,7 +17,7 @@
 namespace fused_dropout {
 namespace {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "vectors are taken apart as little-endian ones are");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the casts between vector types assume little-endian order");
 
 constexpr int kLanes = 2;
 
@@ -33,7 +33,7 @@ struct Lanes {
 inline Lanes all_lanes(uint32_t word) {
   return {Lanes64{word, word}};
 }
-// The one operation that compilers do not find by themselves: 32 bits by 32 bits, all 64 of the product.
+// The 64-bit product of two 32-bit words. This is the only operation for which compilers do not find the instruction.
 inline Lanes multiply(Lanes a, uint32_t multiplier) {
 #if defined(__SSE2__)
   return {(Lanes64)_mm_mul_epu32((__m128i)a.v, _mm_set1_epi64x(multiplier))};
@@ -60,13 +60,14 @@ inline Lanes blocks_at(const uint64_t* blocks) {
   return {Lanes64{blocks[0], blocks[1]}};
 }
 
-constexpr int kDraws = kLanes * kBlock / 2;
+constexpr int kDrawsPerVector = kLanes * kBlock / 2;
 
 struct Draws {
   Lanes16 v;
 };
 
-// The words of a block, in order, are its eight draws; each block fills one of the two vectors.
+// The draws of a group in the order of its elements. The words of a block, in order, are its eight draws; each block
+// fills one of the two vectors.
 inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
   const Lanes64 front = (words.w[0].v & 0xFFFFFFFF) | words.w[1].v << 32;
   const Lanes64 back = (words.w[2].v & 0xFFFFFFFF) | words.w[3].v << 32;
@@ -75,7 +76,7 @@ inline void draws_of(const PhiloxWords<Lanes>& words, Draws draws[2]) {
 }
 
 using Limit = Lanes16;
-using Kept = Lanes16;  // all ones or zeros
+using Kept = Lanes16;  // 16-bit lanes: all ones for a kept element, zeros for a dropped one
 
 inline Limit limit_of(uint16_t high) {
   return Lanes16{} + static_cast<uint16_t>(high);
@@ -93,8 +94,8 @@ inline Kept kept_of(const uint16_t* flags) {
   return kept;
 }
 
-// A vector of each dtype: load, store, dropout by the flags from `first` on, sum, ReLU, and gate, which makes x zero
-// where another vector is zero or less. 16-bit floats are rounded after each of them.
+// Vectors of each dtype and their operations. drop() applies the flags of `kept` from number `first` on. gate() sets x
+// to 0 where `by` is 0 or less. Results in 16-bit floats are rounded after each operation.
 typedef double Doubles __attribute__((vector_size(16)));
 typedef int16_t Signed16 __attribute__((vector_size(16)));
 struct Halves {
@@ -127,7 +128,7 @@ inline void store(T* y, Vector x) {
   std::memcpy(y, &x, sizeof(x));
 }
 
-// Flags, as integers of another width: all ones and zeros select.
+// `count` flags from number `first` on, as wider integers: all ones for a kept element, zeros for a dropped one.
 template <typename Integers, int count>
 inline Integers widened(Kept kept, int first) {
   typedef int16_t Flags __attribute__((vector_size(2 * count)));
@@ -152,12 +153,12 @@ inline Floats gate(Floats x, Floats by) {
   return (Floats)((Signed32)x & ~(by <= 0));
 }
 
-// The larger of two. If one is a NaN, the second.
+// The larger of two elements. If one is a NaN, the second one.
 inline Floats larger(Floats a, Floats b) {
   const Signed32 first = a > b;
   return (Floats)(((Signed32)a & first) | ((Signed32)b & ~first));
 }
-// The same of all elements of a vector, and their sum.
+// The largest element of a vector, and the sum of its elements.
 inline float largest_of(Floats x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;
@@ -182,7 +183,7 @@ inline Doubles gate(Doubles x, Doubles by) {
   return (Doubles)((Signed64)x & ~(by <= 0));
 }
 
-// torch's own conversions.
+// float16 conversions by torch's Half, one element at a time.
 inline float widened(uint16_t half) {
   using torch::headeronly::Half;
   return static_cast<float>(Half(half, Half::from_bits()));
@@ -199,30 +200,31 @@ inline Halves add(Halves a, Halves b) {
   return a;
 }
 
-// To bfloat16 in the upper half, to nearest, ties to even. A NaN stays one: it comes from a bfloat16, so that its lower
-// half is 0 and the sum carries nothing into its exponent.
+// Rounds floats to bfloat16, in the upper half of each element: to nearest, ties to even. A NaN stays a NaN: it comes
+// from a bfloat16, so its lower half is 0, and the addition does not carry into its exponent.
 inline Lanes32 rounded(Floats x) {
   const Lanes32 bits = (Lanes32)x;
   return bits + 0x7FFF + (bits >> 16 & 1);
 }
 
-// The even elements and the odd ones, each where the upper half of a float is.
+// The even and the odd elements as floats. A bfloat16 is the upper half of a float.
 inline Floats even(BFloats x) {
   return (Floats)((Lanes32)x.v << 16);
 }
 inline Floats odd(BFloats x) {
   return (Floats)((Lanes32)x.v & 0xFFFF0000);
 }
-inline BFloats joined(Floats even, Floats odd) {
+inline BFloats join_bfloats(Floats even, Floats odd) {
   return {(Signed16)(rounded(even) >> 16 | (rounded(odd) & 0xFFFF0000))};
 }
 inline BFloats drop(BFloats x, Kept kept, int, float scale) {
-  return {joined(even(x) * scale, odd(x) * scale).v & (Signed16)kept};
+  return {join_bfloats(even(x) * scale, odd(x) * scale).v & (Signed16)kept};
 }
 inline BFloats add(BFloats a, BFloats b) {
-  return joined(even(a) + even(b), odd(a) + odd(b));
+  return join_bfloats(even(a) + even(b), odd(a) + odd(b));
 }
 
+// ReLU and gate on the bits of 16-bit floats. kernels.h has the order of the bits as signed integers.
 template <typename T>
 inline Signed16 positive_part(Signed16 x) {
   return x & ~((x <= kMinusInfinity<T>)&(x != kMinusZero));
@@ -245,7 +247,7 @@ inline BFloats gate(BFloats x, BFloats by) {
 }
 
 inline void write_flags(bool* y, Kept kept) {
-  for (int i = 0; i < kDraws; ++i) y[i] = kept[i] != 0;
+  for (int i = 0; i < kDrawsPerVector; ++i) y[i] = kept[i] != 0;
 }
 inline void write_flags(uint16_t* flags, Kept kept) {
   std::memcpy(flags, &kept, sizeof(kept));

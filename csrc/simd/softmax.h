@@ -1,5 +1,6 @@
 // The steps of attention between its matrix products, on one row of scores: softmax and dropout, forward and backward.
-// Over a vector layer, like algorithm.h, which comes first.
+// They are written over a vector layer, like algorithm.h. tables.h puts them into the AttentionKernels table of
+// kernels.h, where their parameters are described, and attention.cpp calls them from there.
 #pragma once
 
 #include "algorithm.h"
@@ -18,10 +19,12 @@ inline Float32s all_floats(float x) {
   return Float32s{} + x;
 }
 
-// 2^x for x <= 0, to 2e-7: 2^n * 2^f for the integer n next to x. Below 2^-126 it is 0. A NaN stays one.
-// The coefficients are those of the polynomial of degree 6 with the least relative error for f in [-1/2, 1/2]: 2e-9.
+// 2^x for x <= 0, with a relative error of 2e-7: 2^n * 2^f for the integer n closest to x. Results below 2^-126 become
+// 0. A NaN stays a NaN. The coefficients are those of the polynomial of degree 6 with the smallest relative error for f
+// in
+// [-1/2, 1/2], which is 2e-9.
 inline Float32s power_of_two(Float32s x) {
-  constexpr float kToInteger = 1.5f * (1 << 23);  // a float of this size has no fraction
+  constexpr float kToInteger = 1.5f * (1 << 23);  // a float of this size has no fraction bits, so adding it rounds x
   x = larger(all_floats(-127.0f), x);
   const Float32s shifted = x + kToInteger;
   const Float32s f = x - (shifted - kToInteger);
@@ -40,7 +43,7 @@ constexpr float kLog2E = 1.44269504088896340736f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The largest scale * score of a row. A NaN may be passed over.
+// The largest scale * score of a row of n scores; n is a multiple of kFloats. May ignore a NaN.
 FUSED_DROPOUT_KERNEL float row_maximum(const float* scores, int64_t n, float scale) {
   Float32s largest[4];
   for (Float32s& each : largest) each = all_floats(-kInfinity);
@@ -52,7 +55,7 @@ FUSED_DROPOUT_KERNEL float row_maximum(const float* scores, int64_t n, float sca
   return largest_of(larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])));
 }
 
-// e^(scale * score - maximum), times `factor`. Returns the sum.
+// Writes y = factor * e^(scale * score - maximum), and returns the sum of y. n is a multiple of kFloats.
 FUSED_DROPOUT_KERNEL float exponentials(const float* scores, float* y, int64_t n, float scale, float maximum,
                                         float factor) {
   Float32s sum = all_floats(0.0f);
@@ -64,7 +67,8 @@ FUSED_DROPOUT_KERNEL float exponentials(const float* scores, float* y, int64_t n
   return sum_of(sum);
 }
 
-// scale * (dropped * gradient - weight * delta), in the gradient's place, for n elements of whole vectors.
+// Overwrites `gradient` with scale * (dropped * gradient - weights * delta). Works on n elements, rounded up to a
+// multiple of kFloats.
 FUSED_DROPOUT_KERNEL void score_gradients(const float* weights, const float* dropped, float* gradient, int64_t n,
                                           float scale, float delta) {
   for (int64_t i = 0; i < n; i += kFloats) {
@@ -73,18 +77,19 @@ FUSED_DROPOUT_KERNEL void score_gradients(const float* weights, const float* dro
   }
 }
 
-// Sets what is behind the n elements of a row to `value`, up to a whole vector. Returns the length with it.
+// Fills the row behind its n elements with `value`, up to a multiple of kFloats. Returns that multiple.
 inline int64_t pad(float* row, int64_t n, float value) {
   const int64_t padded = (n + kFloats - 1) / kFloats * kFloats;
   std::fill(row + n, row + padded, value);
   return padded;
 }
 
+// AttentionKernels::softmax_drop.
 RowStatistics softmax_drop(float* scores, int64_t n, float scale, uint64_t index, const MaskParams& params) {
   const int64_t padded = pad(scores, n, -kInfinity);
   const float maximum = row_maximum(scores, padded, scale);
   if (maximum == -kInfinity) {
-    // All are -infinity, that is masked, or some are NaN.
+    // Either all scores are -infinity, so that the row is fully masked, or some are NaN.
     const bool masked = std::all_of(scores, scores + n, [](float score) { return score == -kInfinity; });
     const float weight = masked ? 0.0f : std::numeric_limits<float>::quiet_NaN();
     std::fill_n(scores, n, weight);
@@ -98,6 +103,7 @@ RowStatistics softmax_drop(float* scores, int64_t n, float scale, uint64_t index
   return {maximum, 1 / sum};
 }
 
+// AttentionKernels::softmax_drop_backward.
 void softmax_drop_backward(float* scores, float* gradient, float* weights, int64_t n, float scale, float gradient_scale,
                            const RowStatistics& statistics, float delta, uint64_t index, const MaskParams& params) {
   const int64_t padded = pad(scores, n, -kInfinity);
@@ -108,6 +114,7 @@ void softmax_drop_backward(float* scores, float* gradient, float* weights, int64
   score_gradients(weights, scores, gradient, n, gradient_scale, delta);
 }
 
+// AttentionKernels::dot. Reads no padding.
 FUSED_DROPOUT_KERNEL float dot(const float* a, const float* b, int64_t n) {
   Float32s sum = all_floats(0.0f);
   int64_t i = 0;
@@ -117,6 +124,7 @@ FUSED_DROPOUT_KERNEL float dot(const float* a, const float* b, int64_t n) {
   return all;
 }
 
+// AttentionKernels::widen.
 FUSED_DROPOUT_KERNEL void widen(const BFloat16* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = static_cast<uint32_t>(x[i].bits) << 16;
@@ -124,7 +132,7 @@ FUSED_DROPOUT_KERNEL void widen(const BFloat16* x, float* y, int64_t n) {
   }
 }
 
-// To nearest, ties to even.
+// AttentionKernels::narrow. Rounds to nearest, ties to even; a NaN becomes 0x7FC0.
 FUSED_DROPOUT_KERNEL void narrow(const float* x, BFloat16* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits;

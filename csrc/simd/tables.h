@@ -1,4 +1,5 @@
-// The kernels of a vector layer, which the includer has defined, in the tables that the rest of the library reads.
+// Makes the CpuKernels table of one instruction set from the kernels of algorithm.h and softmax.h. portable.cpp,
+// avx2.cpp and avx512.cpp include this file after their vector layer, and call make_kernels().
 #pragma once
 
 #include "algorithm.h"

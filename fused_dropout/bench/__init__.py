@@ -1,1 +1,1 @@
-"""How fast is it? ``command`` is ``python -m fused_dropout bench``, ``gpu`` what needs a CUDA device."""
+"""Measures speed and memory. ``command`` is ``python -m fused_dropout bench``, and ``gpu`` needs a CUDA device."""

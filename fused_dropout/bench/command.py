@@ -1,8 +1,8 @@
-"""``python -m fused_dropout bench``: nn.Dropout and fd.Dropout side by side on this machine, within two minutes.
+"""``python -m fused_dropout bench``: compares nn.Dropout and fd.Dropout on this machine, within two minutes.
 
-The two take turns (ABAB...) on the same tensors in the same process, so that whatever slows the machine slows both. A
-speed-up is the median, over the pairs of neighbours, of torch's time / fused_dropout's. ``--full`` takes ten minutes:
-more sizes, memory and whole models. Files are written only where ``--json`` and ``--report`` say.
+The two take turns (ABAB...) on the same tensors in the same process, so that a slow phase of the machine slows both.
+The speed-up is the median of torch's time / fused_dropout's time over the pairs of neighbouring samples. ``--full``
+takes ten minutes, and adds sizes, memory and whole models. Only ``--json`` and ``--report`` write files.
 """
 
 import argparse
@@ -27,20 +27,20 @@ from .speed import CASES, DTYPES, FULL_SIZES, IDLE_CASES, SIZES, measure_model, 
 from .tables import busy, describe, power
 from .workloads import MEMORY_WORKLOADS, MODULES, OF_TRANSFORMERS, WORKLOADS
 
-KINDS = ("speed", "saved_bytes", "drop_rate", "training", "memory", "model")  # of records
-_SPEED_SECONDS = {"quick": 3, "usual": 65, "full": 240}  # for all the speeds together, whatever the number of devices
-_MODEL_SECONDS = 25  # for each, in the full form
+KINDS = ("speed", "saved_bytes", "drop_rate", "training", "memory", "model")  # the kinds of records
+_SPEED_SECONDS = {"quick": 3, "usual": 65, "full": 240}  # for all speed measurements together, on all devices
+_MODEL_SECONDS = 25  # for each model in the full form
 
 
 @dataclass(frozen=True)
 class Task:
-    kind: str  # of the records that run() gives
+    kind: str  # the kind of the records that run() returns
     label: str  # for the progress bar
     run: Callable[[], list]
 
 
 def plan(device: str, form: str, share: float) -> Iterator[Task]:
-    """What to measure, in the form "quick", "usual" or "full"; share is this device's part of the time."""
+    """Lists what to measure. form: "quick", "usual" or "full". share: this device's part of the time."""
     sizes = (FULL_SIZES if form == "full" else SIZES)[device]
     kinds = [*product(DTYPES, sizes, CASES), ("float32", SIZES[device][1], "eval")]
     if form == "full":
@@ -60,20 +60,23 @@ def plan(device: str, form: str, share: float) -> Iterator[Task]:
         for workload in MEMORY_WORKLOADS:
             yield Task("memory", f"{device} memory of {workload}", partial(measure_memory, device, workload))
         for workload, compiled in product(WORKLOADS, (False, True)):
-            if compiled and workload in OF_TRANSFORMERS:  # a minute to compile, each
+            if compiled and workload in OF_TRANSFORMERS:  # each would take a minute to compile
                 continue
             model = partial(measure_model, device, workload, share * _MODEL_SECONDS / 2, compiled)
             yield Task("model", f"{device} {'compiled ' * compiled}{workload}", model)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU. The CPU's allocator has no error class of its own."""
+    """Whether memory ran out, on a GPU or on the CPU. The error of the CPU's allocator is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def execute(tasks: Sequence[Task], report: dict[str, list], threads: int) -> None:
-    """Runs the tasks. One that runs out of memory is noted under "skipped". About once a second,
-    ``cpu_share(threads)`` is added to "cpu_shares"."""
+    """Runs the tasks, and adds their records to the report.
+
+    A task that runs out of memory is listed under "skipped". About once a second ``cpu_share(threads)`` is added to
+    "cpu_shares".
+    """
     probed = time.perf_counter()
     for this in progress(tasks, lambda task: task.label):
         if time.perf_counter() - probed > 1:
@@ -106,7 +109,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device not in ("all", *there):
         parser.error(f"there is no {options.device} device")
-    if options.json and not options.json.parent.is_dir():  # before two minutes of measuring
+    if options.json and not options.json.parent.is_dir():  # an error now is better than after two minutes
         parser.error(f"there is no folder {options.json.parent}")
     if options.json and options.json.is_dir():
         parser.error(f"--json takes a file, and {options.json} is a folder")
@@ -118,7 +121,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes: everything, or at Ctrl-C what there is so far. Returns the exit code."""
+    """Measures, prints and writes the results. After Ctrl-C it writes those that it has. Returns the exit code."""
     options = _parse(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     tasks = [task for device in options.devices for task in plan(device, options.form, 1 / len(options.devices))]

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was made with."""
+"""Describes the machine and the versions of a measurement, and measures how busy the machine is."""
 
 import hashlib
 import os
@@ -14,12 +14,13 @@ from ..build_info import backend_info
 
 
 def search(path: str, pattern: str) -> str | None:
+    """The first group of a pattern in a file, or None."""
     found = re.search(pattern, Path(path).read_text()) if Path(path).exists() else None
     return found and found.group(1)
 
 
 def describe_environment() -> dict[str, object]:
-    """All but what was measured; load is what the machine was busy with before, so that noise has a name."""
+    """The machine and the versions. "load" is the load average before the measurement, which can explain noise."""
     info = backend_info()
     return {
         "fused_dropout": info.version,
@@ -37,9 +38,9 @@ def describe_environment() -> dict[str, object]:
 
 
 def cpu_share(threads: int) -> float:
-    """The share of its run time that a busy thread spends on a CPU, with so many threads: 1 on a free machine.
+    """The CPU time that this many busy threads get, as a share of what they need: 1 on a free machine.
 
-    Takes about 50 ms. The threads hash, since hashlib releases the GIL.
+    Takes about 50 ms. The threads compute hashes, because hashlib releases the GIL.
     """
     block, asked = bytes(2**24), []
 
@@ -49,7 +50,7 @@ def cpu_share(threads: int) -> float:
             hashlib.sha256(block)
         asked.append(time.perf_counter() - start)
 
-    time.sleep(0.02)  # OpenMP's threads spin for about 10 ms after an operation, and would count as another program
+    time.sleep(0.02)  # OpenMP's threads spin for about 10 ms after an operation, and would look like another program
     workers = [threading.Thread(target=work) for _ in range(threads)]
     start = time.process_time()
     for worker in workers:

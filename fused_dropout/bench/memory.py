@@ -1,18 +1,21 @@
-"""What a dropout keeps for backward, and how far memory rises in a step."""
+"""Measures the bytes that dropout keeps for backward, and the peak memory of a step."""
 
-import ctypes
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from .environment import search
 from .workloads import MEMORY_WORKLOADS, MODULES, P, swap, swap_paired, without_dropout
 
 
@@ -22,8 +25,8 @@ class Memory:
     workload: str
     module: str
     checkpointed: bool
-    saved: int  # bytes kept for backward, beside parameters, input and output
-    peak: int  # bytes above what there was before: of the allocator on CUDA, of the process on a CPU
+    saved: int  # bytes kept for backward, without parameters, input and output
+    peak: int  # largest number of bytes that torch allocated during a step, above those before it
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class SavedBytes:
 
 
 def saved_bytes(run: Callable[[], Tensor], there_anyway: Sequence[Tensor]) -> int:
-    """What autograd keeps from forward to backward, beside the tensors given and the output."""
+    """The bytes that autograd keeps from forward to backward, without the given tensors and the output."""
     saved: list[Tensor] = []
-    with saved_tensors_hooks(saved.append, lambda packed: packed):  # there is no backward to unpack for
+    with saved_tensors_hooks(saved.append, lambda packed: packed):  # no backward will unpack them
         output = run()
     storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in saved)}
     excepted = {tensor.untyped_storage().data_ptr() for tensor in (*there_anyway, output)}
@@ -52,25 +55,32 @@ def measure_saved_bytes(device: str) -> list[SavedBytes]:
 
 
 def peak_bytes(device: str, run: Callable[[], object]) -> int:
-    """By how much memory rose at most: the allocator's on CUDA, the process's on a CPU (Linux only, else -1)."""
+    """The largest rise, during the call, of the bytes that torch has allocated on the device."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    with NamedTemporaryFile(suffix=".json") as file:
+        with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+        profiler.export_chrome_trace(file.name)
+        trace = json.loads(Path(file.name).read_bytes())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in trace if event["name"] == "[memory]"]
+    return max(0, *accumulate(nbytes for _, nbytes in sorted(changes)))
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """torch's profiler writes two lines to standard error, which no setting of it prevents."""
+    before = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    except OSError:
-        return -1
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # what the allocator keeps for later would hide a rise
-    before = _resident("VmRSS")
-    run()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(name: str) -> int:
-    return int(search("/proc/self/status", rf"{name}:\s+(\d+) kB") or 0) * 1024
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def measure_memory(device: str, workload: str) -> list[Memory]:
@@ -87,7 +97,7 @@ def measure_memory(device: str, workload: str) -> list[Memory]:
         def forward_backward(run: Callable[[], Tensor] = run, inputs: list[Tensor] = inputs) -> None:
             torch.autograd.grad(run().sum(), [t for t in inputs if t.requires_grad])
 
-        forward_backward()  # allocates what stays
+        forward_backward()  # a first step allocates memory that is kept
         saved = saved_bytes(run, inputs)
         records.append(Memory(device, workload, name, checkpointed, saved, peak_bytes(device, forward_backward)))
     return records

@@ -1,4 +1,4 @@
-"""How far a long run is, on standard error."""
+"""Shows the progress of a long run on standard error."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def progress(items: Sequence[T], label: str | Callable[[T], str]) -> Iterator[T]:
-    """Yields the items and shows how many are done: by tqdm's bar on a terminal, else by a line every ten seconds."""
+    """Yields the items, and shows how many are done: by tqdm's bar on a terminal, else by a line each ten seconds."""
     text = (lambda _: label) if isinstance(label, str) else label
     try:
         from tqdm import tqdm

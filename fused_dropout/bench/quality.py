@@ -1,4 +1,4 @@
-"""Whether the drop rate is the one that was asked for, and whether a network trains as well."""
+"""Measures whether the drop rate is p, and whether a network trains as well as with nn.Dropout."""
 
 import math
 import time
@@ -21,9 +21,9 @@ class DropRate:
     p: float
     draws: int
     rate: float
-    low: float  # the ends of the 99 % confidence interval
+    low: float  # the bounds of the 99 % confidence interval
     high: float
-    inside: bool  # whether p is between them
+    inside: bool  # whether p is inside the interval
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Training:
     module: str
     runs: int
     epochs: int
-    accuracy: float  # on the test set, mean
-    loss: float  # on the training set without dropout, mean
-    seconds: float  # median
-    curve: list[float]  # the loss of each epoch's batches, with dropout, mean
+    accuracy: float  # mean, on the test set
+    loss: float  # mean, on the training set without dropout
+    seconds: float  # median of a run
+    curve: list[float]  # the mean loss in each epoch, with dropout
 
 
 def measure_drop_rate(device: str, name: str, p: float, draws: int) -> list[DropRate]:
-    torch.manual_seed(0)  # one interval in a hundred misses p by chance: the same ones at each run
+    torch.manual_seed(0)  # one interval in a hundred misses p by chance; with a seed it is always the same one
     module, ones = MODULES[name](p), torch.ones(2**20, device=device)
     rate = 1 - sum(int(module(ones).count_nonzero()) for _ in range(draws // ones.numel())) / draws
     half = NormalDist().inv_cdf(0.995) * math.sqrt(rate * (1 - rate) / draws)
@@ -47,7 +47,10 @@ def measure_drop_rate(device: str, name: str, p: float, draws: int) -> list[Drop
 
 
 def _train(dropout: type[nn.Module], data: list[Tensor], seed: int, epochs: int) -> tuple[float, float, float, Tensor]:
-    """Accuracy, loss, seconds, loss by epoch. The seed gives initial weights, the batches' order and the dropout."""
+    """Returns accuracy, loss, seconds and the loss of each epoch.
+
+    The seed determines the initial weights, the order of the batches and the masks.
+    """
     images, labels, test_images, test_labels = data
     torch.manual_seed(seed)
     layers = [nn.Linear(64, 128), nn.ReLU(), dropout(_HIDDEN_P), nn.Linear(128, 64), nn.ReLU(), dropout(_HIDDEN_P)]

@@ -1,6 +1,7 @@
-"""``python -m fused_dropout bench --report DIR``: one HTML page that holds all it shows, and the same in Markdown.
+"""``python -m fused_dropout bench --report DIR``: writes a self-contained HTML page with plots, and Markdown.
 
-Each plot is drawn twice, for light and for dark. Colours are Okabe and Ito's, which the colour-blind can tell apart.
+Each plot is drawn twice, for a light and a dark background. The colours are those of Okabe and Ito, which colour-blind
+readers can distinguish.
 """
 
 import base64
@@ -45,14 +46,19 @@ def _legend_below(figure: Figure, axis: Any) -> None:
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
 
 
+def _ink() -> str:
+    """The colour of text in the theme that is drawn."""
+    return str(matplotlib.rcParams["text.color"])
+
+
 def _error_bars(records: list[Record]) -> list[list[float]]:
-    """How far 10th and 90th percentile lie from the ratios, as error bars want it."""
+    """The distances of the 10th and 90th percentiles from the medians, in matplotlib's form for error bars."""
     below = [max(0, r["ratio"] - r["ratio_p10"]) for r in records]
     return [below, [max(0, r["ratio_p90"] - r["ratio"]) for r in records]]
 
 
 def plot_time(result: Result, device: str) -> Figure | None:
-    """Nanoseconds an element against size, with what moves the same bytes as the floor."""
+    """Nanoseconds an element against size. The lower limit is an operation that moves the same bytes."""
     dtypes = list(dict.fromkeys(r["dtype"] for r in _pick(result, "speed", device=device, case="forward")))
     if not dtypes:
         return None
@@ -69,7 +75,7 @@ def plot_time(result: Result, device: str) -> Figure | None:
             axis.loglog(sizes, [r[field] for r in records], color=colour, marker=marker, markersize=4, label=name)
         axis.set_xscale("log", base=2)
         axis.set(title=dtype, xlabel="elements")
-    axes[0].set_ylabel("nanoseconds an element, forward")
+    axes[0].set_ylabel("ns an element, forward")
     for axis in axes[1:]:
         axis.sharey(axes[0])
     _legend_below(figure, axes[0])
@@ -77,7 +83,7 @@ def plot_time(result: Result, device: str) -> Figure | None:
 
 
 def plot_speedup(result: Result, device: str) -> Figure | None:
-    """Times the speed of nn.Dropout: medians, and the 10th to the 90th percentile as a line."""
+    """Speed relative to nn.Dropout: the median as a bar, and the 10th to 90th percentile as a line."""
     cases = list(dict.fromkeys(r["case"] for r in _pick(result, "speed", device=device)))
     cases = [case for case in cases if case not in ("eval", "p = 0")]
     if not cases:
@@ -93,9 +99,10 @@ def plot_speedup(result: Result, device: str) -> Figure | None:
             heights = [of[n]["ratio"] for n in there]
             spread = _error_bars([of[n] for n in there])
             places = [sizes.index(n) + (i - 1) * 0.27 for n in there]
-            axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor="#888888", label=dtype)
+            axis.bar(places, heights, 0.25, color=colour, yerr=spread, ecolor=_ink(), label=dtype)
         axis.axhline(1, color="#888888", linewidth=1)
-        axis.set_xticks(range(len(sizes)), [f"$2^{{{n.bit_length() - 1}}}$" for n in sizes])
+        labelled = range(0, len(sizes), 2)
+        axis.set_xticks(labelled, [f"$2^{{{sizes[i].bit_length() - 1}}}$" for i in labelled])
         axis.set(title=case, xlabel="elements")
     axes[0].set_ylabel("times the speed of nn.Dropout")
     _legend_below(figure, axes[0])
@@ -115,7 +122,7 @@ def plot_memory(result: Result, device: str) -> Figure | None:
             places = [j + (i - (len(names) - 1) / 2) * 0.8 / len(names) for j, w in enumerate(workloads) if w in of]
             heights = [of[w] / 2**20 for w in workloads if w in of]
             bars = axis.barh(places, heights, 0.75 / len(names), color=COLOURS[name], label=name)
-            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads if w in of], padding=3, fontsize=8)
+            axis.bar_label(bars, [mebibytes(of[w]) for w in workloads if w in of], padding=3, fontsize="small")
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.margins(x=0.25)
@@ -139,7 +146,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
             spread = _error_bars(of)
             places = [workloads.index(r["workload"]) + (i - 1) * 0.28 for r in of]
             axis.barh(
-                places, [r["ratio"] for r in of], 0.26, color=COLOURS[name], xerr=spread, ecolor="#888888", label=name
+                places, [r["ratio"] for r in of], 0.26, color=COLOURS[name], xerr=spread, ecolor=_ink(), label=name
             )
         axis.axvline(1, color=TORCH, linewidth=1.5, label="nn.Dropout")
         axis.set_yticks(range(len(workloads)), workloads if axis is axes[0] else [])
@@ -150,7 +157,7 @@ def plot_models(result: Result, device: str) -> Figure | None:
 
 
 def plot_rate(result: Result, device: str) -> Figure | None:
-    """The measured drop rate less p, with its 99 % interval."""
+    """The measured drop rate minus p, with its 99 % interval."""
     records = _pick(result, "drop_rate", device=device)
     if not records:
         return None
@@ -186,7 +193,7 @@ def plot_masks(_result: Result, device: str) -> Figure | None:
 
 
 def plot_correlation(_result: Result, device: str) -> Figure | None:
-    """All lags of one mask: of so many normal numbers the largest is near 5."""
+    """The autocorrelation of one mask at all lags. The largest of this many normal numbers is near 5."""
     figure, axes = _figure(2, 9, 3)
     for axis, (name, module) in zip(axes, (("nn.Dropout", nn.Dropout), ("fd.Dropout", Dropout)), strict=True):
         z = correlations(_mask(module, LAGS, device))[0][1 : LAGS // 2] * LAGS**0.5  # in standard deviations
@@ -253,12 +260,13 @@ PLOTS: dict[str, tuple[str, str, Plot]] = {  # heading, how to read it, plot
 }
 
 
-def _draw(plot: Plot, result: Result, device: str, theme: str) -> bytes | None:
+def draw(plot: Plot, result: Result, device: str, theme: str, font_size: int = 9) -> bytes | None:
+    """The plot as a PNG; None if the result has nothing to show in it."""
     background, ink = THEMES[theme]
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     colours: dict[Any, Any] = dict.fromkeys(names, ink)
     colours |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), background)
-    with matplotlib.rc_context({**colours, "font.size": 9, "axes.titlesize": 10}):
+    with matplotlib.rc_context({**colours, "font.size": font_size, "axes.titlesize": font_size + 1}):
         figure = plot(result, device)
         if figure is None:
             return None
@@ -268,7 +276,7 @@ def _draw(plot: Plot, result: Result, device: str, theme: str) -> bytes | None:
 
 
 def write_report(result: Result, folder: Path) -> Path:
-    """Writes report.html (self-contained), report.md and the plots that it shows; returns the page's path."""
+    """Writes report.html (self-contained), report.md and its plots. Returns the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(describe(result))
     environment = result["environment"]
@@ -282,7 +290,7 @@ def write_report(result: Result, folder: Path) -> Path:
         page.append(f"<h2>{html.escape(f'{device}: {machine}')}</h2>")
         markdown.append(f"## {device}: {machine}\n")
         for name, (heading, caption, plot) in PLOTS.items():
-            light, dark = (_draw(plot, result, device, theme) for theme in THEMES)
+            light, dark = (draw(plot, result, device, theme) for theme in THEMES)
             if light is None or dark is None:
                 continue
             (folder / f"{device}-{name}.png").write_bytes(light)

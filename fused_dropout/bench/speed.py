@@ -1,4 +1,4 @@
-"""nn.Dropout against fd.Dropout: single calls, and steps of whole models."""
+"""Measures the speed of nn.Dropout and fd.Dropout: of single calls, and of steps of whole models."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..patching import patched
+from ..swap.patching import patched
 from .timing import Contender, Speed, clock_of, rounds
 from .workloads import MODULES, OF_TRANSFORMERS, WORKLOADS, P, step, swap, without_dropout
 
@@ -18,26 +18,26 @@ SIZES = {"cpu": (2**10, 2**16, 2**20), "cuda": (2**12, 2**20, 2**26)}
 FULL_SIZES = {"cpu": tuple(2**k for k in range(6, 27, 2)), "cuda": tuple(2**k for k in range(10, 31, 2))}
 DTYPES = ("float32", "bfloat16", "float16")
 CASES = ("forward", "forward + backward", "in place")
-IDLE_CASES = ("eval", "p = 0")  # in which nothing is dropped
-_IN_PLACE_CALLS = 64  # kept values grow by 1 / (1 - P) a call: 64 calls make that 849, which float16 still holds
+IDLE_CASES = ("eval", "p = 0")  # the cases without dropping
+_IN_PLACE_CALLS = 64  # each call multiplies kept values by 1 / (1 - P): by 849 in 64 calls, which float16 can hold
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the two modules in one case."""
+    """The times of the two modules in one case."""
 
     device: str
     dtype: str
     numel: int
     case: str
     p: float
-    torch_ns: float  # per element; the median over the samples, as fd_ns
+    torch_ns: float  # nanoseconds an element, median of the samples
     fd_ns: float
-    ratio: float  # of torch's time to ours: median, 10th and 90th percentile over the pairs of samples
+    ratio: float  # torch's time / ours: median, 10th and 90th percentile over the pairs of samples
     ratio_p10: float
     ratio_p90: float
     samples: int
-    floor_ns: float | None = None  # a multiply's (CPU) or a copy's (CUDA), forward and in place
+    floor_ns: float | None = None  # the same for a multiply (CPU) or a copy (CUDA); for forward and in place
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Model:
     workload: str
     module: str  # "nn.Dropout", "fd.Dropout", "p = 0" or "fd, patched"
     compiled: bool
-    seconds: float  # a step, forward and backward: median
-    ratio: float  # of nn.Dropout's time, equally compiled, to this: median, 10th and 90th percentile
+    seconds: float  # median of a step, forward and backward
+    # The time with nn.Dropout (compiled or not, as this one) / this time: median, 10th and 90th percentile.
+    ratio: float
     ratio_p10: float
     ratio_p90: float
 
@@ -58,14 +59,14 @@ def _forward_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
 
 
 def _floor(x: Tensor, in_place: bool) -> Callable[[], object]:
-    """What moves the same bytes and does next to nothing: a multiply, or on CUDA a copy."""
+    """An operation that moves the same bytes with almost no arithmetic: a multiply, or on CUDA a copy."""
     if x.is_cuda:
         return partial((x if in_place else torch.empty_like(x)).copy_, torch.empty_like(x))
     return partial(x.mul_, 1.0) if in_place else partial(torch.mul, x, 1.1)
 
 
 def measure_speed(device: str, dtype: str, numel: int, case: str, seconds: float) -> list[Comparison]:
-    end = time.perf_counter() + seconds  # warming up included
+    end = time.perf_counter() + seconds  # includes the warm-up
     values = torch.randn(numel, device=device).to(getattr(torch, dtype))
     x = values.clone()
     p = 0.0 if case == "p = 0" else P

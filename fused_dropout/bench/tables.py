@@ -1,4 +1,4 @@
-"""The tables that ``python -m fused_dropout bench`` prints, made of its JSON."""
+"""Formats the results of ``python -m fused_dropout bench`` as the tables that it prints."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -16,7 +16,7 @@ def power(numel: int) -> str:
 
 
 def short(value: float) -> str:
-    """Three significant digits, and no fewer before the point."""
+    """A number with three significant digits, or all digits before the point if these are more."""
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f}" if value < 99999.5 else f"{value / 1000:.0f}k"
 
@@ -32,7 +32,7 @@ def _spread(r: Record) -> str:
 
 
 def busy(cpu_shares: Sequence[float]) -> Iterator[str]:
-    """A warning, if other programs take so much of the CPU that the times cannot be trusted."""
+    """The lines of a warning, if other programs use so much CPU time that the results cannot be trusted."""
     if (share := fmean(cpu_shares)) < TRUSTED_CPU_SHARE:
         yield f"WARNING: the machine is busy: the benchmark gets {100 * share:.0f} % of the CPU time that it needs."
         yield "Do not trust the times and speed-ups. Stop other programs, or use fewer threads (--threads)."
@@ -98,7 +98,7 @@ def _model_lines(records: list[Record]) -> Iterator[str]:
 
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
-    """The lines for all devices in the result."""
+    """The lines of the tables for all devices in the result."""
     environment = result["environment"]
     info = environment["backend_info"]
     devices = dict.fromkeys(r["device"] for r in result["speed"])

@@ -1,5 +1,6 @@
-"""How everything here is timed: contenders take turns (ABAB...) in one process, so that whatever slows the machine
-slows all of them, and a ratio is taken between samples of the same round.
+"""The timing method of all benchmarks: contenders take turns (ABAB...) in one process.
+
+So a slow phase of the machine slows all of them, and each ratio is of two samples of the same round.
 """
 
 import time
@@ -10,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-SAMPLE_NS = 1e6  # long enough for the clock and for what a single call happens to meet
+SAMPLE_NS = 1e6  # long enough for the clock's resolution, and to average over disturbances of single calls
 MIN_ROUNDS = 7
 
 Clock = Callable[[Callable[[], object], int], float]
@@ -18,7 +19,7 @@ Name = TypeVar("Name")
 
 
 def time_cpu(call: Callable[[], object], calls: int) -> float:
-    """Nanoseconds that so many calls keep the host busy for."""
+    """The nanoseconds of this many calls on the host."""
     start = time.perf_counter_ns()
     for _ in range(calls):
         call()
@@ -26,7 +27,7 @@ def time_cpu(call: Callable[[], object], calls: int) -> float:
 
 
 def time_cuda(call: Callable[[], object], calls: int) -> float:
-    """Nanoseconds that so many calls take on the GPU, by its events."""
+    """The nanoseconds of this many calls on the GPU, measured by CUDA events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -37,7 +38,7 @@ def time_cuda(call: Callable[[], object], calls: int) -> float:
 
 
 def time_busy_cuda(call: Callable[[], object], calls: int) -> float:
-    """The same, with a call ahead that keeps the GPU busy while the host launches the first ones that are timed."""
+    """The same after an additional call, which keeps the GPU busy while the host launches the first timed calls."""
     call()
     return time_cuda(call, calls)
 
@@ -50,18 +51,18 @@ def clock_of(device: str) -> Clock:
 class Contender:
     call: Callable[[], object]
     clock: Clock = time_cpu
-    prepare: Callable[[], object] = lambda: None  # before each sample, not timed
-    units: int = 1  # of work in a call
-    calls: int = 1  # in a sample
-    most: int = 1 << 16  # calls in a sample
+    prepare: Callable[[], object] = lambda: None  # called before each sample, and not timed
+    units: int = 1  # the units of work in a call
+    calls: int = 1  # the calls in a sample
+    most: int = 1 << 16  # the largest allowed value of calls
 
     def sample(self) -> float:
-        """Nanoseconds a unit."""
+        """Takes a sample. Returns the nanoseconds of a unit."""
         self.prepare()
         return self.clock(self.call, self.calls) / (self.calls * self.units)
 
     def warm_up(self) -> None:
-        """Runs until it is warm, and chooses the number of calls for a sample."""
+        """Runs a few samples, and chooses the number of calls for a sample."""
         for _ in range(3):
             self.sample()
         while self.calls < self.most and self.sample() * self.calls * self.units < SAMPLE_NS:
@@ -69,7 +70,10 @@ class Contender:
 
 
 def rounds(contenders: Mapping[Name, Contender], end: float) -> dict[Name, list[float]]:
-    """The samples of each, taken in turn until the end by ``time.perf_counter()``, and a few rounds in any case."""
+    """Takes samples of the contenders in turn. Returns those of each.
+
+    end: the time of ``time.perf_counter()`` to stop at. There are at least MIN_ROUNDS rounds.
+    """
     times: dict[Name, list[float]] = {name: [] for name in contenders}
     taken = 0
     while contenders and (taken < MIN_ROUNDS or time.perf_counter() < end):
@@ -95,14 +99,14 @@ def _spread(samples: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a contender's samples say."""
+    """The statistics of a contender's samples."""
 
-    ns: Spread  # a unit of work
-    ratio: Spread  # of the baseline's time to this one's in the same round
+    ns: Spread  # nanoseconds of a unit of work
+    ratio: Spread  # the baseline's time / this one's in the same round
     samples: int
 
     @staticmethod
     def of(samples: Sequence[float], baseline: Sequence[float] | None = None) -> "Speed":
-        """baseline: samples of the same rounds. Without one the ratios are 1."""
+        """baseline: the samples of another contender in the same rounds. Without it the ratios are 1."""
         ratios = [other / own for other, own in zip(baseline or samples, samples, strict=True)]
         return Speed(_spread(samples), _spread(ratios), len(samples))

@@ -1,6 +1,6 @@
-"""Models to measure dropout in: small enough for a CPU, with the shapes that people train.
+"""Models for the benchmarks: small enough for a CPU, with layer shapes of well-known models.
 
-Each function gives a model and its input, dropout modules of torch's in place; ``swap`` puts ours there.
+Each function returns a model with torch's dropout modules, and its input. ``swap`` replaces the modules by ours.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import convert
 from ..modules import Dropout
+from ..swap.convert import convert
 
 P = 0.1
 MODULES = {"nn.Dropout": nn.Dropout, "fd.Dropout": Dropout}
 
 
 class Attention(nn.Module):
-    """Self-attention with the weights written out, as wherever dropout is applied to them by a module."""
+    """Self-attention that computes its weights explicitly, and drops them by a module."""
 
     def __init__(self, width: int, heads: int, p: float, causal: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, normalised before (GPT-2) or after (BERT) its two halves."""
+    """A transformer block, with the normalization before (GPT-2, causal) or after (BERT) its two parts."""
 
     def __init__(self, width: int, heads: int, p: float, causal: bool) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Two LSTM layers with dropout between and after; the one inside ``nn.LSTM`` nobody can reach."""
+    """Two LSTM layers with dropout modules between and after, because dropout inside ``nn.LSTM`` cannot be replaced."""
 
     def __init__(self, width: int, p: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
 
 
 def mlp(p: float = P) -> tuple[nn.Module, Tensor]:
-    """784-512-256-128-10, dropout after each hidden layer, batch 128."""
+    """An MLP 784-512-256-128-10 with dropout after each hidden layer; batch of 128."""
     sizes = (784, 512, 256, 128)
     hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU(), nn.Dropout(p))]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], 10)), torch.randn(128, sizes[0])
@@ -89,7 +89,7 @@ def encoder_layer(p: float = P) -> tuple[nn.Module, Tensor]:
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer and a LoRA adapter of rank 8 beside it."""
+    """A frozen linear layer with a LoRA adapter of rank 8."""
 
     def __init__(self, inputs: int, outputs: int, p: float) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Adapted(nn.Module):
 
 
 class AdaptedLayer(nn.Module):
-    """The seven adapted linear layers of a Llama layer, with torch's fused attention."""
+    """A Llama layer whose seven linear layers have LoRA adapters, with torch's fused attention."""
 
     def __init__(self, width: int, heads: int, intermediate: int, p: float) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class AdaptedLayer(nn.Module):
 
 
 def lora_layer(p: float = P) -> tuple[nn.Module, Tensor]:
-    """A Llama layer with LoRA on its seven linear layers: width 512, intermediate 1,376, one sequence of 2,048."""
+    """A Llama layer with LoRA adapters: width 512, intermediate 1,376; one sequence of 2,048."""
     return AdaptedLayer(512, 8, 1376, p), torch.randn(1, 2048, 512)
 
 
@@ -128,7 +128,7 @@ def lstm(p: float = P) -> tuple[nn.Module, Tensor]:
 
 
 class Logits(nn.Module):
-    """A language model of transformers as a function of token numbers."""
+    """A language model of transformers that takes token numbers and returns logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -148,15 +148,15 @@ def bert_base(p: float = P) -> tuple[nn.Module, Tensor]:
 
 
 def gpt2(p: float = P) -> tuple[nn.Module, Tensor]:
-    """Two layers of GPT-2 small's shape, likewise."""
+    """Two layers of GPT-2 small's shape, with transformers' default attention; two sequences of 512."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    special = {"bos_token_id": None, "eos_token_id": None}  # which lie beyond so few tokens
+    special = {"bos_token_id": None, "eos_token_id": None}  # the defaults are larger than this vocabulary
     config = GPT2Config(n_layer=2, vocab_size=1000, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, **special)
     return Logits(GPT2LMHeadModel(config)), torch.randint(1000, (2, 512))
 
 
-# Their attention is a function, which ``patch`` reaches.
+# Their attention calls functional dropout, which only ``patch`` replaces.
 OF_TRANSFORMERS = {"BERT base, 2 layers": bert_base, "GPT-2 small, 2 layers": gpt2}
 WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
     "MLP 784-512-256-128-10": mlp,
@@ -181,7 +181,7 @@ MEMORY_WORKLOADS: dict[str, Callable[..., tuple[nn.Module, Tensor]]] = {
 
 
 def swap(model: nn.Module) -> nn.Module:
-    """The same model with every ``nn.Dropout`` ours."""
+    """Replaces every ``nn.Dropout`` of the model by ours, in place."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
@@ -189,12 +189,12 @@ def swap(model: nn.Module) -> nn.Module:
 
 
 def swap_paired(model: nn.Module) -> nn.Module:
-    """The same, and each dropout is one with the linear layer right after it."""
+    """The same, and pairs each dropout with the linear layer directly after it."""
     return convert(model, pair_linears=True)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """The same model with p = 0 in every ``nn.Dropout``."""
+    """Sets p = 0 in every ``nn.Dropout`` of the model, in place."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -202,5 +202,5 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward: the gradients of the mean square of the output."""
+    """Runs forward and backward. Returns the gradients of the mean square of the output."""
     return torch.autograd.grad(model(x).square().mean(), parameters)

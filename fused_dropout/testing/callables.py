@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .distributions import normal_p_value
+from .report import Report, described
 from .statistics import (
     ALPHA,
-    HEADER,
     Result,
     autocorrelation,
     blocks,
@@ -34,10 +34,11 @@ Dropping = Callable[[Tensor], Tensor]
 
 
 def same_mask_in_backward(fn: Dropping, x: Tensor, alpha: float = ALPHA) -> Iterator[Result]:
-    """Backward zeroes the gradients of what forward zeroed, and of nothing else: in plain backward with another call
-    between, checkpointed, where x is 0, which hides the mask from who looks for it in y, and in double backward.
+    """Backward zeroes the gradients of the elements that forward zeroed, and no others.
 
-    x: any values but 0; ``fn`` has to be differentiable. Raises what ``fn`` raises, double backward last.
+    This is tested after another call in between, with a checkpoint, in double backward, and where x is 0: there a
+    backward that reads its mask from y would go wrong. x must not contain zeros. ``fn`` has to be differentiable; its
+    errors are passed on. Double backward comes last.
     """
     gradient, detail = torch.rand_like(x) + 1, "have one mask in forward and another in backward"
     x = x.detach().requires_grad_()
@@ -53,11 +54,11 @@ def same_mask_in_backward(fn: Dropping, x: Tensor, alpha: float = ALPHA) -> Iter
 
 
 def _mask_at_zeros(fn: Dropping, x: Tensor, drop_rate: float, alpha: float) -> Result:
-    """Where x is 0 the gradients have the rate that the outputs have elsewhere."""
+    """Where x is 0, gradients are zeroed at the rate at which outputs are zeroed elsewhere."""
     zeros, n = torch.zeros_like(x, requires_grad=True), x.numel()
     (grad,) = torch.autograd.grad(fn(zeros * 1), zeros, torch.ones_like(x))
     result = rate(grad != 0, min(max(drop_rate, 1 / n), 1 - 1 / n), alpha)
-    # Two samples, not one against a known rate: twice the variance.
+    # Two samples are compared, not a sample with a known rate, which doubles the variance.
     z, smallest = result.statistic / math.sqrt(2), result.smallest * math.sqrt(2)
     detail = f"where x is 0, {1 - (grad != 0).double().mean().item():.4g} of the gradients are"
     p_value = normal_p_value(z)
@@ -74,26 +75,48 @@ def scale_of_gradients(fn: Dropping, x: Tensor, p: float) -> Result:
 
 def draws_nothing(fn: Dropping, x: Tensor) -> Result:
     """``fn``, in evaluation or at p = 0, returns the values of x and leaves the default generators alone."""
-    result, moved = _idle(fn, x)
+    result, moved = _idle("evaluation and p = 0", fn, x)
     detail = result.detail + moved * "; the generator has moved"
     return replace(
         result, statistic=result.statistic + moved, p_value=float(result.p_value == 1 and not moved), detail=detail
     )
 
 
-def _idle(fn: Dropping, x: Tensor) -> tuple[Result, bool]:
+def _idle(test: str, fn: Dropping, x: Tensor) -> tuple[Result, bool]:
     """Whether ``fn`` returns the values of x, and whether it moved a generator."""
 
     def states() -> list[Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if x.is_cuda else ())]
 
     before, y = states(), fn(x.clone())
-    return identical("eval and p = 0", x, y, "change"), not all(map(torch.equal, before, states()))
+    return _wrong_output(x, y, test) or identical(test, x, y, "change"), not all(map(torch.equal, before, states()))
+
+
+def _wrong_output(x: Tensor, y: object, test: str = "output") -> Result | None:
+    """A fault, if y is no finite tensor of the shape, dtype and device of x, which is finite."""
+    if not isinstance(y, Tensor):
+        return _fault(test, f"returns {y!r:.20} of type {type(y).__name__}, and no tensor")
+    for quantity, given, got in (
+        ("", x.dtype, y.dtype),
+        ("shape ", tuple(x.shape), tuple(y.shape)),
+        ("device ", x.device, y.device),
+    ):
+        if given != got:
+            return _fault(test, f"returns {quantity}{got} for {given}".replace("torch.", ""))
+    if wrong := y.numel() - int(y.isfinite().count_nonzero()):
+        return _fault(test, f"returns NaN or inf in {wrong} of {y.numel()} elements for finite values")
+    return None
+
+
+def _fault(test: str, detail: str) -> Result:
+    return Result(test, 1, 1.0, 0.0, 1.0, "call", detail)
 
 
 def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
-    """One seed of torch's default generator gives one mask: at a second call, for a tensor of another alignment, one
-    element longer, of another dtype. x: of one dimension. A dropout that promises less may differ in the last three."""
+    """One seed of torch's default generator gives one mask: in a second call, for a tensor of another alignment, with
+    one element more, and of another dtype. x has one dimension. A dropout may differ in the last three, unless it
+    promises more than torch's.
+    """
 
     def seeded(input: Tensor) -> Tensor:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if x.is_cuda else ()):
@@ -110,14 +133,17 @@ def same_mask(fn: Dropping, x: Tensor) -> Iterator[Result]:
 
 
 def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
-    """What is good to know and no fault: what becomes of a dropped NaN, and what the mask of one seed depends on."""
-    selects = all(bool((fn(torch.full_like(x, value)) == 0).any()) for value in (math.nan, math.inf))
-    yield f"a dropped NaN or inf becomes {'0' if selects else 'NaN'}"
+    """Facts that are no faults: what becomes of a dropped NaN, and what the mask of one seed depends on."""
+    try:
+        selects = all(bool((fn(torch.full_like(x, value)) == 0).any()) for value in (math.nan, math.inf))
+        yield f"a dropped NaN or inf becomes {'0' if selects else 'NaN'}"
+    except Exception as error:  # it may check its input
+        yield f"NaN and inf were not tested: {described(error)}"
     variants: list[Result] = []
     try:
         variants += same_mask(fn, x)
     except Exception as error:  # somebody's kernel may not take another size, alignment or dtype
-        yield f"the masks of one seed were not all compared: {str(error)[:90]}"
+        yield f"the masks of one seed were not all compared: {described(error)}"
     changing = [result.test for result in variants if result.statistic]
     if len(changing) < len(variants):
         constant = [result.test for result in variants if not result.statistic]
@@ -127,115 +153,6 @@ def notes(fn: Dropping, x: Tensor) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------ all of them
-
-
-# Kinds of faults, and how the names of the tests begin that find them. The first kind that matches is taken.
-_KINDS = {
-    "calls": ("every shift, long", "every shift, short", "every shift, tiny", "collisions"),
-    "rate of calls": ("rate by call",),
-    "positions": ("rate by", "rate at"),
-    "elements": ("every lag", "every shift", "runs", "blocks"),
-    "rate": ("rate",),
-    "scale": ("E[y] / x", "Var[y] / x^2", "scale"),
-    "backward at zeros": ("backward at zeros",),
-    "backward scale": ("backward scale",),
-    "checkpoint": ("checkpointed backward",),
-    "backward": ("backward", "double backward"),
-    "idle": ("eval and p = 0",),
-}
-# What each kind means to a user. Causes stand before their consequences.
-_MEANINGS = {
-    "rate": "{}",
-    "scale": "the scale is wrong: {}",
-    "backward": "backward uses another mask than forward",
-    "backward at zeros": "backward uses another mask than forward where x is 0",
-    "backward scale": "backward scales wrongly: {}",
-    "checkpoint": "a checkpoint recomputes another mask than forward's",
-    "idle": "values change in evaluation or at p = 0",
-    "calls": "calls share masks, or parts of them",
-    "rate of calls": "the rate changes from call to call",
-    "positions": "some positions are dropped more often than others",
-    "elements": "the elements of a mask depend on each other",
-}
-_ROWS = 5  # of faults in a report
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ``check`` found: ``results`` of all tests, those that are ``faults`` at the level ``alpha`` of each, and
-    ``notes``. ``str()`` gives the verdict, up to five faults and the notes; ``table`` has all tests."""
-
-    p: float
-    alpha: float
-    results: tuple[Result, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def faults(self) -> tuple[Result, ...]:
-        return tuple(result for result in self.results if result.p_value < self.alpha)
-
-    @property
-    def verdict(self) -> str:
-        """What is wrong, in one line, the cause first; "nothing is wrong" if there are no faults."""
-        return "; ".join(self._causes()) or "nothing is wrong"
-
-    @property
-    def table(self) -> str:
-        """All tests, one a line."""
-        lines = [f"p = {self.p:g}; alarm at a p-value below {self.alpha:.0e}", HEADER]
-        faults = self.faults
-        return "\n".join(lines + [f"{result}{'  <- WRONG' * (result in faults)}" for result in self.results])
-
-    def _causes(self) -> dict[str, Result]:
-        """What is wrong, in words, and the result with the smallest p-value for each. Causes come first, and their
-        consequences are left out."""
-        found: dict[str, Result] = {}
-        for result in self.faults:
-            kind = next(kind for kind, names in _KINDS.items() if result.test.startswith(names))
-            if kind == "calls" and " at shift 0, " in result.detail:
-                kind = "elements"  # the correlation is within one call
-            found[kind] = min(found.get(kind, result), result, key=lambda r: r.p_value)
-        for kind in self._consequences(found):
-            found.pop(kind, None)
-        return {words.format(found[kind].detail): found[kind] for kind, words in _MEANINGS.items() if kind in found}
-
-    def _consequences(self, found: dict[str, Result]) -> Iterator[str]:
-        """The kinds of faults that follow from others."""
-        measured = self.p
-        if off := found.get("rate"):
-            measured += off.statistic * math.sqrt(self.p * (1 - self.p) / off.n)
-            yield from ("scale", "backward scale")  # their tests expect 1 / (1 - p) for the given p
-        if "scale" in found or "backward" in found:
-            yield "backward scale"
-        if not 1e-9 < measured < 1 - 1e-9:  # the mask is constant
-            yield from ("calls", "rate of calls", "positions", "elements", "backward at zeros")
-        elif "calls" in found or "elements" in found:
-            # The tests of rates assume independent draws, and those of calls independent elements.
-            yield from ("rate of calls", "backward at zeros")
-            if "positions" in found and not any(map(_is_strong, self.faults)):
-                yield from ("calls", "elements")  # different rates by position correlate calls and elements
-            else:
-                yield "positions"
-                yield from ["calls"] * ("elements" in found)
-            if abs(measured - self.p) < 0.05:
-                yield "rate"
-        if "backward" in found:
-            yield from ("backward at zeros", "checkpoint")
-
-    def __str__(self) -> str:
-        if not self.faults:
-            lines = [f"p = {self.p:g}: nothing is wrong ({len(self.results)} tests)"]
-        else:
-            lines = [f"p = {self.p:g}: WRONG: {self.verdict}"]
-            shown = [result for words, result in self._causes().items() if result.detail not in words]
-            lines += [f"  {result.test}: {result.detail}" for result in shown[:_ROWS]]
-            lines.append(f"  {len(self.faults)} of {len(self.results)} tests fail")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def _is_strong(result: Result) -> bool:
-    """Whether it found a correlation near 1."""
-    return result.test.startswith(("every shift", "every lag")) and abs(result.statistic) > 0.5 * math.sqrt(result.n)
 
 
 def sample(fn: Dropping, calls: int, shape: Sequence[int], dtype: torch.dtype, device: str, seconds: float) -> Tensor:
@@ -252,7 +169,8 @@ def check(
     fn: Dropping,
     p: float = 0.5,
     *,
-    idle: Sequence[Dropping] = (),
+    evaluation: Dropping | None = None,
+    p_zero: Dropping | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     n: int = 2**22,
@@ -265,27 +183,29 @@ def check(
         fn: takes a tensor, returns its dropout: y is 0 where an element was dropped, x / (1 - p) elsewhere. It may work
             in place. It has to draw anew at each call; each call is meant to be independent of the others.
         p: the drop probability that ``fn`` is meant to have, 0.01 to 0.99.
-        idle: the same dropout in evaluation, or with p = 0: callables that have to return their input. It is noted, and
-            no fault, if they move a generator.
+        evaluation: the same dropout in evaluation, which has to return the values of its input. Not tested by default.
+        p_zero: the same dropout with p = 0, which has to return the values of its input too. If one of these two moves
+            a generator, a note says so; it is no fault.
         dtype, device: of the tensors that ``fn`` is given.
-        n: elements of a long call, a power of two, 2^18 at least. Four of these are sampled, n / 2^10 short calls of
-            1023 elements and n / 2^4 of 64: at 2^22 it takes some ten seconds.
-        seconds: for the sampling, about: a ``fn`` that is slower is called less often.
-        family: probability of any alarm at all on a faultless ``fn``.
+        n: elements of a long call: a power of two, at least 2^18. Four long calls are sampled, n / 2^10 short calls of
+            1023 elements and n / 2^4 tiny calls of 64. With 2^22 it takes about ten seconds.
+        seconds: time for the sampling, about. A slow ``fn`` is called less often.
+        family: probability of at least one false alarm in all tests together.
 
     Returns:
-        A Report; ``report.faults`` is empty if nothing is wrong.
+        A Report; ``report.faults`` is empty if nothing is wrong. A result of another shape, dtype or device, with NaN
+        or without a gradient is a fault, and so is an error in backward, in evaluation or at p = 0.
 
     Raises:
-        ValueError: p is not between 0.01 and 0.99, or n too small.
-        TypeError: ``fn`` does not return a tensor of its input's shape, dtype and device. Whatever it raises is passed
-            on.
+        ValueError: p is not between 0.01 and 0.99, or n too small. What ``fn`` raises in training is passed on.
     """
     check_settings(p, n)
     alpha = family / 50  # there are fewer than fifty tests
     with torch.no_grad():
         for shape in ((64,), (2, 4, 8)):
-            check_output(fn, torch.ones(shape, dtype=dtype, device=device))
+            ones = torch.ones(shape, dtype=dtype, device=device)
+            if fault := _wrong_output(ones, fn(ones.clone())):
+                return Report(p, alpha, (fault,), ())
         draw = partial(sample, fn, dtype=dtype, device=device, seconds=seconds / 3)
         long, short, tiny = draw(4, (n >> 18, 64, 64, 64)), draw(n >> 10, (1023,)), draw(n >> 4, (64,))
         x = torch.rand(n, dtype=torch.float32, device=device).add_(1).to(dtype)
@@ -299,33 +219,41 @@ def check(
     for test in _independence(long, short, tiny, alpha):
         try:
             results.append(test())
-        except ValueError as error:  # too few draws for it, or a constant mask, at which the tests above alarm
+        except ValueError as error:  # too few draws, or a constant mask, which the tests above report
             left_out[str(error)] = left_out.get(str(error), 0) + 1
     remarks += [f"tests of independence left out: {count}, since {why}" for why, count in left_out.items()]
-    try:
-        at_rest = [_idle(each, x[: 2**10]) for each in idle]
-        results += [result for result, _ in at_rest]
-        if any(moved for _, moved in at_rest):
-            remarks.append("the generator moves in evaluation or at p = 0, where torch's dropout draws nothing")
-    except Exception as error:  # somebody's dropout may refuse p = 0
-        remarks.append(f"evaluation and p = 0 were not tested: {str(error)[:90]}")
-    try:
-        results.append(scale_of_gradients(fn, x[: 2**16 + 5], p))
-        for result in same_mask_in_backward(fn, x[: 2**16 + 5], alpha):
+    for name, idle in (("evaluation", evaluation), ("p = 0", p_zero)):
+        if idle is not None:
+            result, remark = _idle_or_fault(name, idle, x[: 2**10])
             results.append(result)
-    except Exception as error:  # somebody's kernel may have no backward, or no double backward
-        remarks.append(f"not all of backward was tested: {str(error)[:90]}")
-    return Report(p, alpha, tuple(results), tuple(remarks))
+            remarks += remark
+    of_backward, remark = _backward(fn, x[: 2**16 + 5], p, alpha)
+    return Report(p, alpha, (*results, *of_backward), (*remarks, *remark))
 
 
-def check_output(fn: Dropping, x: Tensor) -> None:
-    """Raises TypeError if ``fn`` does not return a tensor of the shape, dtype and device of x."""
-    y = fn(x.clone())
-    if not isinstance(y, Tensor):
-        raise TypeError(f"a dropout has to return a tensor, but this returns a {type(y).__name__}")
-    if (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device):
-        given, got = (f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in (x, y))
-        raise TypeError(f"a dropout has to return what it is given, {given}, but this returns {got}")
+def _idle_or_fault(name: str, fn: Dropping, x: Tensor) -> tuple[Result, list[str]]:
+    """The result of ``_idle``, a fault if ``fn`` raises, and a note if it draws."""
+    try:
+        result, moved = _idle(name, fn, x)
+    except Exception as error:
+        return _fault(name, f"raises {described(error)}"), []
+    return result, [f"the generator moves ({name}), where torch's dropout draws nothing"] * moved
+
+
+def _backward(fn: Dropping, x: Tensor, p: float, alpha: float) -> tuple[list[Result], list[str]]:
+    """The tests of backward, a fault if there is none or if it raises, and a note if there is no double backward."""
+    results: list[Result] = []
+    try:
+        if not fn(x.detach().requires_grad_() * 1).requires_grad:
+            return [_fault("gradient", "the result has no gradient")], []
+        results.append(scale_of_gradients(fn, x, p))
+        for result in same_mask_in_backward(fn, x, alpha):
+            results.append(result)
+    except Exception as error:
+        if results and results[-1].test == "backward at zeros":  # only double backward is left
+            return results, [f"double backward was not tested: {described(error)}"]
+        results.append(_fault("gradient", f"with an input that requires grad, raises {described(error)}"))
+    return results, []
 
 
 def check_settings(p: float, n: int) -> None:
@@ -336,7 +264,7 @@ def check_settings(p: float, n: int) -> None:
 
 
 def _independence(long: Tensor, short: Tensor, tiny: Tensor, alpha: float) -> Iterator[Callable[[], Result]]:
-    """The tests that need masks of both kinds of elements, and enough of them."""
+    """The tests that need enough draws, with both kept and dropped elements."""
     yield partial(autocorrelation, long[0].flatten(), "every lag of a call, flat", alpha)
     yield partial(autocorrelation, long[1], "every shift, all dimensions", alpha)
     for later in range(1, len(long)):

@@ -1,7 +1,7 @@
-"""Tests of masks: each takes bool tensors, True where an element was kept, and returns a ``Result``.
+"""Tests of masks. Each test takes bool tensors, True where an element was kept, and returns a ``Result``.
 
-A result holds the p-value of a faultless mask and the smallest fault that the test would have seen, so that what was
-not found is known to be small. ``alpha`` is the level of the test, for that size alone: who calls compares the p-value.
+A result holds the p-value and the size of the smallest fault that the test would have found. So a fault that was not
+found is known to be smaller. The tests use ``alpha`` for that size only; the caller compares the p-value with it.
 """
 
 import math
@@ -28,9 +28,9 @@ ALPHA = 1e-8  # level of one test: 1e-6 for a family of a hundred
 class Result:
     """The outcome of one test on ``n`` draws.
 
-    ``p_value`` is how likely a faultless mask has so extreme a statistic (0 or 1 where equality is tested).
-    ``smallest`` is the size of the smallest fault that is seen with probability 0.99 at the level of the test, and
-    ``fault`` says of what. ``detail`` is what was found, in words.
+    ``p_value`` is the probability that a correct mask gives a statistic at least as extreme; it is 0 or 1 where
+    equality is tested. ``smallest`` is the smallest fault that the test finds with probability 0.99 at its level, in
+    the unit that ``fault`` names. ``detail`` says in words what was found.
     """
 
     test: str
@@ -55,7 +55,7 @@ HEADER = f"{'test':42} {'n':>6} {'statistic':>10} {'p-value':>8}  smallest fault
 
 
 def rate(mask: Tensor, p: float, alpha: float = ALPHA) -> Result:
-    """Exact binomial test of the number of dropped elements of a bool mask of any shape against p, 0 < p < 1."""
+    """Drop rate: exact binomial test of the dropped elements of a bool mask of any shape against p, 0 < p < 1."""
     n = mask.numel()
     dropped = n - int(mask.count_nonzero())
     deviation = math.sqrt(n * p * (1 - p))
@@ -76,9 +76,9 @@ def _drops(rate: float, p: float) -> str:
 
 
 def mean(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:
-    """E[y] / x: the sum of y against the sum of x, two tensors of one shape; x has to be positive.
+    """Mean: compares the sum of y with the sum of x, two tensors of one shape. x has to be positive.
 
-    Given x, y has mean x and variance x^2 p / (1 - p). Let the values of x differ, so that rounding averages out.
+    Given x, y has mean x and variance x^2 p / (1 - p). Use different values in x, so that rounding errors average out.
     """
     wide = x.double()
     ratio = y.sum(dtype=torch.float64).item() / wide.sum().item()
@@ -89,10 +89,10 @@ def mean(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:
 
 
 def variance(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:
-    """Var[y] / x^2: the sum of (y - x)^2 against that of x^2, two tensors of one shape.
+    """Variance: compares the sum of (y - x)^2 with the sum of x^2, two tensors of one shape.
 
-    (y / x - 1)^2 is 1 where dropped and (p / (1 - p))^2 where kept: its mean is the odds r = p / (1 - p), its variance
-    p + (1 - p) r^4 - r^2; what rounding to y's dtype adds is allowed for.
+    (y / x - 1)^2 is 1 where an element was dropped and (p / (1 - p))^2 where it was kept. With r = p / (1 - p) its
+    mean is r and its variance p + (1 - p) r^4 - r^2. The rounding to y's dtype adds its epsilon squared.
     """
     wide, odds = x.double(), p / (1 - p)
     squares, errors = wide.square(), (y.double() - wide).square()
@@ -104,7 +104,7 @@ def variance(x: Tensor, y: Tensor, p: float, alpha: float = ALPHA) -> Result:
 
 
 def scale(x: Tensor, y: Tensor, p: float) -> Result:
-    """Each kept element is x / (1 - p), within two roundings to y's dtype. x must have no zeros.
+    """Scale: each kept element is x / (1 - p), within two roundings to y's dtype. x must not contain zeros.
 
     The statistic is the largest relative error, in units of the dtype's epsilon.
     """
@@ -120,9 +120,14 @@ def scale(x: Tensor, y: Tensor, p: float) -> Result:
 def dispersion(
     test: str, counts: Tensor, trials: Tensor | int, kept_rate: float | None = None, alpha: float = ALPHA
 ) -> Result:
-    """Chi-square test: counts of kept elements of several classes, out of so many trials each, have one rate.
+    """Chi-square test: several classes of elements have the same keep rate.
 
-    The rate is that of all classes together, at the price of a degree of freedom, or ``kept_rate``.
+    Args:
+        test: the name of the result.
+        counts: number of kept elements of each class.
+        trials: number of elements of each class, or of every class.
+        kept_rate: the expected rate. By default the rate of all classes together, which costs a degree of freedom.
+        alpha: level of the test.
     """
     counts, trials = counts.double().flatten(), torch.as_tensor(trials, device=counts.device).double()
     trials = trials.expand(counts.shape)
@@ -137,14 +142,15 @@ def dispersion(
 
 
 def uniformity(masks: Tensor, alpha: float = ALPHA) -> Iterator[Result]:
-    """One rate everywhere, for masks of shape (calls, ...): by call, by position, by position modulo 8, 16, 32 and 64
-    (the slots of a vector or a warp), at the 64 first and last, and by index of each dimension of a call."""
+    """The keep rate is the same everywhere in masks of shape (calls, ...): by call, by position, by position modulo 8,
+    16, 32 and 64 (the slots of a vector or a warp), at the first and last 64 positions, and by index of each dimension.
+    """
     flat = masks.flatten(1)
     calls, n = flat.shape
     kept_rate = (flat.count_nonzero() / flat.numel()).item()
     by_position, position = flat.sum(0).double(), torch.arange(n, device=masks.device)
     yield dispersion("rate by call", flat.sum(1), n, alpha=alpha)
-    if calls * min(kept_rate, 1 - kept_rate) >= 5:  # fewer, and the counts are not nearly normal
+    if calls * min(kept_rate, 1 - kept_rate) >= 5:  # with fewer the counts are not nearly normal
         yield dispersion("rate by position", by_position, calls, alpha=alpha)
         edge = min(64, n // 2)
         ends = torch.cat((by_position[:edge], by_position[n - edge :]))
@@ -163,9 +169,10 @@ def uniformity(masks: Tensor, alpha: float = ALPHA) -> Iterator[Result]:
 def _peak(
     test: str, n: int, correlation: Tensor, z: Tensor, shifts: int, rates: Sequence[float], alpha: float
 ) -> Result:
-    """The largest of z, the correlations at so many free shifts over their standard deviations, as a Result.
+    """The result for the largest of ``z``: the correlations at all shifts, divided by their standard deviations.
 
-    A sum over n pairs of draws has as its skewness the product of theirs over n^(1/2).
+    shifts: how many of them are independent. rates: the keep rates of both masks. A sum over n pairs of draws has the
+    product of the draws' skewnesses divided by n^(1/2) as its skewness.
     """
     skewness = math.prod((1 - 2 * q) / math.sqrt(q * (1 - q)) for q in rates) / math.sqrt(n)
     if abs(skewness) > 0.1:
@@ -179,7 +186,7 @@ def _peak(
 
 
 def correlations(mask: Tensor) -> tuple[Tensor, float]:
-    """The correlations of a mask with itself at all shifts, circular in each dimension, and its keep rate."""
+    """The correlations of a mask with itself at all shifts, which are circular in each dimension, and its keep rate."""
     centred, q = _centred(mask)
     dims = tuple(range(mask.dim()))
     spectrum = torch.fft.rfftn(centred, dim=dims)
@@ -187,26 +194,27 @@ def correlations(mask: Tensor) -> tuple[Tensor, float]:
 
 
 def autocorrelation(mask: Tensor, test: str = "auto-correlation", alpha: float = ALPHA) -> Result:
-    """Independence of the elements of a bool mask at all shifts at once, circular in each dimension.
+    """The elements of a bool mask are independent: tests the correlation at all shifts, circular in each dimension.
 
-    A mask of one dimension is tested at every lag; of two, at every shift of rows and columns together, and so on:
-    with calls stacked along dimension 0, at every shift between calls any number apart. The correlations are the
-    inverse Fourier transform of the power spectrum (Wiener and Khinchin); the alarm is at their maximum's distribution.
+    A mask of one dimension is tested at every lag, a mask of two dimensions at every shift of rows and columns
+    together, and so on. With calls stacked along dimension 0, this includes shifts between any two calls. The
+    correlations are the inverse Fourier transform of the power spectrum (Wiener-Khinchin theorem). The p-value is that
+    of the largest one.
 
     Raises:
-        ValueError: the mask is constant, or so few elements are dropped, or kept, that no correlation is near normal.
+        ValueError: the mask is constant, or too few elements are dropped or kept for a nearly normal correlation.
     """
     correlation, q = correlations(mask)
     n = mask.numel()
     z = correlation * math.sqrt(n)
     z.view(-1)[0] = 0
-    # A shift that is its own opposite meets each pair twice: twice the variance.
+    # A shift that equals its own opposite counts each pair twice, which doubles the variance.
     z[tuple(slice(None, None, max(1, size // 2) if size % 2 == 0 else size) for size in mask.shape)] /= math.sqrt(2)
     return _peak(test, n, correlation, z, max(n // 2, 1), (q, q), alpha)
 
 
 def cross_correlation(a: Tensor, b: Tensor, test: str = "cross-correlation", alpha: float = ALPHA) -> Result:
-    """Independence of two bool masks of any shapes, flat, at every shift of one against the other, circular.
+    """Two bool masks are independent: tests the correlation at every circular shift. Masks of any shape are flattened.
 
     Raises:
         ValueError: as ``autocorrelation``.
@@ -219,7 +227,7 @@ def cross_correlation(a: Tensor, b: Tensor, test: str = "cross-correlation", alp
 
 
 def _centred(mask: Tensor) -> tuple[Tensor, float]:
-    """The mask with mean 0 and variance 1, and its keep rate, which correlations do not judge."""
+    """The mask shifted and scaled to mean 0 and variance 1, and its keep rate."""
     z = mask.double()
     q = z.mean().item()
     if q in (0, 1):
@@ -228,12 +236,12 @@ def _centred(mask: Tensor) -> tuple[Tensor, float]:
 
 
 def collisions(masks: Tensor, test: str = "collisions", alpha: float = ALPHA) -> Result:
-    """Repeated words of 64 bits in masks of shape (calls, ...): finds a stretch of one call's mask in any other's, or
-    elsewhere in the same, at any distance that is a multiple of eight elements.
+    """Repeated words of 64 bits in masks of shape (calls, ...): finds a part of one call's mask that occurs again, in
+    another call or in the same one, at any distance that is a multiple of eight elements.
 
-    Words begin at each of the eight byte alignments. Where p is not 1/2, a word is the XOR of k neighbours, enough
-    for two independent ones to be equal with probability ((1 + (1 - 2p)^2k) / 2)^64 <= e 2^-64. By Markov's
-    inequality c collisions have a p-value of at most their expected number / c.
+    Words begin at each of the eight byte alignments. Where p is not 1/2, a word is the XOR of k neighbours. k is large
+    enough that two independent words are equal with probability ((1 + (1 - 2p)^2k) / 2)^64 <= e 2^-64. By Markov's
+    inequality the p-value of c collisions is at most the expected number divided by c.
 
     Raises:
         ValueError: a call has fewer than 64 k elements.
@@ -251,28 +259,27 @@ def collisions(masks: Tensor, test: str = "collisions", alpha: float = ALPHA) ->
     expected = len(words) ** 2 / 2 * ((1 + bias ** (2 * folded)) / 2) ** 64
     p_value = min(1.0, expected / repeats) if repeats else 1.0
     needed = max(1, math.ceil(expected / alpha))
-    detail = f"{repeats} of {len(words)} words have been there before, where {expected:.1g} is expected"
+    detail = f"{repeats} of {len(words)} words occur a second time, where {expected:.1g} are expected"
     fault = f"repeat(s) of {64 * folded} to {64 * folded + 56 * (len(flat[0]) > 64)} elements"
     return Result(test, flat.numel(), repeats, p_value, needed, fault, detail)
 
 
 def _bias_and_folds(masks: Tensor) -> tuple[float, int]:
-    """|1 - 2p|, and the least k for which |1 - 2p|^2k <= 1/64."""
+    """|1 - 2p|, and the smallest k for which |1 - 2p|^2k <= 1/64."""
     bias = abs(1 - 2 * masks.count_nonzero().item() / masks.numel())
     return bias, max(1, math.ceil(math.log(64) / -2 / math.log(bias))) if 0 < bias < 1 else 1
 
 
 def _words(packed: Tensor, folded: int) -> Tensor:
-    """The uint8 rows as int64 words, without remainder, each the XOR of so many neighbours."""
+    """Packs rows of uint8 into int64 words, each the XOR of ``folded`` neighbours. A remainder is left out."""
     whole = packed.shape[1] // (8 * folded) * 8 * folded
     words = packed[:, :whole].flatten().clone().view(torch.int64).view(-1, folded)
     return reduce(torch.bitwise_xor, words.unbind(1))
 
 
 def runs(mask: Tensor, alpha: float = ALPHA) -> Result:
-    """Lengths of runs of kept and of dropped elements of a bool mask, flat, against the geometric distribution.
-
-    Chi-square over the lengths that are expected a hundred times, longer ones together.
+    """Run lengths: compares the runs of kept and of dropped elements of a flattened bool mask with the geometric
+    distribution, by a chi-square test. Lengths that are expected fewer than a hundred times form one class.
 
     Raises:
         ValueError: the mask is constant.
@@ -300,8 +307,8 @@ def runs(mask: Tensor, alpha: float = ALPHA) -> Result:
 def blocks(mask: Tensor, side: int = 8, alpha: float = ALPHA) -> Result:
     """Variance of the number of kept elements in square blocks of a two-dimensional bool mask.
 
-    The sum of squared, normalised counts has mean m, the number of blocks, and variance m (2 + excess / side^2), with
-    the excess kurtosis of a single draw, (1 - 6 q (1 - q)) / (q (1 - q)).
+    For m blocks the sum of the squared, normalized counts has mean m and variance m (2 + excess / side^2), where
+    excess = (1 - 6 q (1 - q)) / (q (1 - q)) is the excess kurtosis of one draw with keep rate q.
     """
     rows, columns = (size // side for size in mask.shape)
     counts = mask[: rows * side, : columns * side].reshape(rows, side, columns, side).sum((1, 3)).double()
@@ -309,7 +316,10 @@ def blocks(mask: Tensor, side: int = 8, alpha: float = ALPHA) -> Result:
     variance = max(q * (1 - q), 1 / (m * area))
     ratio = (counts - area * q).square().sum().item() / (area * variance * m)
     deviation = math.sqrt((2 + (1 - 6 * variance) / (variance * area)) / m)
-    z, detail = (ratio - 1) / deviation, f"the variance of a block's rate is {ratio:.4g} times that of free draws"
+    z, detail = (
+        (ratio - 1) / deviation,
+        f"the variance of a block's rate is {ratio:.4g} times that of independent draws",
+    )
     name, fault = f"blocks of {side} x {side}", "of the variance"
     return Result(name, m * area, z, normal_p_value(z), normal_limit(alpha) * deviation, fault, detail)
 
@@ -318,7 +328,7 @@ def blocks(mask: Tensor, side: int = 8, alpha: float = ALPHA) -> Result:
 
 
 def identical(test: str, a: Tensor, b: Tensor, detail: str = "differ") -> Result:
-    """Equality of two tensors of one shape, element by element: 0 differences, or the p-value is 0."""
+    """Two tensors of one shape are equal, element by element. The p-value is 1 if they are, else 0."""
     differences = int((a != b).count_nonzero())
     words = f"{differences} of {a.numel()} elements {detail}"
     return Result(test, a.numel(), differences, float(differences == 0), 1, "element", words)

@@ -1,4 +1,4 @@
-"""``make test-install``: what a user gets, in each situation that the README's table names.
+"""``make test-install``: what a user gets, in each situation that docs/getting-started.md names.
 
 Each test installs the sources of this tree into a new virtual environment, as that user would, and asks there what
 serves. The environments of other torches come from the Makefile: .venv (torch of the CPU, which runs this),

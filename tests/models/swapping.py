@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_dropout as fd
-from fused_dropout import fusing
+from fused_dropout.swap import fusing
 
 WAYS = ["patched", "converted"]
 for_ways = pytest.mark.parametrize("way", WAYS)

@@ -115,8 +115,15 @@ def short_calls() -> Iterator[testing.Result]:
 
 def checks() -> Iterator[testing.Result]:
     for (name, dropout), p in itertools.product({"fd": fd.dropout, "torch": F.dropout}.items(), (0.1, 0.5)):
-        idle = [partial(dropout, p=0.0), partial(dropout, p=p, training=False)]
-        report = testing.check(partial(dropout, p=p), p, idle=idle, n=2**24, seconds=90, family=50 * ALPHA)
+        report = testing.check(
+            partial(dropout, p=p),
+            p,
+            evaluation=partial(dropout, p=p, training=False),
+            p_zero=partial(dropout, p=0.0),
+            n=2**24,
+            seconds=90,
+            family=50 * ALPHA,
+        )
         yield from named(f"{name} {p:g}:", report.results)
 
 

@@ -25,7 +25,17 @@ def test_healthy(target, capsys):
     assert "\np = 0.5: nothing is wrong (" in output
     assert len(output.splitlines()) < 7
     _, output = run(capsys, target, "--p", "0.5", "--seed", "1", "-v")
-    for test in ("rate", "E[y] / x", "every lag", "collisions", "runs", "blocks", "double backward", "eval and p = 0"):
+    for test in (
+        "rate",
+        "E[y] / x",
+        "every lag",
+        "collisions",
+        "runs",
+        "blocks",
+        "double backward",
+        "evaluation",
+        "p = 0  ",
+    ):
         assert f"\n{test}" in output
     assert "a dropped NaN or inf becomes " + ("0" if "fused" in target else "NaN") in output
 
@@ -114,7 +124,78 @@ def flattens(x, p):
 def leaves(x, p):
     raise SystemExit(0)
 
+def interrupted(x, p):
+    raise KeyboardInterrupt
+
+def silent(x, p):
+    assert False
+
+def nothing(x, p):
+    F.dropout(x, p)
+
+def pair(x, p):
+    return F.dropout(x, p), p
+
+def nan(x, p):
+    return F.dropout(x, p) * float("nan")
+
+def detached(x, p):
+    return F.dropout(x.detach(), p)
+
+def never_idle(x, p, training=True):
+    if not training:
+        raise ValueError("for training only")
+    return F.dropout(x, p)
+
+def never_zero(x, p):
+    return F.dropout(x, {0.2: 0.2}[p])
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        return F.dropout(x, p)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("no backward yet")
+
+def no_backward(x, p):
+    return NoBackward.apply(x, p)
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        kept = (torch.rand_like(x) >= p) / (1 - p)
+        ctx.save_for_backward(kept)
+        return x * kept
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+def once_differentiable(x, p):
+    return Once.apply(x, p)
+
+def reversed_order(p, x):
+    return F.dropout(x, p)
+
+def positional(x, p, /):
+    return F.dropout(x, p)
+
+class Plain:
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, x):
+        return F.dropout(x, self.p)
+
+class NoArguments:
+    def __call__(self, x):
+        return F.dropout(x, 0.2)
+
 own = torch.nn.Dropout(0.25)
+zero_of_int = torch.nn.Dropout(0)
 number = 3
 """
 
@@ -133,7 +214,7 @@ def planted(tmp_path, monkeypatch):
     [
         ("textbook", "nothing is wrong"),
         ("identity", "WRONG: drops nothing, where p is 0.2"),
-        ("zero", "WRONG: drops everything, where p is 0.2; values change in evaluation or at p = 0"),
+        ("zero", "WRONG: drops everything, where p is 0.2; with p = 0: 1024 of 1024 elements change"),
         ("half_the_rate", "WRONG: drops 0."),
         ("unscaled", "WRONG: the scale is wrong: the mean of y is 0."),
         ("columns", "WRONG: the elements of a mask depend on each other"),
@@ -142,8 +223,21 @@ def planted(tmp_path, monkeypatch):
         ("unscaled_backward", "WRONG: backward scales wrongly: gradients are not divided by 1 - p"),
         ("by_position", "WRONG: some positions are dropped more often than others"),
         ("Named", "nothing is wrong"),
-        ("always", "WRONG: values change in evaluation or at p = 0"),
+        ("always", "WRONG: in evaluation: 1024 of 1024 elements change"),
         ("keeps_all", "WRONG: drops nothing, where p is 0.2"),
+        ("widens", "WRONG: returns float64 for float32"),
+        ("flattens", "WRONG: returns shape (64,) for (2, 4, 8)"),
+        ("nothing", "WRONG: returns None of type NoneType, and no tensor"),
+        ("pair", "WRONG: returns (tensor("),
+        ("nan", "WRONG: returns NaN or inf in 64 of 64 elements"),
+        ("detached", "WRONG: the result has no gradient"),
+        ("never_idle", "WRONG: in evaluation: raises ValueError: for training only"),
+        ("never_zero", "WRONG: with p = 0: raises KeyError: 0.0"),
+        ("no_backward", "WRONG: with an input that requires grad, raises NotImplementedError: no backward yet"),
+        ("once_differentiable", "nothing is wrong"),
+        ("reversed_order", "nothing is wrong"),
+        ("positional", "nothing is wrong"),
+        ("Plain", "nothing is wrong"),
     ],
 )
 def test_verdict(name, verdict, planted, capsys):
@@ -155,8 +249,9 @@ def test_verdict(name, verdict, planted, capsys):
     assert sum(not line.startswith("  note:") for line in output.splitlines()) <= 8
     if name in ("unscaled", "forgetful", "half_the_rate", "columns", "Repeats", "by_position"):
         assert ";" not in second, "a consequence is named beside the cause"
-    moves = ("textbook", "unscaled", "columns", "by_position", "unscaled_backward", "always")
+    moves = ("textbook", "unscaled", "columns", "by_position", "unscaled_backward", "always", "once_differentiable")
     assert ("the generator moves" in output) == (name in moves)
+    assert ("double backward was not tested: RuntimeError: " in output) == (name == "once_differentiable")
 
 
 def test_a_module_of_ones_own(planted, capsys):
@@ -169,8 +264,8 @@ def test_a_module_of_ones_own(planted, capsys):
     ("name", "message"),
     [
         ("raises", "KeyError: 'no more'"),
-        ("widens", "torch.float64 (64,)"),
-        ("flattens", "(2, 4, 8) on cpu, but this returns"),
+        ("silent", "raised AssertionError\n"),
+        ("NoArguments", "NoArguments() takes no arguments\n  it is called as C(p)(x) if it is a class"),
         ("leaves", "raised SystemExit: 0"),
         ("Sized", "missing 1 required positional argument: 'size'"),
     ],
@@ -183,6 +278,12 @@ def test_what_cannot_be_tested(name, message, planted, capsys):
     assert "Traceback" not in output
 
 
+def test_interrupt(planted, capsys):
+    status, output = run(capsys, "planted_for_check:interrupted", "--p", "0.5")
+    assert status == 130
+    assert output.endswith("p = 0.5: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -192,10 +293,12 @@ def test_what_cannot_be_tested(name, message, planted, capsys):
         (["my_file.py:f"], "my_file.py:f has to be module:callable"),
         (["--device", "meta"], "--device meta cannot be used"),
         (["torch:neg"], "say with --p"),
-        (["planted_for_check:number"], "cannot be called: it is a int"),
+        (["planted_for_check:number"], "cannot be called: its type is int"),
         (["unreadable_for_check:f"], "unreadable_for_check cannot be imported: SyntaxError"),
         (["--device", "no_device"], "--device no_device cannot be used: "),
         (["--p", "0.001"], "p has to be between"),
+        (["planted_for_check:zero_of_int"], "p has to be between"),
+        (["--seed", str(2**64)], "--seed has to be between -2^63 and 2^64 - 1, but is 18446744073709551616"),
         (["--n", "1000"], "n has to be a power of two"),
     ],
 )
@@ -225,10 +328,9 @@ def test_report():
     with torch.random.fork_rng():
         torch.manual_seed(3)
         report = testing.check(without_backward, 0.3, n=2**20, seconds=0.1)
-    assert not report.faults
+    assert [fault.detail for fault in report.faults] == ["the result has no gradient"]
     assert 25 < len(report.results) <= 50
     assert report.alpha == 1e-6 / 50
-    assert any("not all of backward was tested" in note for note in report.notes)
     assert any("float32 only" in note for note in report.notes)
     for wrong in ({"p": 1e-3}, {"n": 2**17}, {"n": 3 * 2**20}):
         with pytest.raises(ValueError, match="has to be"):

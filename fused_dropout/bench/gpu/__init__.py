@@ -1,1 +1,1 @@
-"""``python -m fused_dropout gpu-check``: whether the CUDA kernels are right on this GPU, and how fast."""
+"""``python -m fused_dropout gpu-check``: tests and times the CUDA kernels on this GPU."""

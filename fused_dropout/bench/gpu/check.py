@@ -1,7 +1,7 @@
-"""``python -m fused_dropout gpu-check``: whether the CUDA kernels are right on this GPU, and how fast: eight minutes.
+"""``python -m fused_dropout gpu-check``: tests and times the CUDA kernels on this GPU, in eight minutes.
 
-Every part is a process of its own: what crashes, hangs or leaves the GPU unusable takes no other part with it. A part
-yields records as it goes; they are printed, and written down at once.
+Each part runs in a separate process, so that a crash, a hang or an unusable GPU does not affect the other parts. A part
+yields records, which are printed and written to a file immediately.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from . import correctness, graphs, speed
 from .report import KINDS, Bandwidth, Check, Clocks, Note, Recorded, failed, kind_of, summary, write
 
 SECONDS, QUICK_SECONDS = 440.0, 60.0
-_GRACE = 20.0  # for what a part has begun when its time is up
-_LEAST = 8.0  # less than that goes into importing torch
+_GRACE = 20.0  # additional seconds for a part to finish what it has begun when its time is over
+_LEAST = 8.0  # the import of torch may take almost this long, so a part does not start with less
 _SMI_FIELDS = (
     "driver_version pstate clocks.sm clocks.mem clocks.max.sm clocks.max.mem temperature.gpu power.draw power.limit"
 )
@@ -48,7 +48,7 @@ def measure(quick: bool, deadline: float) -> Iterator[Recorded]:
 
 
 def under_load(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
-    """What ask() returns while the GPU copies, from a second before until it is done."""
+    """Returns the result of ask(), called while the GPU has been copying for a second."""
     x, done = torch.randn(2, 1 << 28, device="cuda"), threading.Event()
 
     def copy() -> None:
@@ -68,7 +68,7 @@ def under_load(ask: Callable[[], dict[str, str]]) -> dict[str, str]:
 
 
 def sanitizer_verdict(status: int, output: str) -> tuple[str, str]:
-    """Of compute-sanitizer: what it found in other people's kernels is no fault of ours."""
+    """The result and the detail of a run of compute-sanitizer. Ignores errors in kernels of other libraries."""
     lines = [line.strip("= ") for line in output.splitlines() if line.startswith("=====")]
     ours = [line for line in lines if re.search("(dropout|window|write_keys)_kernel", line)]
     summary = [line for line in lines if "SUMMARY" in line]
@@ -88,7 +88,7 @@ def sanitize(quick: bool, deadline: float) -> Iterator[Recorded]:
         if tool is None or seconds < _LEAST:
             yield Check(f"compute-sanitizer {name}", "skipped", "not on PATH" if tool is None else "no time left")
             continue
-        # Only our kernels are checked, since torch's would take most of the time. The filter looks at mangled names.
+        # Checks only our kernels, because torch's would take most of the time. The filter compares mangled names.
         options = ["--tool", name, "--error-exitcode", "99", "--show-backtrace", "no"]
         options += ["--kernel-name", "kernel_substring=fused_dropout"]
         try:
@@ -104,7 +104,7 @@ class Part:
     weight: float  # its share of the time
 
 
-# What a part leaves of its time goes to those after it.
+# The time that a part does not use goes to the later parts.
 PARTS = {
     "checks": Part(correctness.checks, 30),
     "graphs": Part(graphs.graphs, 6),
@@ -117,7 +117,7 @@ _HIDDEN = {"short": Part(correctness.short, 0)}
 
 
 def allot(left: float, part: str) -> float:
-    """The part's seconds: its share, by weight, of what is left for it and for those after it; 0 for none."""
+    """The seconds for a part: its share, by weight, of the time left for it and the later parts. 0: do not start it."""
     names = list(PARTS)
     share = left * PARTS[part].weight / sum(PARTS[name].weight for name in names[names.index(part) :])
     return 0.0 if left < _LEAST else max(share, _LEAST)
@@ -129,8 +129,11 @@ def command(part: str, quick: bool, seconds: float, path: Path | None = None) ->
 
 
 def run_alone(arguments: list[str], seconds: float, captured: bool = False) -> tuple[int, str]:
-    """Status and, if captured, output of a process, which is ended with all that it started if it takes longer."""
-    # Memory checkers see each tensor's end only if each is an allocation.
+    """Runs a process. Returns its exit status, and its output if captured.
+
+    Kills the process and its children if it takes longer than the seconds.
+    """
+    # A memory checker sees the end of a tensor only if the tensor is an allocation of its own.
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if captured else {})
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if captured else {}
     process = subprocess.Popen(arguments, start_new_session=True, env=environment, text=True, **pipes)
@@ -175,7 +178,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def missing() -> str:
-    """What is not there and cannot be done without."""
+    """The message about what is missing to run on this machine; empty if nothing is."""
     if torch.version.cuda is None:
         return f"gpu-check: torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -188,8 +191,11 @@ def missing() -> str:
 
 
 def run_part(part: Part, options: argparse.Namespace) -> int:
-    """In this process: prints the records, and writes each as a line of JSON. 3 if the part itself fails."""
-    signal.alarm(math.ceil(options.seconds + 2 * _GRACE))  # the end, even if nobody is left to end it
+    """Runs a part in this process, prints the records, and writes each as a line of JSON.
+
+    Returns 1 if a check failed, and 3 if the part itself failed.
+    """
+    signal.alarm(math.ceil(options.seconds + 2 * _GRACE))  # ends this process even if its parent is gone
     status, deadline = 0, time.perf_counter() + options.seconds
     with open(options.json or os.devnull, "a") as file:
         try:
@@ -205,7 +211,7 @@ def run_part(part: Part, options: argparse.Namespace) -> int:
 
 
 def run_parts(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Each in a process of its own, and what it wrote into the report, whatever became of it."""
+    """Runs each part in a separate process, and adds its records to the report, even if the part failed."""
     end = time.perf_counter() + options.seconds
     for name in PARTS:
         seconds, trouble = allot(end - time.perf_counter(), name), ""
@@ -247,13 +253,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS | _HIDDEN, help="only that, in this process; FILE gets a line a record")
     options = parser.parse_args(argv)
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    if options.json and not options.json.parent.is_dir():  # said now, not after eight minutes
+    if options.json and not options.json.parent.is_dir():  # an error now is better than after eight minutes
         parser.error(f"there is no folder {options.json.parent}")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 if a check failed, 2 if there is nothing to check it on; Ctrl-C keeps what there is so far."""
+    """Runs the command. Returns 1 if a check failed, and 2 if this machine cannot run it.
+
+    After Ctrl-C it writes the records that it has.
+    """
     options = _parse(argv)
     if problem := missing():
         print(problem, file=sys.stderr)

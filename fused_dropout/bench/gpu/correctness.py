@@ -1,5 +1,6 @@
-"""The checks of ``python -m fused_dropout gpu-check``: the CPU's bits on the GPU, whatever the size, layout, key,
-stream or compiler; and what consecutive masks have in common.
+"""The checks of ``python -m fused_dropout gpu-check``: the GPU gives the same bits as the CPU.
+
+They vary size, layout, key, stream and compiler. ``overlaps`` measures the correlation of consecutive masks.
 """
 
 import gc
@@ -24,7 +25,7 @@ from . import speed
 from .report import Check, Overlap, largest_of
 from .speed import first_line
 
-_WINDOW = 1 << 24  # elements that are compared at once
+_WINDOW = 1 << 24  # the number of elements compared at once
 _SHIFTS = range(-8, 9)
 _PROBABILITIES = (0.3, 0.1, 0.5, 25 / 256, 1e-6, 0.9)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,7 +36,7 @@ Layouts = dict[str, Callable[[Tensor], Tensor]]
 
 
 class Skipped(Exception):
-    """Why a check does not apply here."""
+    """Raised with the reason if a check cannot run on this machine."""
 
 
 def require(condition: bool, otherwise: str) -> None:
@@ -44,7 +45,7 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def same(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Raises unless both have the same strides and the same bits; a NaN equals a NaN."""
+    """Raises AssertionError unless both have the same strides and the same bits. All NaNs are equal."""
     strides = [
         [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in (actual, expected)
     ]
@@ -57,7 +58,7 @@ def same(actual: Tensor, expected: Tensor, what: str = "") -> None:
 
 
 def check_sizes(dtype: torch.dtype, largest: int, deadline: float) -> str:
-    """2^k and its neighbours: 2^k as a whole, and of the large neighbours the first and the last window."""
+    """Sizes 2^k - 1, 2^k and 2^k + 1. Compares all elements of 2^k, and the first and last window of the others."""
     base = torch.randn(min(_WINDOW, 2**largest + 1)).to(dtype)
     on_gpu = base.cuda()
     for log2 in range(largest + 1):
@@ -87,7 +88,7 @@ def check_beyond_32_bits() -> str:
 
 
 def check_starts() -> None:
-    """Indices to 2^64, where the kernel counts with 64 bits."""
+    """Large start indices, for which the kernel counts with 64 bits."""
     for dtype in _DTYPES:
         x = torch.randn(5003).to(dtype)
         for start in (1, 2**31 - 5, 2**32 - 3, 2**34 - 9, 2**34 + 1, 2**35 + 7, 2**62 + 3):
@@ -106,7 +107,8 @@ def check_alignments(numel: int) -> None:
             same(on_gpu, on_cpu, f"x[{shift}:] in place:")
 
 
-# Of a base of shape (4, 6, 16, n): dense in another order, rows with gaps between them, and what torch copies first.
+# Views of a tensor of shape (4, 6, 16, n): dense ones in another order, rows with gaps between them, and views that are
+# copied before the kernel runs.
 _DENSE: Layouts = {
     "transposed": lambda x: x.flatten(1).t(),
     "permuted": lambda x: x.permute(2, 0, 3, 1),
@@ -137,7 +139,7 @@ def check_layouts(layouts: Layouts, columns: int) -> str:
 
 
 def check_backward(columns: int, gradients: Layouts) -> str:
-    """gradients: by name, what gives one of the shape and the device of y."""
+    """gradients: functions that return a gradient for the output y, by name."""
     for dtype in _DTYPES:
         base = torch.randn(4, 6, 16, columns).to(dtype)
         for (name, view), (of, gradient) in [(a, b) for a in (_DENSE | _ROWS).items() for b in gradients.items()]:
@@ -175,7 +177,7 @@ def default_generator() -> Generator:
 
 
 def check_generator(numel: int) -> None:
-    """A call takes [seed, offset / 4] and moves the generator by 4, whatever the size; its own generator likewise."""
+    """A call takes [seed, offset / 4] and advances its generator by 4 for any size, also a given generator."""
     default = default_generator()
     default.manual_seed(1234)
     default.set_offset(40)
@@ -191,7 +193,7 @@ def check_generator(numel: int) -> None:
 
 
 def check_streams(numel: int) -> None:
-    """A call waits for what its stream is at, and for no other."""
+    """A call runs after the earlier work of its own stream, and without a synchronization with others."""
     x, key, slow = torch.zeros(numel).cuda(), torch.zeros_like(KEY).cuda(), torch.zeros(2, 64 * numel, device="cuda")
     ones, used, stream = torch.ones(numel).cuda(), KEY.cuda(), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -231,7 +233,7 @@ def check_memory(numel: int) -> str:
 
 
 def check_compiled(numel: int) -> None:
-    """Eager's masks, gradients and generator."""
+    """Compiled code has eager's masks, gradients and generator offset."""
     if speed.triton is None:
         raise Skipped("there is no triton")
     x, gradient = torch.randn(numel, device="cuda", requires_grad=True), torch.randn(numel, device="cuda")
@@ -265,7 +267,7 @@ def run_checks(checks: dict[str, Checking], deadline: float) -> Iterator[Check]:
                 lost = f"not run: the GPU was lost to a check before ({first_line(error_of_all)})"
         yield Check(name, result, detail, time.perf_counter() - start)
         gc.collect()
-        with suppress(Exception):  # after a failed capture, or with the GPU lost
+        with suppress(Exception):  # it raises after a failed capture, or if the GPU is lost
             torch.cuda.empty_cache()
 
 
@@ -295,7 +297,7 @@ def checks(quick: bool, deadline: float) -> Iterator[Check]:
 
 
 def overlap(first: Tensor, second: Tensor) -> dict[str, float]:
-    """By shift, the correlation of second[i] with first[i + shift]; both masks are flat."""
+    """For each shift the correlation of second[i] with first[i + shift]. Both masks are flat."""
     correlations = {}
     for shift in _SHIFTS:
         a, b = first[max(shift, 0) : len(first) + min(shift, 0)], second[max(-shift, 0) : len(second) - max(shift, 0)]
@@ -305,7 +307,7 @@ def overlap(first: Tensor, second: Tensor) -> dict[str, float]:
 
 
 def overlaps(quick: bool, deadline: float) -> Iterator[Check | Overlap]:
-    """Of the masks of two consecutive calls."""
+    """The correlations of the masks of two consecutive calls."""
     runs = {"fd.dropout": dropout, "F.dropout": F.dropout}
     for log2 in (12,) if quick else (20, 24):
         for dtype, (name, run) in [(dtype, named) for dtype in DTYPES for named in runs.items()]:
@@ -320,7 +322,7 @@ def overlaps(quick: bool, deadline: float) -> Iterator[Check | Overlap]:
 
 
 def short(quick: bool, deadline: float) -> Iterator[Check]:
-    """Each kernel once, for compute-sanitizer; input that only copies from the host have written."""
+    """Runs each kernel once, for compute-sanitizer. All inputs are copies from the host, so they are initialized."""
     found: dict[str, Checking] = {
         "keys": partial(check_keys_and_values, 24),
         "alignments": partial(check_alignments, 300),

@@ -1,4 +1,4 @@
-"""The checks of ``python -m fused_dropout gpu-check`` under CUDA graphs: replays draw what eager calls would draw."""
+"""The checks of ``python -m fused_dropout gpu-check`` with CUDA graphs: replays draw the masks of eager calls."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ from .speed import first_line
 
 
 def check_graph(numel: int, inplace: bool) -> None:
-    """Replay k draws what the k-th eager calls drew, and leaves the generator as they did: 4 further a call."""
+    """Replay k draws the masks of the k-th eager calls, and advances the generator as they do, by 4 a call."""
     generator, x = default_generator(), torch.ones(numel).cuda()
 
     def calls(x: Tensor) -> list[Tensor]:
@@ -51,7 +51,7 @@ def check_graph_of_backward(numel: int) -> None:
 
 
 def _capture_two(run: Callable[[Tensor, Generator | None], Tensor], generators: Sequence[Generator | None]) -> None:
-    """Two graphs captured at once, call by call in turn, then replayed in turn: they draw what eager calls draw."""
+    """Captures two graphs at once, with their calls in turn, and replays them in turn. Compares with eager calls."""
     x, streams = torch.ones(4096).cuda(), [torch.cuda.Stream() for _ in generators]
     captures = [torch.cuda.CUDAGraph() for _ in generators]
 
@@ -93,7 +93,10 @@ def _capture_two(run: Callable[[Tensor, Generator | None], Tensor], generators: 
 
 
 def check_two_captures(own: bool) -> None:
-    """Where torch's own random numbers pass the same: up to 2.11 at least, two captures share a generator's state."""
+    """Runs only if torch's own random numbers pass the same check.
+
+    Up to torch 2.11 at least, two captures share a generator's state.
+    """
     generators = [Generator("cuda"), Generator("cuda")] if own else [None, None]
     try:
         _capture_two(lambda x, generator: torch.rand(x.shape, device=x.device, generator=generator), generators)
@@ -103,7 +106,7 @@ def check_two_captures(own: bool) -> None:
 
 
 def graphs(quick: bool, deadline: float) -> Iterator[Check]:
-    """In a process of its own, two captures at once last: a capture that fails may leave torch in any state."""
+    """Runs in a separate process, and the two captures at once last: a failed capture may leave torch unusable."""
     numel = 1 << 12 if quick else 1 << 20
     found: dict[str, Checking] = {
         "graph: replay k is the k-th eager call": partial(check_graph, numel, False),

@@ -1,7 +1,6 @@
-"""What ``python -m fused_dropout gpu-check`` records, and its report: JSON, a Markdown page beside it, and plots where
-there is matplotlib.
+"""The records of ``python -m fused_dropout gpu-check``, and its report: JSON, Markdown, and plots with matplotlib.
 
-A report is the JSON's dictionary: "machine", "options", and for each name in KINDS a list of records.
+A report is the dictionary in the JSON file: "machine", "options", and for each name in KINDS a list of records.
 """
 
 import json
@@ -35,15 +34,15 @@ class Bandwidth:
     dtype: str
     numel: int
     implementation: str
-    us: float  # a call: median, 10th and 90th percentile of the samples
+    us: float  # microseconds of a call: median, 10th and 90th percentile of the samples
     us_p10: float
     us_p90: float
-    gb_s: float  # what a copy has to read and write, in the median time
-    of_copy: float  # the copy's time / this one's, in the same round; a graph's copy for a graph
+    gb_s: float  # the bytes that a copy reads and writes / the median time
+    of_copy: float  # the copy's time / this one's in the same round; both in a graph or neither
     of_copy_p10: float
     of_copy_p90: float
     samples: int
-    buffers: int  # that the calls went round
+    buffers: int  # how many buffers the calls used in turn
 
     def __str__(self) -> str:
         what = f"{self.case}, {self.dtype}, {power(self.numel)}, {self.implementation}"
@@ -69,7 +68,7 @@ class Step:
     ms: float
     ms_p10: float
     ms_p90: float
-    peak_mib: float  # above what there was before the step
+    peak_mib: float  # peak memory above that before the step
 
     def __str__(self) -> str:
         return f"block, {self.block}, {self.implementation}: {short(self.ms)} ms, peak {self.peak_mib:.0f} MiB"
@@ -80,8 +79,8 @@ class Overlap:
     implementation: str
     dtype: str
     numel: int
-    noise: float  # the standard deviation of a correlation of independent masks
-    correlations: dict[str, float]  # by shift
+    noise: float  # the standard deviation of the correlation of independent masks
+    correlations: dict[str, float]  # the correlation for each shift
 
     def __str__(self) -> str:
         at, most = largest_of(self.correlations)
@@ -138,7 +137,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[
 
 
 def _interval(record: Record | None, unit: str) -> str:
-    """Median and 10th to 90th percentile."""
+    """The median, and the 10th to 90th percentile."""
     if record is None:
         return ""
     median, p10, p90 = (short(record[name]) for name in (unit, f"{unit}_p10", f"{unit}_p90"))
@@ -221,7 +220,7 @@ def markdown(report: dict[str, Any], plots: Sequence[Path] = ()) -> str:
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:
-    """The lines for the terminal."""
+    """The lines that are printed at the end."""
     results = [check["result"] for check in report["check"]]
     yield "Checks: " + ", ".join(f"{results.count(result)} {result}" for result in ("passed", "failed", "skipped"))
     yield from (f"  failed: {check['name']}: {check['detail']}" for check in failed(report))
@@ -256,7 +255,7 @@ def _plot(speeds: Sequence[Record], case: str, path: Path) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> list[Path]:
-    """Bandwidth against size: a file for each case, a line for each implementation, the copy as the ceiling."""
+    """Plots bandwidth against size: a file for each case, and a line for each implementation and for the copy."""
     plots = []
     for case in dict.fromkeys(record["case"] for record in report["speed"]):
         plots.append(path.with_name(f"{path.stem}-{case.replace(' + ', '-').replace(' ', '-')}.svg"))
@@ -265,7 +264,7 @@ def plot(report: dict[str, Any], path: Path) -> list[Path]:
 
 
 def write(report: dict[str, Any], path: Path) -> list[Path]:
-    """The files written; the JSON first, so that nothing that goes wrong later takes it away."""
+    """Writes the files and returns their paths. Writes the JSON first, so that a later error cannot lose it."""
     path.write_text(json.dumps(report, indent=1) + "\n")
     plots = []
     if find_spec("matplotlib") is None:

@@ -1,5 +1,7 @@
-"""The measurements of ``python -m fused_dropout gpu-check``: dropouts against a copy of the same bytes, the host's time
-for small calls, and a transformer block. Contenders take turns, so that whatever slows the GPU slows all.
+"""The measurements of ``python -m fused_dropout gpu-check``.
+
+They compare dropout with a copy of the same bytes, and measure the host time of small calls and a transformer block.
+Contenders take turns, so that a slow phase of the GPU slows all of them.
 """
 
 import itertools
@@ -26,13 +28,13 @@ try:
 except ImportError:
     triton = None
 
-# The most important first: what there is no time for is left out.
+# In the order of importance: the last ones are left out if there is no time.
 CASES = ("forward", "in place", "forward + backward", "backward")
 LOG2_SIZES = (24, 28, 20, 16, 26, 22, 30, 12, 18, 14, 10)
-QUICK_LOG2_SIZES = (26, 12)  # not compiled
+QUICK_LOG2_SIZES = (26, 12)  # sizes that are not in _COMPILED_LOG2_SIZES
 _COMPILED_LOG2_SIZES = {"forward": (20, 24, 28), "forward + backward": (24,)}
-_CASE_SECONDS = 1.2  # at most, for the samples
-_IN_PLACE_CALLS = 16  # on each buffer in a sample, so that enough values are left that are neither 0 nor huge
+_CASE_SECONDS = 1.2  # the longest time for the samples of a case
+_IN_PLACE_CALLS = 16  # the calls on each buffer in a sample; with more, most values would be 0 or huge
 _MAX_BUFFERS = 1024
 _BLOCK_SECONDS, _COMPILE_SECONDS = 8.0, 30.0
 
@@ -55,7 +57,7 @@ if triton is not None:
 
 
 class TritonDropout(torch.autograd.Function):
-    """The usual low-memory dropout in Triton: a Philox call for each element, and the seed saved for backward."""
+    """The common low-memory dropout in Triton: one Philox call for each element; saves the seed for backward."""
 
     seeds = itertools.count(2**40 + 1)
 
@@ -76,13 +78,13 @@ class TritonDropout(torch.autograd.Function):
 
 
 def label_of_compiled(dtype: str) -> str:
-    """Inductor has no bfloat16 on GPUs before Ampere: it then warns, and runs the graph in eager."""
+    """The name of the compiled contender. Inductor runs bfloat16 in eager on GPUs before Ampere, with a warning."""
     in_eager = dtype == "bfloat16" and torch.cuda.get_device_capability() < (8, 0)
     return "compiled (runs in eager here)" if in_eager else "compiled"
 
 
 def implementations(case: str, dtype: str, log2: int) -> dict[str, Callable[[], Dropping]]:
-    """By name, what makes the dropout to be measured: its failure is that contender's alone."""
+    """For each name a function that makes the dropout to measure. If it fails, only that contender is left out."""
     inplace = case == "in place"
     found: dict[str, Callable[[], Dropping]] = {
         "fd": lambda: partial(dropout, p=P, inplace=inplace),
@@ -96,18 +98,18 @@ def implementations(case: str, dtype: str, log2: int) -> dict[str, Callable[[], 
         found["Triton"] = lambda: TritonDropout.apply
     try:
         from transformer_engine.pytorch.ops import Dropout as EngineDropout
-    except Exception:  # it may be there and not load
+    except Exception:  # it may be installed and still not load
         return found
     return found | {"TransformerEngine": lambda: EngineDropout(P)}
 
 
 def _compiled() -> Dropping:
-    torch._dynamo.reset()  # each size is compiled for itself
+    torch._dynamo.reset()  # compiles each size separately
     return torch.compile(lambda x: F.dropout(x, P), dynamic=False)
 
 
 def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    """A call of the next at each call."""
+    """A function that calls the next of the calls each time, in a cycle."""
     turns = itertools.cycle(calls)
 
     def call_next() -> None:
@@ -123,7 +125,10 @@ def eager(make: Callable[[], list[Callable[[], object]]], **options: Any) -> Con
 def replayed(
     make: Callable[[], list[Callable[[], object]]], outputs: Sequence[Tensor | None], **options: Any
 ) -> Contender:
-    """Calls of its own, in a CUDA graph: what autograd has for a leaf may stay with the stream that it met first."""
+    """A contender that replays the calls in a CUDA graph.
+
+    It makes its own calls, because autograd may keep the nodes of a leaf on the stream where they were first used.
+    """
     graph, calls = torch.cuda.CUDAGraph(), make()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -137,8 +142,10 @@ def replayed(
 
 
 def buffer_count(case: str, nbytes: int) -> int:
-    """How many buffers of that size it takes to go round more than the L2 holds: input and output together, or the one
-    that a call in place touches."""
+    """The number of buffers of this size that together exceed the L2 cache, so that each call finds its data outside.
+
+    A call touches its input and its output, or in place one buffer.
+    """
     touched = nbytes if case == "in place" else 2 * nbytes
     return min(_MAX_BUFFERS, 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // touched)
 
@@ -146,7 +153,7 @@ def buffer_count(case: str, nbytes: int) -> int:
 def calls_of(
     make: Callable[[], Dropping], case: str, values: Tensor, others: Tensor, outputs: list
 ) -> list[Callable[[], object]]:
-    """A call for each row of the values. Outputs are kept until they are replaced, so that they go round as well."""
+    """A call for each row of the values. Outputs are kept until the next call for the row, so they cycle too."""
     run, inputs, gradients = make(), [*values.unbind()], [*others.unbind()]
     leaves = [x.detach().requires_grad_() for x in inputs] if case.endswith("backward") else []
     dropped = [run(x) for x in leaves] if case == "backward" else []
@@ -177,9 +184,9 @@ def copies_of(case: str, inputs: Tensor, outputs: Tensor) -> list[Callable[[], o
 
 
 def contenders_for(case: str, dtype: str, log2: int, buffers: int) -> Iterator[tuple[str, Callable[[], Contender]]]:
-    """By name, what makes a contender; each to be made before the next is asked for."""
+    """Yields a name and a function that makes the contender. Call it before the next one is requested."""
     values = torch.randn(buffers, 2**log2, dtype=getattr(torch, dtype), device="cuda")
-    others = values.clone()  # what the copies write to, the gradients, or what in-place values are restored from
+    others = values.clone()  # the targets of the copies, the gradients, or the source to restore in-place values
     outputs: list[Tensor | None] = [None] * buffers
     options = {"prepare": partial(values.copy_, others)} if case == "in place" else {}
     makers = {COPY: partial(copies_of, case, *((others, values) if options else (values, others)))}
@@ -218,7 +225,7 @@ def measure_speed(case: str, dtype: str, log2: int, seconds: float) -> Iterator[
 
 
 def speeds(quick: bool, deadline: float) -> Iterator[Bandwidth | Note]:
-    """Each case gets its share of the time that is left."""
+    """Measures all cases. Each gets its share of the time that is left."""
     cases = list(itertools.product(CASES, QUICK_LOG2_SIZES if quick else LOG2_SIZES, DTYPES))
     for done, (case, log2, dtype) in enumerate(cases):
         left = deadline - time.perf_counter()
@@ -234,7 +241,7 @@ def speeds(quick: bool, deadline: float) -> Iterator[Bandwidth | Note]:
 
 
 def host_times(seconds: float) -> Iterator[HostTime]:
-    """What a call keeps the host busy for, while the GPU's queue is not full."""
+    """The time that a call takes on the host while the GPU's queue is not full."""
     x, gradient = torch.randn(64, device="cuda"), torch.randn(64, device="cuda")
     leaf = x.clone().requires_grad_()
 
@@ -249,13 +256,13 @@ def host_times(seconds: float) -> Iterator[HostTime]:
         calls["in place", name] = partial(run, x.clone(), P, True, True)
     contenders = {n: Contender(call, prepare=torch.cuda.synchronize, calls=100) for n, call in calls.items()}
     for contender in contenders.values():
-        contender.sample()  # the first one is not like the others
+        contender.sample()  # a warm-up: the first sample is slower
     for (case, name), times in rounds(contenders, time.perf_counter() + seconds).items():
         yield HostTime(case, name, *Speed.of(times).ns.times(1e-3))
 
 
 class FusedAttention(Attention):
-    """The same in torch's fused kernel, where no dropout module reaches the weights: they are not dropped."""
+    """The same by torch's fused kernel, without dropout of the weights, which a module cannot apply there."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
@@ -265,7 +272,7 @@ class FusedAttention(Attention):
 def autocast_step(model: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> None:
     with torch.autocast("cuda", torch.bfloat16):
         y = model(x)
-    torch.autograd.grad(y, parameters, x.detach())  # any values do as a gradient
+    torch.autograd.grad(y, parameters, x.detach())  # x serves as the gradient; its values do not matter
 
 
 def measure_block(name: str, fused: bool, compiled: bool, x: Tensor, deadline: float) -> Iterator[Step | Note]:
@@ -289,7 +296,7 @@ def measure_block(name: str, fused: bool, compiled: bool, x: Tensor, deadline: f
 
 
 def blocks(quick: bool, deadline: float) -> Iterator[Step | Note]:
-    """GPT-2 small's, as torch's fused attention runs it, then with the attention's weights written out and dropped."""
+    """Measures the block of GPT-2 small, with torch's fused attention, and with explicit weights that are dropped."""
     shape = (1, 128, 768) if quick else (8, 1024, 768)
     x = torch.randn(shape, device="cuda", requires_grad=True)
     size = " x ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""What ``audit`` saw: one ``Site`` for each place that drops, and the table of them."""
+"""The result of ``audit``: one ``Site`` for each place in the model that drops, and the report with its table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,21 @@ _UNBATCHED = {"dropout1d": 2, "dropout3d": 4}  # dimensions of an input that is 
 
 @dataclass
 class Site:
-    """A place that drops. module: its name in the model. call: file and line of a functional call in it, or the class
-    of a module that drops by itself. p: None if it cannot be told. train, eval: whether it dropped. times: how often in
-    one pass. path: what served it. saved: bytes kept for backward besides its input and result; None if they cannot be
-    told. torch_saved: the same for torch's dropout. checkpointed: it ran in a checkpoint, which keeps nothing of it.
-    reached_by: which of "convert" and "patch" would fuse it. shares_mask: the dimensions of device meshes along which
-    all ranks drew one mask for activations that differ.
+    """A place in a model that drops.
+
+    Attributes:
+        module: the name of the module.
+        call: the file and line of a functional call in the module, or the class of a module without one.
+        p: the drop probability; ``None`` if it is unknown.
+        train: whether it dropped in training mode.
+        eval: whether it dropped in evaluation mode.
+        times: how often it dropped in one pass.
+        saved: the bytes kept for backward, without its input and result; ``None`` if they are unknown.
+        torch_saved: the bytes that torch's dropout keeps.
+        checkpointed: whether it ran inside a checkpoint, which discards these bytes.
+        path: the implementation that ran, such as ``"fused, native"`` or ``"torch"``.
+        reached_by: which of ``"convert"`` and ``"patch"`` would fuse it.
+        shares_mask: the dimensions of device meshes along which all ranks drew the same mask for different activations.
     """
 
     module: str
@@ -38,13 +47,16 @@ class Site:
 
     @property
     def drops(self) -> bool:
+        """Whether it dropped at all."""
         return self.train or self.eval
 
     @property
     def fused(self) -> bool:
+        """Whether a fused function ran."""
         return self.path.startswith("fused")
 
     def row(self) -> tuple[str, ...]:
+        """The cells of its row in the table."""
         saved = "?" if self.saved is None else _bytes(self.saved) if self.drops else "-"
         if self.checkpointed and not self.saved:
             saved = "checkpointed"
@@ -56,32 +68,43 @@ class Site:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What ``audit`` saw: ``sites`` in order of their first call; ``str()`` of it is a table. evaluated: whether it saw
-    evaluation mode; a function without a module runs once, as it is."""
+    """The result of :func:`audit`. ``str()`` of it is a table.
+
+    Attributes:
+        sites: the places that drop, in the order of their first call. Each has the attributes ``module``, ``call``,
+            ``p``, ``train``, ``eval``, ``times``, ``saved`` (bytes), ``torch_saved`` (bytes), ``checkpointed``,
+            ``path``, ``reached_by`` and ``shares_mask``.
+        evaluated: whether the model also ran in evaluation mode. ``False`` for a function whose module is unknown: it
+            runs once, in the mode that it has.
+    """
 
     sites: tuple[Site, ...]
     evaluated: bool = True
 
     @property
     def on_in_eval(self) -> tuple[Site, ...]:
-        """The sites that dropped in evaluation mode: a mistake more often than not. A draw whose p cannot be told is
-        not among them, since it may be for something else."""
+        """The sites that dropped in evaluation mode, which is usually a mistake.
+
+        Random draws with an unknown p are left out, because they may have another purpose.
+        """
         return tuple(site for site in self.sites if site.eval and site.p is not None)
 
     @property
     def out_of_reach(self) -> tuple[Site, ...]:
-        """The sites inside torch's own kernels, where neither ``patch`` nor ``convert`` gets to."""
+        """The sites inside torch's own kernels, which neither ``patch`` nor ``convert`` can replace."""
         return tuple(site for site in self.sites if site.path.startswith(OUT_OF_REACH))
 
     @property
     def one_mask_for_shards(self) -> tuple[Site, ...]:
-        """The sites that draw the same mask on all ranks of a mesh for different activations. These are plain shards of
-        one tensor, or the samples of data-parallel ranks that have the same seed."""
+        """The sites that drew the same mask on all ranks of a mesh for different activations.
+
+        The activations are plain shards of one tensor, or the samples of data-parallel ranks with the same seed.
+        """
         return tuple(site for site in self.sites if site.shares_mask)
 
     @property
     def summary(self) -> str:
-        """How many sites are fused, and the bytes kept for backward: by torch's dropout, and now."""
+        """One line: how many sites are fused, and the bytes kept for backward by torch's dropout and now."""
         sites = [site for site in self.sites if site.drops]
         if not sites:
             return "nothing dropped"
@@ -94,7 +117,7 @@ class AuditReport:
 
     @property
     def advice(self) -> str:
-        """What to call next; empty if it would change nothing."""
+        """One line: what to call next to fuse more sites. Empty if nothing would help."""
         convert, patch = (sum(way in site.reached_by for site in self.sites) for way in ("convert", "patch"))
         ways = [f"fd.convert(model) would fuse {convert} of these sites"] * (convert > 0)
         if patch > convert:
@@ -139,7 +162,7 @@ def _bytes(count: float) -> str:
 
 
 def torchs_mask(name: str, input: Tensor, noise_shape: Sequence[int | None] | None) -> int:
-    """The bytes of the mask that torch's function of this name keeps for backward."""
+    """The bytes that torch's function of this name keeps for backward: those of its mask."""
     sizes = list(input.shape)
     if name in ("dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout"):
         return prod(sizes[: 1 if len(sizes) == _UNBATCHED.get(name) else 2]) * input.itemsize

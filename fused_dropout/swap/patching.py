@@ -1,4 +1,7 @@
-"""``patch``, ``unpatch`` and ``patched``: torch's own names for dropout lead to the fused path."""
+"""``patch``, ``unpatch`` and ``patched``: replace torch's dropout functions by the fused ones.
+
+``convert.py`` is the other way in: it changes the modules of one model, and this changes functions for all models.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
-from . import attention, family, functional
-from .arguments import why_refused
-from .torch_internals import script_as
+from .. import attention, family, functional
+from ..arguments import why_refused
+from ..torch_internals import script_as
 
-# The family: the function and the module of each kind, as torch names them.
+# torch's dropout functions, each with the module that calls it.
 FAMILY = {
     "dropout": "Dropout",
     "dropout1d": "Dropout1d",
@@ -32,11 +35,11 @@ _FUSED: dict[str, Callable[..., Tensor]] = {"dropout": functional.dropout} | {
 
 
 class Replacement(partial):
-    """A fused function under a name of torch's, such as ``torch.nn.functional.dropout``.
+    """A fused function that stands at a name of torch, such as ``torch.nn.functional.dropout``.
 
-    It is pickled by that name, so that loading it gives the function that has the name then. A plain function would be
-    pickled by the name of this package, and could not be pickled at all after ``unpatch()``. It is a
-    ``functools.partial``, since Dynamo and ``inspect`` handle those.
+    It is pickled by that name. Loading the pickle gives the function that has the name at that time, patched or not. A
+    plain function could not be pickled after ``unpatch()``. The class derives from ``functools.partial``, because
+    Dynamo and ``inspect`` support that.
     """
 
     _place: str
@@ -58,18 +61,21 @@ class Replacement(partial):
 
 
 def unpatched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that a replacement calls; any other function itself."""
+    """The fused function behind a ``Replacement``. Returns any other function unchanged."""
     return function.func if isinstance(function, Replacement) else function
 
 
 _lock = threading.Lock()
 _on = False  # between patch() and unpatch()
-_depth = 0  # of patched(), over all threads
+_depth = 0  # how many patched() blocks are open, in all threads
 _saved: dict[tuple[Any, str], Any] = {}
 
 
 def _alias(name: str, fused: Callable[..., Tensor] | dict[int, Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """In the form of ``torch.<name>(input, p, train)``: a fused function, or those for some numbers of dimensions."""
+    """A function with the signature of ``torch.<name>(input, p, train)`` that calls a fused function.
+
+    fused: the function, or a function for each number of dimensions.
+    """
     original, inplace = getattr(torch, name), name.endswith("_")
 
     def alias(input: Tensor, p: float, train: bool) -> Tensor:
@@ -102,43 +108,44 @@ def _replacements() -> dict[tuple[Any, str], Replacement]:
 _REPLACEMENTS = _replacements()
 
 
-def meet_torchs_own() -> None:
-    """To be called before torch's functions are replaced: it lists those that it knows once, by name, on first use."""
+def cache_overridable_functions() -> None:
+    """torch caches its overridable functions on first use, so call this before replacing any."""
     import torch._dynamo
 
     torch.overrides.get_overridable_functions()
 
 
 def _update() -> None:
-    """Puts the fused functions in, or torch's back, as the state wants it; the lock is held."""
+    """Installs the fused functions or restores torch's, as ``_on`` and ``_depth`` say. The caller holds the lock."""
     wanted = _on or _depth > 0
     if wanted and not _saved:
-        meet_torchs_own()
+        cache_overridable_functions()
         for (module, name), fused in _REPLACEMENTS.items():
             _saved[module, name] = getattr(module, name)
             setattr(module, name, fused)
     elif not wanted and _saved:
         for (module, name), before in _saved.items():
-            # Something else has been put there since: it stays.
+            # Keeps a function that someone else has assigned since.
             if getattr(module, name) is _REPLACEMENTS[module, name]:
                 setattr(module, name, before)
         _saved.clear()
 
 
 def patch() -> None:
-    """Sends torch's dropout functions to the fused path, in the whole process, until ``unpatch()``.
+    """Replaces torch's dropout functions by the fused ones in the whole process, until ``unpatch()``.
 
-    Replaced are the family in ``torch.nn.functional``, its short forms in ``torch`` (``torch.dropout``,
-    ``torch.dropout_``, ...) and ``scaled_dot_product_attention``. So every ``nn.Dropout`` is reached, attention and
-    ``nn.TransformerEncoderLayer``, and every functional call; types, pickles, FX graphs and scripted modules stay
-    torch's. Calling it again changes nothing. Compiled models are compiled again where they need it, and both versions
-    are kept. The first call imports ``torch._dynamo``, as the first optimizer does.
+    In PyTorch: ``torch.nn.functional.dropout = fd.dropout``, and the same for the other functions.
 
-    Not reached: a function bound to another name before (``from torch.nn.functional import dropout``), and dropout
-    inside torch's own kernels (``nn.LSTM`` and ``nn.GRU``, attention on a GPU); ``fd.audit`` shows it.
+    Replaced are the dropout functions of ``torch.nn.functional``, their short forms in ``torch`` (``torch.dropout``,
+    ``torch.dropout_`` and so on) and ``scaled_dot_product_attention``. This covers every functional call,
+    ``nn.Dropout`` and the other modules, attention and ``nn.TransformerEncoderLayer``. Types, pickles, FX graphs and
+    scripted modules remain torch's. Another call changes nothing. A compiled model is compiled again where it needs it,
+    and keeps both versions. The first call imports ``torch._dynamo``, as the first optimizer does.
 
-    Example::
+    It does not cover a function that was imported by name before (``from torch.nn.functional import dropout``), and
+    dropout inside torch's own kernels (``nn.LSTM``, ``nn.GRU``, attention on a GPU). ``fd.audit`` shows these.
 
+    Example:
         >>> fd.patch()
         >>> F.dropout.func is fd.dropout
         True
@@ -151,13 +158,14 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Undoes ``patch()``, however often that was called, and does nothing if it was not.
+    """Puts torch's own functions back, however often ``patch()`` was called.
 
-    Inside a ``patched()`` block the functions stay replaced until its end. A name to which something else was assigned
-    in the meantime is left as it is.
+    In PyTorch: ``torch.nn.functional.dropout = original``, and the same for the other functions.
 
-    Example::
+    It does nothing without an earlier ``patch()``. Inside a ``patched()`` block the functions stay replaced until the
+    block ends. If someone else has assigned another function to a name since, that function stays.
 
+    Example:
         >>> original = F.dropout
         >>> fd.patch()
         >>> fd.unpatch()
@@ -172,13 +180,15 @@ def unpatch() -> None:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """``patch()`` for the length of a ``with`` block, also if it ends with an exception.
+    """Replaces torch's dropout functions, as :func:`patch` does, inside a ``with`` block.
 
-    Blocks nest, inside a ``patch()`` too, and count over all threads: the last one to end puts torch's functions back.
-    The whole process is patched meanwhile, not this thread alone. A backward pass may run after the block.
+    In PyTorch: ``with unittest.mock.patch.object(F, "dropout", fd.dropout):`` does this for one function.
 
-    Example::
+    The whole process is patched, not only this thread. Blocks may be nested, also after ``patch()``, and are counted
+    over all threads. The end of the last one puts torch's functions back, also after an exception. Backward may run
+    after the block.
 
+    Example:
         >>> original = F.dropout
         >>> with fd.patched():
         ...     F.dropout.func is fd.dropout

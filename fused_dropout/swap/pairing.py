@@ -1,8 +1,8 @@
-"""Pairs a dropout with the linear layer right after it, so that they run as one ``dropout_linear``: for ``convert``.
+"""Pairs a dropout with the linear layer directly after it, so that they run as one ``dropout_linear``, for ``convert``.
 
-Both modules belong to an owner, a LoRA layer of PEFT or an ``nn.Sequential``. While the owner's forward runs, the
-dropout hands its input on undropped, and the linear layer drops it. Outside of that, and for whoever calls the dropout
-alone, it drops as before. An input that was handed on and that the linear layer did not take raises an error.
+Both modules belong to an owner: a LoRA layer of PEFT, or an ``nn.Sequential``. During the owner's forward the dropout
+returns its input unchanged, and the linear layer drops it. At other times the dropout drops as usual. If the linear
+layer does not receive the unchanged input, the end of the owner's forward raises an error.
 """
 
 import sys
@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .linear import dropout_linear
-from .modules import Dropout, is_leaf, recorded
-from .torch_internals import has_hooks
+from ..linear import dropout_linear
+from ..modules import Dropout, is_leaf, recorded
+from ..torch_internals import has_hooks
 
 _HANDLES = "_fused_dropout_pairing"
 _CAST = "_cast_input_dtype"  # the method of PEFT's layers
 
 
 class _Call:
-    """A call of an owner in one thread, and the call around it. Nothing of a call is kept on modules, which threads and
-    calls inside of calls share.
+    """A call of an owner's forward in one thread, and the enclosing call.
 
-    pairs: a dropout, its linear layer, and what the one handed on and the other has not yet taken. Searched by ``is``:
-        of a dict's keys Dynamo makes guards, which compile each layer anew.
-    casts: the owner leaves the cast of its input to ``dropout_linear``, which saves the input as it is.
+    The state is not stored on the modules, because threads and nested calls share them.
+
+    pairs: each dropout, its linear layer, and the inputs that the dropout passed on and the linear layer has not
+        received yet. A list, searched by ``is``: Dynamo makes guards of the keys of a dict, which would compile each
+        layer again.
+    casts: whether the owner leaves the cast of its input to ``dropout_linear``, which saves the input without the cast.
     """
 
     def __init__(self, owner: nn.Module, outer: "_Call | None") -> None:
@@ -52,7 +54,7 @@ _thread = _Thread()
 
 
 class PairedDropout(Dropout):
-    """``fd.Dropout`` that hands its input on to a ``PairedLinear`` while their owner's forward runs."""
+    """``fd.Dropout`` that passes its input unchanged to a ``PairedLinear`` during their owner's forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         call = _thread.call
@@ -65,10 +67,10 @@ class PairedDropout(Dropout):
 
 
 class PairedLinear(nn.Linear):
-    """``nn.Linear`` that drops what a ``PairedDropout`` handed on."""
+    """``nn.Linear`` that drops the input that a ``PairedDropout`` passed on."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # torch quantizes the module now: see modules.Keyed
+        if name == "qconfig":  # torch starts to quantize the module: see modules.Keyed
             self.__class__ = nn.Linear  # type: ignore[assignment]
         nn.Module.__setattr__(self, name, value)
 
@@ -88,7 +90,9 @@ class PairedLinear(nn.Linear):
 
 
 class Pair(NamedTuple):
-    """A dropout, by its name in the owner, and the linear layer after it; why_not: why they cannot be paired."""
+    """A dropout and the linear layer after it. name: the dropout's name in the owner. why_not: why they cannot be
+    paired, or empty.
+    """
 
     name: str
     dropout: Any
@@ -97,7 +101,7 @@ class Pair(NamedTuple):
 
     @property
     def is_paired(self) -> bool:
-        """False again if something since ``pair`` speaks against it, such as a variant of the adapter."""
+        """Whether they are paired now. A later change, such as a variant of the adapter, makes it False again."""
         return not self.why_not and (type(self.dropout), type(self.linear)) == (PairedDropout, PairedLinear)
 
 
@@ -107,7 +111,7 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def pairs_of(owner: Any) -> Iterator[Pair]:
-    """The dropouts of a LoRA layer or an ``nn.Sequential``, with the linear layers right after them."""
+    """The dropouts of a LoRA layer or an ``nn.Sequential``, each with the linear layer directly after it."""
     if is_lora_layer(owner):
         for adapter, dropout in owner.lora_dropout.items():
             if isinstance(dropout, nn.Identity):
@@ -149,13 +153,13 @@ def _why_not(dropout: Any, linear: Any) -> str:
 
 
 def pair(owner: nn.Module) -> None:
-    """Pairs what can be paired of an owner's modules, in place: by class and by two hooks on the owner."""
+    """Pairs the modules of an owner where possible: changes their classes, and adds two hooks to the owner."""
     pairs = [each for each in pairs_of(owner) if not each.why_not]
     for each in pairs:
         each.dropout.__class__, each.linear.__class__ = PairedDropout, PairedLinear
     if pairs and _HANDLES not in vars(owner):
-        begun = owner.register_forward_pre_hook(_begin)
-        vars(owner)[_HANDLES] = (begun, owner.register_forward_hook(_end, always_call=True))
+        begun = owner.register_forward_pre_hook(_before_forward)
+        vars(owner)[_HANDLES] = (begun, owner.register_forward_hook(_after_forward, always_call=True))
         if hasattr(type(owner), _CAST):
             vars(owner)[_CAST] = partial(_cast, owner)
 
@@ -173,12 +177,12 @@ def unpair(owner: nn.Module) -> None:
 
 
 def _cast(owner: Any, x: Any, dtype: Any) -> Any:
-    """PEFT's ``_cast_input_dtype``, of this owner."""
+    """Replaces PEFT's ``_cast_input_dtype`` on this owner, and leaves out casts that ``dropout_linear`` does."""
     call = _thread.call
     if call is not None and call.owner is owner and call.casts and isinstance(x, Tensor):
         device = x.device.type
-        # Autocast casts after dropout. Dropout in x's dtype rounds as one in float32 with that cast only if x has
-        # autocast's dtype.
+        # Autocast casts after dropout. Dropout in x's dtype gives the same bits as dropout in float32 with that cast
+        # only if x has autocast's dtype.
         if not torch.is_autocast_enabled(device):
             return x
         if dtype == torch.float32 and x.dtype == torch.get_autocast_dtype(device):
@@ -187,8 +191,11 @@ def _cast(owner: Any, x: Any, dtype: Any) -> Any:
 
 
 def _call_around(owner: Any) -> _Call | None:
-    """The call that a new call of the owner is inside of, less what a KeyboardInterrupt left behind: its ``_end`` was
-    never called. If the owner is inside itself after all, the outer call's dropouts drop by themselves from here on.
+    """The call that encloses a new call of the owner.
+
+    Skips calls that a KeyboardInterrupt left behind, because it skipped their ``_after_forward``: a call of the owner
+    itself and those inside it. If the owner really calls itself, the dropouts of the outer call drop as usual from here
+    on.
     """
     call = _thread.call
     while call is not None and not call.has_handed_on():
@@ -198,27 +205,27 @@ def _call_around(owner: Any) -> _Call | None:
     return _thread.call
 
 
-def _begin(owner: Any, _inputs: Any) -> None:
+def _before_forward(owner: Any, _inputs: Any) -> None:
     _thread.call = call = _Call(owner, _call_around(owner))
     if not owner.training:
         return
     pairs = [each for each in pairs_of(owner) if each.is_paired]
     call.pairs = [(each.dropout, each.linear, []) for each in pairs]
     if is_lora_layer(owner):
-        # Several adapters share PEFT's cast, and add up their gradients in its dtype.
+        # Several active adapters share the result of PEFT's cast, and their gradients are added in its dtype.
         active = [f"lora_dropout.{adapter}" for adapter in owner.active_adapters if adapter in owner.lora_A]
         call.casts = len(active) == 1 and any(each.name == active[0] for each in pairs)
 
 
-def _end(owner: Any, _inputs: Any, output: Any) -> None:
+def _after_forward(owner: Any, _inputs: Any, output: Any) -> None:
     call = _thread.call
     while call is not None and call.owner is not owner:
-        call = call.outer  # an interrupt leaves its calls behind
+        call = call.outer  # skips calls that a KeyboardInterrupt left behind
     if call is None:
         return
     _thread.call = call.outer
     if output is not None and call.has_handed_on():
         raise RuntimeError(
-            f"fused_dropout: {type(owner).__name__} took the output of a dropout past the linear layer that it is "
-            "paired with, so that nothing was dropped. Convert the model without pairing."
+            f"fused_dropout: {type(owner).__name__} did not pass the output of a paired dropout to its linear layer, "
+            "so nothing was dropped. Convert the model without pairing."
         )

@@ -1,7 +1,7 @@
-"""``convert`` and ``revert``: a model's dropout modules, swapped in place for the fused ones and back.
+"""``convert``, ``revert`` and ``convert_report``: swap a model's dropout modules for the fused ones, and back.
 
-``pairing.py`` and ``fusing.py`` have what is made of a dropout and its neighbours. ``fusing.py`` is imported at its
-first use, since it takes a sixth of the time of the whole package.
+``pairing.py`` joins a dropout with the linear layer after it, and ``fusing.py`` with a sum or a ReLU next to it.
+``fusing.py`` is imported at its first use, because it takes a sixth of the import time of the package.
 """
 
 import sys
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import modules
-from .arguments import check_module
+from .. import modules
+from ..arguments import check_module
 from .pairing import PairedDropout, is_lora_layer, pair, pairs_of, unpair
 from .patching import FAMILY, Replacement
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _RATES = ("p", "drop_prob", "dropout", "drop_rate", "rate")  # attributes with a drop rate, in torch and other libraries
-_warned: WeakSet[nn.Module] = WeakSet()  # modules that convert has warned of
+_warned: WeakSet[nn.Module] = WeakSet()  # modules that convert has given a warning about
 
 
 def _to_fused() -> dict[type, type]:
-    """The classes that are swapped: torch's, and timm's ``DropPath``, which is there if a model has one."""
+    """The classes to swap: torch's, and timm's ``DropPath`` if timm is imported."""
     found = {getattr(nn, name): getattr(modules, name) for name in FAMILY.values()}
     drop_path = getattr(sys.modules.get("timm.layers.drop"), "DropPath", None)
     return found if drop_path is None else {**found, drop_path: modules.DropPath}
@@ -36,22 +36,27 @@ def _to_originals() -> dict[type, type]:
 
 
 class ConvertReport(NamedTuple):
-    """What ``convert`` finds in a model, by module name; a shared module is there under each of its names.
+    """The result of :func:`convert_report`. ``str()`` of it is a table.
 
-    fused: modules on the fused path, and their class. torch: modules of torch's classes, which ``convert`` swaps. left:
-    modules that look like dropout and are left alone, and why. paired: dropouts that run as one with the linear layer
-    after them. unpaired: other dropouts of LoRA layers, and why. layers: layers that call ``dropout_add`` and
-    ``relu_dropout``, and for which of their dropouts. unfused: other layers of torch, transformers and timm, and other
-    dropouts of such layers, and why. ``str()`` of it is a table.
+    Each attribute is a dictionary with a text for each module name. A shared module appears under each of its names.
     """
 
     fused: dict[str, str]
+    """The fused dropout modules."""
     torch: dict[str, str]
+    """The modules of torch's classes, which ``convert`` would swap."""
     left: dict[str, str]
+    """The modules that look like dropout but are not swapped, with the reason."""
     paired: dict[str, str]
+    """The dropouts that run as one function with the linear layer after them."""
     unpaired: dict[str, str]
+    """The other dropouts of LoRA layers, with the reason."""
     layers: dict[str, str]
+    """The layers that call ``dropout_add`` or ``relu_dropout``, with the names of their fused dropouts."""
     unfused: dict[str, str]
+    """The layers of torch, transformers and timm, and the dropouts in them, that do not call these functions, with the
+    reason.
+    """
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} fused, {len(self.torch)} to swap, {len(self.left)} left alone"]
@@ -74,7 +79,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | None:
-    """Why a module that may be taken for dropout is not swapped; None if nobody would take it for that."""
+    """Why a module that looks like dropout is not swapped; None if it does not look like dropout."""
     kind, known = type(module).__name__, {*table, *table.values(), PairedDropout}
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted" if "dropout" in str(getattr(module, "original_name", "")).lower() else None
@@ -103,7 +108,7 @@ def _why_left(name: str, module: nn.Module, table: dict[type, type]) -> str | No
 
 
 def _calls_torch(module: nn.Module, table: dict[type, type]) -> bool:
-    """Whether its dropout calls torch.nn.functional: multi-head attention, and subclasses with torch's forward."""
+    """Whether the module calls torch.nn.functional: multi-head attention, and subclasses with torch's forward."""
     kind = type(module)
     return isinstance(module, nn.MultiheadAttention) or any(
         kind.forward is known.forward for known in table if issubclass(known, nn.modules.dropout._DropoutNd)
@@ -111,7 +116,7 @@ def _calls_torch(module: nn.Module, table: dict[type, type]) -> bool:
 
 
 def _drops(module: nn.Module, table: dict[type, type]) -> bool:
-    """Whether a module that is left alone drops, judged by its drop rate, without the fused path."""
+    """Whether a module that is not swapped drops by torch's functions. Its drop rate decides."""
     if isinstance(F.dropout, Replacement) and _calls_torch(module, table):
         return False  # fd.patch() is on
     rate = next((rate for name in _RATES if isinstance(rate := getattr(module, name, None), int | float)), 0)
@@ -128,13 +133,13 @@ def _swap(model: nn.Module, table: dict[type, type]) -> int:
     """Returns how many modules were swapped."""
     found = {id(module): module for _, module in _swappable(model, table)}
     for module in found.values():
-        vars(module).pop("forward", None)  # the former class's
+        vars(module).pop("forward", None)  # bound to the former class
         module.__class__ = table[type(module)]
     return len(found)
 
 
 def _log(model: nn.Module, swapped: int, fused: int) -> None:
-    """Logs one line about a conversion: a warning if a module that drops was left alone for the first time."""
+    """Logs one line about a conversion, as a warning if it leaves out a module that drops for the first time."""
     import logging
 
     table, left = _to_fused(), list[tuple[str, nn.Module]]()
@@ -155,18 +160,21 @@ def _log(model: nn.Module, swapped: int, fused: int) -> None:
 
 
 def convert_report(model: nn.Module) -> ConvertReport:
-    """What ``convert`` has swapped in a model, what it would swap now, and what it leaves alone and why.
+    """Lists what ``convert`` has swapped in a model, what it would swap, and what it leaves out, with the reasons.
+
+    In PyTorch: ``[name for name, m in model.named_modules() if isinstance(m, nn.Dropout)]`` is a part of this list. The
+    report does not include functional calls; :func:`audit` finds them.
 
     Args:
-        model: any module; it is not changed.
+        model: any module. It is not changed.
 
     Returns:
-        A ``ConvertReport``: the names of modules in ``fused``, ``torch`` and ``left``, of pairs in ``paired`` and
-        ``unpaired``, and of layers in ``layers`` and ``unfused``. Functional calls are not modules, so that it cannot
-        see them: ``fd.audit`` does.
+        A named tuple of dictionaries. ``print`` it for a table.
 
-    Example::
+    Raises:
+        TypeError: ``model`` is not a module.
 
+    Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.LSTM(4, 4, 2, dropout=0.2))
         >>> print(fd.convert_report(fd.convert(model)))
         1 fused, 0 to swap, 1 left alone
@@ -217,7 +225,7 @@ def _report_layers(model: nn.Module) -> dict[str, dict[str, str]]:
         elif places.fused:
             unfused[name] = f"fd.convert(model, fuse=True) fuses {places}"
         unfused |= {(prefix + dropout).rstrip("."): reason for dropout, reason in places.left.items()}
-    # The dropout at the end of a layer may be fused with a sum in the layer around it.
+    # The dropout at the end of a layer can be fused with a sum in the enclosing layer.
     unfused = {name: reason for name, reason in unfused.items() if reason != fusing.NO_FORM or name not in served}
     return {"layers": layers, "unfused": unfused}
 
@@ -225,36 +233,42 @@ def _report_layers(model: nn.Module) -> dict[str, dict[str, str]]:
 def convert(
     model: _Model, dry_run: bool = False, *, lora: bool = False, pair_linears: bool = False, fuse: bool = False
 ) -> _Model:
-    """Swaps each of torch's dropout modules, and timm's ``DropPath``, for the fused one of the same name, in place.
+    """Swaps torch's dropout modules, and timm's ``DropPath``, for the fused modules of the same names, in place.
 
-    Only the class of a module changes: instances stay the same objects, shared ones too, with their hooks, training
-    flags, p and names, and the state dict is as before. Left alone are subclasses of torch's modules, scripted modules
-    and instances whose ``forward`` was replaced (as accelerate's hooks do); ``convert_report`` names them. Doing it
-    again changes nothing but what was added since. Functional calls are not modules: ``fd.patch()`` reaches them.
-    Convert before ``torch.compile``, or call ``torch.compiler.reset()`` after: before torch 2.13 a compiled model may
-    not notice. The logger ``fused_dropout`` gets one line: a warning if modules that drop were left alone, once for
-    each module, else of level INFO.
+    In PyTorch: ``module.__class__ = fd.Dropout`` for each ``nn.Dropout`` of the model.
 
-    Where torch's eager or FX quantization prepares a module, that one becomes torch's again, as ``revert`` does it, and
-    ``convert`` leaves it alone: torch quantizes a converted model as it quantizes the original. Call ``revert`` first
-    where linear layers are paired and ``quantize_dynamic`` is to find them, and where FX is to find a ``DropPath``.
+    Only the class of a module changes. The instances, also shared ones, keep their hooks, names, ``p`` and training
+    flags, and the state dict does not change. ``convert`` leaves out subclasses of torch's modules, scripted modules,
+    and instances whose ``forward`` was replaced (as by accelerate's hooks). :func:`convert_report` lists them. A second
+    call changes only what was added since. Functional calls are not modules, but :func:`patch` replaces them.
+
+    Call ``convert`` before ``torch.compile``, or call ``torch.compiler.reset()`` after it. Before torch 2.13 a compiled
+    model may not notice the change. The logger ``fused_dropout`` gets one line. Its level is WARNING if a module that
+    drops was left out, once for each module, and INFO otherwise.
+
+    If torch's eager or FX quantization prepares a module, that module becomes torch's again, as by :func:`revert`, and
+    ``convert`` leaves it out from then on. So torch quantizes a converted model as it quantizes the original. Call
+    ``revert`` first in two cases: if linear layers are paired and ``quantize_dynamic`` has to find them, and if FX has
+    to find a ``DropPath``.
 
     Args:
         model: any module, also a single ``nn.Dropout``.
-        dry_run: change nothing and print ``convert_report(model)``. Default: ``False``
-        lora: let the dropout of PEFT's LoRA layers and the ``lora_A`` after it run as one ``dropout_linear``, which
-            saves the layer's input in place of the dropped copy. Masks, results and gradients stay the same. Variants
-            such as DoRA are left alone, and ``convert_report(model).unpaired`` names them. Default: ``False``
-        pair_linears: the same for an ``nn.Linear`` right after a dropout in an ``nn.Sequential``. Default: ``False``
-        fuse: let layers of torch, transformers and timm call ``dropout_add`` where they add to a dropout's output, and
-            ``relu_dropout`` where they drop a ReLU's. Masks, results and gradients stay the same; see docs/fuse.md.
-            ``convert_report(model).unfused`` names the layers that are left alone. Default: ``False``
+        dry_run: if ``True``, changes nothing and prints ``convert_report(model)``.
+        lora: if ``True``, the dropout of PEFT's LoRA layers and the ``lora_A`` after it run as one
+            :func:`dropout_linear`, which saves the layer's input instead of its dropped copy. Masks, results and
+            gradients stay the same. Variants such as DoRA are left out; ``convert_report(model).unpaired`` lists them.
+        pair_linears: if ``True``, the same for an ``nn.Linear`` directly after a dropout in an ``nn.Sequential``.
+        fuse: if ``True``, layers of torch, transformers and timm call :func:`dropout_add` where they add to the output
+            of a dropout, and :func:`relu_dropout` where they drop the output of a ReLU. Masks, results and gradients
+            stay the same (docs/fuse.md). ``convert_report(model).unfused`` lists the layers that are left out.
 
     Returns:
         ``model`` itself.
 
-    Example::
+    Raises:
+        TypeError: ``model`` is not a module.
 
+    Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
         >>> fd.convert(model) is model
         True
@@ -271,7 +285,7 @@ def convert(
     if fuse:
         from . import fusing
 
-        for layer in reversed(list(model.modules())):  # a layer is seen after those inside it
+        for layer in reversed(list(model.modules())):  # inner layers first
             if not _is_replaced(layer):
                 fusing.fuse(layer)
     for owner in model.modules():
@@ -282,12 +296,13 @@ def convert(
 
 
 def revert(model: _Model) -> _Model:
-    """Undoes ``convert``: gives each fused dropout module torch's class of the same name (timm's for ``DropPath``, if
-    timm is there), in place.
+    """Gives each fused dropout module torch's class of the same name again, in place.
 
-    Modules that were made as ``fd.Dropout`` and the like become torch's, too. What torch's do not know (generator, key,
-    noise_shape) stays on the instance, without effect until it is converted again. Subclasses of the fused modules and
-    instances whose ``forward`` was replaced are left alone.
+    In PyTorch: ``module.__class__ = nn.Dropout`` for each ``fd.Dropout`` of the model.
+
+    ``DropPath`` becomes timm's, if timm is imported. Modules that were created as ``fd.Dropout`` become torch's too.
+    The attributes ``generator``, ``key`` and ``noise_shape`` stay on the instance, and have no effect until it is
+    converted again. Subclasses of the fused modules, and instances whose ``forward`` was replaced, do not change.
 
     Args:
         model: any module.
@@ -295,8 +310,10 @@ def revert(model: _Model) -> _Model:
     Returns:
         ``model`` itself.
 
-    Example::
+    Raises:
+        TypeError: ``model`` is not a module.
 
+    Example:
         >>> type(fd.revert(fd.Dropout(0.1))) is nn.Dropout
         True
     """

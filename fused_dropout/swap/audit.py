@@ -1,4 +1,7 @@
-"""``audit``: every place where a model drops, seen in one forward pass in training and one in evaluation mode."""
+"""``audit``: finds every place where a model drops, by one forward pass in training and one in evaluation mode.
+
+It uses ``convert.py`` and ``patching.py`` to say what they would fuse, and ``audit_report.py`` for the result.
+"""
 
 import contextlib
 import random
@@ -16,14 +19,15 @@ from torch.overrides import has_torch_function_unary
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from . import attention, distributed, family, functional, linear, neighbours, pairing
-from .arguments import check_module
+from .. import attention, distributed, family, functional, linear, neighbours
+from ..arguments import check_module
+from ..build_info import backend_info
+from ..dispatch import is_covered
+from ..torch_internals import is_in_backward, runs_checkpoint
+from . import pairing
 from .audit_report import OUT_OF_REACH, AuditReport, Site, torchs_mask
-from .build_info import backend_info
 from .convert import convert_report
-from .dispatch import is_covered
-from .patching import FAMILY, meet_torchs_own, unpatched
-from .torch_internals import is_in_backward, runs_checkpoint
+from .patching import FAMILY, cache_overridable_functions, unpatched
 
 _INTERNAL = tuple(str(Path(module.__file__ or "").parent) + "/" for module in (torch, functional))
 _SHORT_FORMS = [name for name in vars(torch) if name.rstrip("_") in (*FAMILY, "feature_dropout")]
@@ -35,13 +39,16 @@ _ARGUMENTS = {
     "dropout_linear": ("input", "weight", "bias", "p", "training"),
 }
 _ATTENTION = "scaled_dot_product_attention"
-_IN_CUDA_KERNEL = f"{OUT_OF_REACH}: p in steps of 1/256"  # as torch's flash attention draws
+_IN_CUDA_KERNEL = f"{OUT_OF_REACH}: p in steps of 1/256"  # torch's flash attention draws 8 bits
 
 
 class _Place(NamedTuple):
-    """The place of the current call. key: the same for all calls of one site. line: file and line of the user's code.
-    owner: the module whose method calls. in_torchs: whether the call is inside torch's F.dropout. checkpointed: whether
-    it is inside a checkpoint."""
+    """The place of the current call in the user's code.
+
+    key: the same for all calls of one site. line: file and line of the user's code. owner: the module whose method
+    makes the call. in_torchs: whether the call is inside torch's F.dropout. checkpointed: whether it is inside a
+    checkpoint.
+    """
 
     key: tuple[object, ...]
     line: str
@@ -51,7 +58,7 @@ class _Place(NamedTuple):
 
 
 def _place_of(names: dict[int, str]) -> _Place:
-    """Finds the place on the stack. names: of the model's modules, by id."""
+    """Finds the place on the call stack. names: the names of the model's modules, by id."""
     line, owner, in_torchs, checkpointed = "", None, False, False
     key: tuple[object, ...] = ()
     frame: FrameType | None = sys._getframe(1)
@@ -72,17 +79,20 @@ def _place_of(names: dict[int, str]) -> _Place:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees each draw: by the functions that drop, which ``watching`` wraps, and elsewhere by the operators."""
+    """Records each place that drops.
+
+    ``watching`` wraps the functions that drop. Draws outside of them are seen as operators, by the dispatch mode.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self.sites: dict[tuple[object, ...], Site] = {}
         self.training = True
-        self.inside: Site | None = None  # of a function that drops
-        self.packed: dict[int, int] = {}  # inside it: what backward will need, bytes by storage
-        self.drawn: dict[int, Site] = {}  # by storage
-        self.alive: list[Tensor] = []  # so that no storage is taken for an earlier one
+        self.inside: Site | None = None  # the site of the wrapped function that runs now
+        self.packed: dict[int, int] = {}  # the bytes that this function has saved for backward, by storage
+        self.drawn: dict[int, Site] = {}  # the site of each random tensor drawn elsewhere, by storage
+        self.alive: list[Tensor] = []  # keeps the storages alive, so that none gets the address of an earlier one
         self.meshes = distributed.meshes_of(model)
         self.fingerprints: dict[str, list[distributed.Fingerprint]] = {}  # one for each call, by the site's name
 
@@ -114,7 +124,7 @@ class _Recorder(TorchDispatchMode):
         draws = (namespace == "fused_dropout" and name != "draw_keys") or name in _DRAWS
         if draws and self.inside is None and not is_in_backward():
             arguments = func._schema.arguments
-            given = {a.name: a.default_value for a in arguments}  # torch leaves out what is as by default: p = 0.5
+            given = {a.name: a.default_value for a in arguments}  # torch leaves out arguments with their default value
             given |= dict(zip((a.name for a in arguments), args, strict=False)) | (kwargs or {})
             p = given.get("dropout", given.get("p"))
             if p == 0 or given.get("train") is False:
@@ -131,7 +141,7 @@ class _Recorder(TorchDispatchMode):
                 path = "torch"
             site = self.record(place, p if isinstance(p, float) else None, path)
             if path == OUT_OF_REACH or namespace == "fused_dropout":
-                site.saved = None  # the recorder is a mode, under which more is saved than without it
+                site.saved = None  # unknown, because more is saved under a dispatch mode than without it
             for tensor in (given.get("key"), *(outputs if isinstance(outputs, tuple) else (outputs,))):
                 if isinstance(tensor, Tensor):
                     self.alive.append(tensor)
@@ -139,7 +149,7 @@ class _Recorder(TorchDispatchMode):
         return outputs
 
     def fingerprint_call(self, input: Any, generator: torch.Generator | None, key: Tensor | None) -> None:
-        """Keeps the mask's key and a checksum of the input of this call, to compare them with those of other ranks."""
+        """Stores the key and checksums of the input of this call, to compare them with those of other ranks."""
         if self.meshes and self.training and is_covered(input):
             with _disable_current_modes():
                 self.fingerprints.setdefault(str(self.inside), []).append(
@@ -158,9 +168,10 @@ class _Recorder(TorchDispatchMode):
                 return function(*args, **kwargs)
             plain = not has_torch_function_unary(input) and is_covered(input)
             takes = fused and plain
-            # The recorder is a dispatch mode. Under a mode the composition serves, which saves a mask.
+            # The recorder is a dispatch mode. Under a mode the call would be composed of torch's operations, which save
+            # a mask.
             modes = _disable_current_modes() if takes else contextlib.nullcontext()
-            if is_in_backward():  # a checkpoint runs its block again
+            if is_in_backward():  # a checkpoint runs its block again: not a new call
                 with modes:
                     return function(*args, **kwargs)
             place = _place_of(self.names)
@@ -216,7 +227,7 @@ class _Recorder(TorchDispatchMode):
             if not takes:
                 site.saved = None
             elif site.saved is not None and result.requires_grad and self.training and not place.checkpointed:
-                site.saved += 16 + 8 * result[..., 0].numel()  # a key, and two numbers a row
+                site.saved += 16 + 8 * result[..., 0].numel()  # the key, and two float32 numbers for each row
                 keys: Any = args[1] if len(args) > 1 else kwargs["key"]
                 site.torch_saved += query[..., 0].numel() * keys.shape[-2] * query.itemsize
             return result
@@ -225,13 +236,13 @@ class _Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Wraps the functions that drop, wherever they are looked up at each call."""
+        """Wraps the functions that drop, in every module that looks them up at each call."""
         import fused_dropout
 
-        meet_torchs_own()
+        cache_overridable_functions()
         names = (*FAMILY, "drop_path", "dropout_add", "relu_dropout", "dropout_linear")
         modules = [F, functional, family, fused_dropout, neighbours, linear, pairing]
-        modules += [sys.modules[name] for name in ("fused_dropout.fusing",) if name in sys.modules]
+        modules += [sys.modules[name] for name in ("fused_dropout.swap.fusing",) if name in sys.modules]
         places = [(module, name) for module in modules for name in names if name in vars(module)]
         places += [(torch, name) for name in _SHORT_FORMS]
         before = {place: getattr(*place) for place in places}
@@ -257,7 +268,7 @@ def _fused_path(tensor: Tensor) -> str:
 
 @contextlib.contextmanager
 def _restoring(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Puts back training flags, buffers, gradients and random state."""
+    """Restores training flags, buffers, gradients and random state at the end."""
     modules = list(model.modules())
     flags = [(module, module.training) for module in modules]
     buffers = [(m, name, b, b if b is None else b.clone()) for m in modules for name, b in m._buffers.items()]
@@ -292,9 +303,11 @@ def _module_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _rows_of_idle(model: nn.Module, layers: Collection[str], sites: dict[tuple[object, ...], Site]) -> None:
-    """Adds rows for the modules that could drop and never did. Dropouts inside of fused layers, whose names are given,
-    are left out: the layer drops in their place."""
+def _add_idle_modules(model: nn.Module, layers: Collection[str], sites: dict[tuple[object, ...], Site]) -> None:
+    """Adds sites for the modules that have a drop rate and never dropped.
+
+    layers: the names of the fused layers. These drop in place of the dropouts inside them, which get no site.
+    """
     for name, module in model.named_modules():
         is_rnn = isinstance(module, nn.RNNBase)
         p = module.dropout * (module.num_layers > 1) if is_rnn else getattr(module, "p", 0)
@@ -305,39 +318,38 @@ def _rows_of_idle(model: nn.Module, layers: Collection[str], sites: dict[tuple[o
 
 
 def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: Any) -> AuditReport:
-    """Runs a model once in training and once in evaluation mode, and reports every site that drops.
+    """Runs a model once in training and once in evaluation mode, and reports every place that drops.
 
-    It sees torch's own dropout as well as the fused one, functional calls as well as modules, dropout inside
-    ``nn.LSTM`` and ``scaled_dot_product_attention``, and masks that a model draws itself with ``bernoulli`` or
-    ``rand``. A compiled model runs uncompiled. While it runs, torch's dropout functions are wrapped for the whole
-    process.
+    In PyTorch: a ``TorchDispatchMode`` and ``torch.autograd.graph.saved_tensors_hooks`` around ``model(*inputs)``.
 
-    The inputs are copied. Training flags, gradients, buffers such as the running statistics of batch normalization,
-    the random state of torch and Python, and generators of modules are put back. A model is not run backward. What
-    else a call changes stays: parameters that a training step updates, logs, attributes.
+    The report includes torch's own and fused dropout, functional calls and modules, dropout inside ``nn.LSTM`` and
+    ``scaled_dot_product_attention``, and masks that the model draws with ``bernoulli`` or ``rand``. A compiled model
+    runs uncompiled. During the call torch's dropout functions are wrapped in the whole process.
+
+    The inputs are copied. At the end ``audit`` restores training flags, gradients, buffers (such as the running
+    statistics of batch normalization), the random state of torch and Python, and the generators of modules, also if the
+    model raises an error. Other changes stay: parameters that a training step updates, logs, attributes. ``audit``
+    itself does not run backward, but a function such as a training step may.
+
+    If parameters are DTensors, the ranks of their device meshes compare masks and activations at the end, so all ranks
+    have to call ``audit``.
 
     Args:
-        model: any module; or a function that calls one, such as ``lightning_module.training_step``. The module of a
-            bound method is found; any other function needs ``of``.
-        inputs, kwargs: what it is called with.
-        of: the module that a function calls. Without one it runs once, as it is, and sites have no names. Default:
-            ``None``
-
-    Where parameters are DTensors, the ranks of their device meshes compare their masks and activations at the end, so
-    that all have to call it.
+        model: any module, or a function that calls one, such as ``lightning_module.training_step``. For a bound method
+            of a module the module is known; for another function give it as ``of``.
+        inputs: the positional arguments of the model.
+        of: the module that the function calls. Without it an unbound function runs once, in the mode that its modules
+            have, and sites have no names.
+        kwargs: the keyword arguments of the model.
 
     Returns:
-        An ``AuditReport``; ``print`` it for a table. Its first line has how many sites are fused, and the bytes kept
-        for backward: what torch's dropout would keep, and what is kept. The last says what to call next. Its ``sites``
-        hold the module's name, the call, p, whether the site dropped in train and in eval, how often, the bytes saved
-        for backward and the path that served it.
+        A report; ``print`` it for a table. Its first line says how many sites are fused, and the bytes kept for
+        backward with torch's dropout and now. Its last line says what to call next.
 
     Raises:
-        TypeError: model is neither a module nor a function.
-        Whatever the model raises, after all was put back.
+        TypeError: ``model`` is neither a module nor a function; ``of`` is not a module.
 
-    Example::
-
+    Example:
         >>> class Model(nn.Module):
         ...     def forward(self, x):
         ...         return F.dropout(x, 0.1)  # without training=self.training
@@ -366,12 +378,12 @@ def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: An
                 Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), (inputs, kwargs)
             )
             hooks = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor)
-            # A function may run backward.
+            # A function, such as a training step, may run backward and so needs gradients.
             grad = torch.set_grad_enabled(training or not isinstance(model, nn.Module))
             with recorder.watching(), recorder, hooks, grad, torch.compiler.set_stance("force_eager"):
                 model(*args, **named)
     report = convert_report(module)
-    _rows_of_idle(module, report.layers, recorder.sites)
+    _add_idle_modules(module, report.layers, recorder.sites)
     for mesh in recorder.meshes:
         for dim, names in distributed.one_mask_for_shards(mesh, recorder.fingerprints).items():
             for site in recorder.sites.values():
@@ -379,7 +391,7 @@ def audit(model: Any, /, *inputs: Any, of: nn.Module | None = None, **kwargs: An
     for site in recorder.sites.values():
         own = site.path.startswith("own code")
         if own and not site.saved:
-            site.saved = None  # a mask made from what was drawn is not known as one
+            site.saved = None  # unknown, because the mask is computed from the draw and not recognized
         if not site.fused:
             site.torch_saved = site.saved or 0
         if site.module in report.torch and (own or site.reached_by):

@@ -1,8 +1,8 @@
-"""Lets layers of torch, transformers and timm call ``dropout_add`` and ``relu_dropout``: for ``convert(fuse=True)``.
+"""Makes layers of torch, transformers and timm call ``dropout_add`` and ``relu_dropout``, for ``convert(fuse=True)``.
 
-The class of a layer becomes a subclass of the same name, whose forward ``rewriting.py`` makes of the layer's own. What
-is not a plain ``fd.Dropout`` or ``fd.DropPath`` is called as it was. The original forward runs in eval, while a graph
-is compiled or recorded, and after a method was replaced.
+The class of a layer becomes a subclass with the same name. ``rewriting.py`` makes its forward from the source of the
+original one. Dropouts other than a plain ``fd.Dropout`` or ``fd.DropPath`` are called as before. The original forward
+runs in eval mode, while a graph is compiled or recorded, and if a method of the layer was replaced.
 """
 
 import functools
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from .modules import Dropout, DropPath
-from .neighbours import dropout_add, relu_dropout
+from ..modules import Dropout, DropPath
+from ..neighbours import dropout_add, relu_dropout
+from ..torch_internals import has_global_hooks, has_hooks, is_compiling, is_recorded
 from .rewriting import NO_FORM, Rewritten, Site, Undropped, is_known, rewrite, undropped
-from .torch_internals import has_global_hooks, has_hooks, is_compiling, is_recorded
 
 _NO_LAYERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 _NONE: Mapping[type, type] = {}
 
 
 def _why_not(dropout: Any, table: Mapping[type, type] = _NONE) -> str:
-    """Why a layer's dropout is called as it was; empty if it can be fused. table: classes that are about to change."""
+    """Why a layer's dropout cannot be fused; empty if it can. table: the classes that ``convert`` will swap."""
     kind = table.get(type(dropout), type(dropout))
     if (kind is not Dropout and kind is not DropPath) or "forward" in vars(dropout):
         return f"{type(dropout).__name__} is not fd.Dropout or fd.DropPath with its own forward"
@@ -45,7 +45,7 @@ def _is_relu(activation: object) -> bool:
 
 
 def _p_of(dropout: Any) -> float:
-    """The rate of a dropout that can be fused and that drops; else 0."""
+    """The rate of a dropout, or 0 if it does not drop now or cannot be fused."""
     if _why_not(dropout) or not dropout.training or has_global_hooks():
         return 0.0
     p = dropout.p if type(dropout) is Dropout else dropout.drop_prob
@@ -57,9 +57,9 @@ def _have_one_layout(x: Any, y: Any) -> bool:
 
 
 def _sum(residual: Any, dropout: Any, x: Any, swapped: bool = False) -> Any:
-    """``residual + dropout(x)``; swapped: ``dropout(x) + residual``, which may have another layout."""
+    """``residual + dropout(x)``, or if swapped ``dropout(x) + residual``, which can have another layout."""
     p = _p_of(dropout)
-    # A tensor that is both: its gradients would be added in another order.
+    # If x is the residual, both gradients belong to one tensor, and would be added in another order.
     fits = isinstance(x, Tensor) and x.dim() > 0 and x is not residual
     if p == 0 or not fits or (swapped and not _have_one_layout(x, residual)):
         dropped = dropout(x)
@@ -68,8 +68,8 @@ def _sum(residual: Any, dropout: Any, x: Any, swapped: bool = False) -> Any:
     return dropout_add(x, residual, p, generator=dropout.generator, key=dropout.key, noise_shape=noise_shape)
 
 
-class _Called(NamedTuple):
-    """A layer to call, and the dropout at its end that ``run`` leaves out; None if it leaves out nothing."""
+class _LayerCall(NamedTuple):
+    """A call of an inner layer. run: the layer without the dropout at its end, or the layer if dropout is None."""
 
     run: Callable[..., Any]
     dropout: Any
@@ -81,13 +81,16 @@ class _Called(NamedTuple):
 
 
 class FusedLayer(nn.Module):
-    """The base of the generated classes. Rewritten code knows no name but self, so all that it calls is here."""
+    """The base of the generated classes.
+
+    The rewritten code has only the name ``self`` for sure, so everything that it calls is a method here.
+    """
 
     _fused_dropout_original: type[nn.Module]
     _fused_dropout_rewritten: Rewritten
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":  # torch quantizes the module now: see modules.Keyed
+        if name == "qconfig":  # torch starts to quantize the module: see modules.Keyed
             unfuse(self)
         nn.Module.__setattr__(self, name, value)
 
@@ -100,11 +103,11 @@ class FusedLayer(nn.Module):
             return dropout(activation(x))
         return relu_dropout(x, p, generator=dropout.generator, key=dropout.key)
 
-    def _fused_dropout_layer(self, layer: Any, in_tuple: bool) -> _Called:
+    def _fused_dropout_layer(self, layer: Any, in_tuple: bool) -> _LayerCall:
         found = undropped_layer(layer, in_tuple)
         if found is None or has_global_hooks():
-            return _Called(layer, None)
-        return _Called(functools.partial(found.function, layer), getattr(layer, found.dropout))
+            return _LayerCall(layer, None)
+        return _LayerCall(functools.partial(found.function, layer), getattr(layer, found.dropout))
 
     def _fused_dropout_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fuses = (
@@ -118,7 +121,7 @@ class FusedLayer(nn.Module):
         return forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The generated class cannot be found by its name: _restore makes it again.
+        # Pickle cannot find the generated class by name, so _restore makes it again.
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return (_restore, (self._fused_dropout_original,), *reduced[2:])
 
@@ -128,7 +131,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _replaced(module: nn.Module, kind: type, rewritten: Rewritten) -> str:
-    """The name of a method that is not the one that was read; empty if all are."""
+    """The name of a method that was replaced after its source was read; empty if there is none."""
     for name, function in rewritten.sources.items():
         if getattr(kind, name) is not function or (name in vars(module) and name != "forward"):
             return name
@@ -136,7 +139,10 @@ def _replaced(module: nn.Module, kind: type, rewritten: Rewritten) -> str:
 
 
 def undropped_layer(layer: Any, in_tuple: bool) -> Undropped | None:
-    """The forward of a layer without the dropout at its end, if to call the layer is to call its class's forward."""
+    """The forward of a layer without the dropout at its end.
+
+    None if there is no such dropout, or if a call of the layer runs more than the forward of its class.
+    """
     kind: Any = type(layer)
     if not isinstance(layer, nn.Module) or kind.__call__ is not nn.Module.__call__ or not is_known(kind):
         return None
@@ -156,7 +162,7 @@ def _fused_class(original: Any, source: Any) -> Any:
     rewritten = rewrite(original, source)
     if isinstance(rewritten, str):
         return None
-    # Named as the original, since libraries look for names; torch.jit.script and FX read the original's source.
+    # Has the name of the original, because libraries look for names. torch.jit.script and FX read the original source.
     forward = FunctionType(_forward.__code__, source.__globals__, "forward")
     own: dict[str, Any] = {"forward": functools.update_wrapper(forward, source), **rewritten.methods}
     own |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -169,17 +175,20 @@ def _restore(original: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
-# For convert, revert and convert_report.
+# Below: what convert, revert and convert_report call.
 
 
 def _original(module: nn.Module) -> Any:
-    """The class of a module, or that which a fused layer had before."""
+    """The class of a module; for a fused layer its original class."""
     return vars(type(module)).get("_fused_dropout_original", type(module))
 
 
 class Places(NamedTuple):
-    """Where a layer's forward can be fused, and where it cannot. fused: names of dropouts by the function that serves
-    them. left: why not, by the name of the dropout; that of the layer itself is empty."""
+    """The dropouts of a layer that can be fused, and those that cannot.
+
+    fused: for each function, the names of the dropouts that it replaces. left: for each other dropout, the reason. The
+    empty name stands for the layer itself.
+    """
 
     fused: dict[str, list[str]]
     left: dict[str, str]
@@ -189,7 +198,7 @@ class Places(NamedTuple):
 
 
 def places_of(module: nn.Module, table: Mapping[type, type]) -> Places:
-    """Looks at a layer as it is or, if ``convert`` swaps the classes of the table, will be."""
+    """The places in a layer after ``convert`` has swapped the classes of the table."""
     kind, places = _original(module), Places({}, {})
     if isinstance(module, _NO_LAYERS) or not module._modules:
         return places
@@ -222,7 +231,7 @@ def _may_drop(module: object, table: Mapping[type, type]) -> bool:
 
 
 def _look(module: nn.Module, site: Site, table: Mapping[type, type]) -> tuple[str, str]:
-    """The name of the dropout at a site, empty if there is none, and why it cannot be fused."""
+    """Returns the name of the dropout at a site, empty if there is none, and why it cannot be fused."""
     owner: Any = getattr(module, site.layer, None) if site.layer else module
     name = path = site.dropout
     if site.layer:
@@ -243,10 +252,10 @@ def _look(module: nn.Module, site: Site, table: Mapping[type, type]) -> tuple[st
 
 
 def fuse(module: nn.Module) -> None:
-    """Gives a layer with something to fuse the generated class, in place."""
+    """Changes a layer's class to the generated one, in place, if it has something to fuse."""
     kind: Any = type(module)
     if _original(module) is kind and places_of(module, {}).fused and (fused := _fused_class(kind, kind.forward)):
-        vars(module).pop("forward", None)  # the former class's
+        vars(module).pop("forward", None)  # bound to the former class
         module.__class__ = fused
 
 

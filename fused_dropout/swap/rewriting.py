@@ -1,14 +1,14 @@
-"""Rewrites a layer's forward, to call one function for a dropout and what is next to it: for ``fusing.py``.
+"""Rewrites the source of a layer's forward so that it calls fused functions, for ``fusing.py``.
 
-No list of classes is kept. The source of a layer's forward is read, and rewritten where it has one of these forms:
+There is no list of supported classes. This module reads the source of a forward, and rewrites these forms:
 
-    r + self.dropout(x)              dropout_add; also if the sum is in the next statement
+    r + self.dropout(x)              to dropout_add; also if the sum is in the next statement
     r + self.method(...)             the same, if the method returns self.dropout(x)
-    y = self.layer(...); z = r + y   the same, if the layer's forward returns self.dropout(x), or that and more
-    self.dropout(self.act(x))        relu_dropout, if act is ReLU; also as two statements
+    y = self.layer(...); z = r + y   the same, if the layer's forward returns self.dropout(x), alone or first in a tuple
+    self.dropout(self.act(x))        to relu_dropout, if act is ReLU; also as two statements
 
-The new code does the same in the same order. It calls methods of ``fusing.FusedLayer``, which see at each call whether
-the modules there can be fused. The rest of the forward stays the library's, with its line numbers. A source counts only
+The new code computes the same in the same order. It calls methods of ``fusing.FusedLayer``, which check in each call
+whether the modules can be fused. The rest of the forward, with its line numbers, does not change. A source is used only
 if it compiles to the code that runs.
 """
 
@@ -26,19 +26,23 @@ from typing import Any, NamedTuple, TypeGuard
 from torch import nn
 
 _LIBRARIES = ("torch.nn.", "transformers.", "timm.")
-_DECORATORS = ("deprecate_kwarg",)  # those that may be applied once more
-_CHECKPOINTING = ("transformers.modeling_layers", "forward_with_checkpointing")  # wraps the forward of any subclass
-_DROPOUT, _ACTIVATION = ("drop",), ("act", "relu")  # parts of the names of such modules
+_DECORATORS = ("deprecate_kwarg",)  # decorators that can be applied to the new function too
+_CHECKPOINTING = ("transformers.modeling_layers", "forward_with_checkpointing")  # wraps the forward of each subclass
+_DROPOUT, _ACTIVATION = ("drop",), ("act", "relu")  # a module is a candidate if its name contains one of these
 _UNDROPPED = "_fused_dropout_undropped_"
 NO_FORM = "no known form of a sum or a ReLU next to its dropout"
 
 
-class Unknown(Exception):
-    """Why a source says nothing about what runs."""
+class UnusableSource(Exception):
+    """Why the source of a method cannot be rewritten."""
 
 
 class Undropped(NamedTuple):
-    """A method without the dropout at its end. source: the method itself."""
+    """A method without the dropout at its end.
+
+    function: the method without the dropout. dropout: the dropout's name. in_tuple: whether the method returns a tuple,
+    of which the dropped tensor is the first. source: the method as it was.
+    """
 
     function: Callable[..., Any]
     dropout: str
@@ -47,8 +51,11 @@ class Undropped(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A place where ``function`` may serve, and the names of the modules there. layer: whose forward ends with a
-    dropout."""
+    """A rewritten place in a forward, with the names of its modules.
+
+    function: the fused function that is called there if possible. layer: the inner layer whose forward ends with a
+    dropout. in_tuple: whether that forward returns a tuple.
+    """
 
     function: str
     dropout: str = ""
@@ -58,7 +65,11 @@ class Site(NamedTuple):
 
 
 class Rewritten(NamedTuple):
-    """The forward of a class. sources: the functions that were read, by name."""
+    """The rewritten forward of a class.
+
+    methods: the methods without the dropout at their ends, by their new names. sites: the rewritten places. sources:
+    the functions that were read, by name.
+    """
 
     forward: Callable[..., Any]
     methods: dict[str, Callable[..., Any]]
@@ -68,7 +79,7 @@ class Rewritten(NamedTuple):
 
 @functools.cache
 def is_known(kind: Any) -> bool:
-    """Whether a class and all that it inherits from are of the libraries."""
+    """Whether a class and all its base classes up to nn.Module belong to the libraries."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
     return all(base.__module__.startswith(_LIBRARIES) for base in bases)
 
@@ -82,7 +93,7 @@ def _same_code(a: Any, b: Any) -> bool:
 
 
 class _File(NamedTuple):
-    """A file's functions, by name and first line, decorators included, and its imports outside of functions."""
+    """A file's functions, by name and first line (with decorators), and its imports outside of functions."""
 
     functions: dict[tuple[str, int], ast.FunctionDef]
     imports: list[ast.stmt]
@@ -110,7 +121,7 @@ def _file_of(function: FunctionType) -> _File:
 
 
 def _code_of(tree: ast.FunctionDef, function: FunctionType) -> CodeType:
-    """Compiles a source as Python did in its file: the imports and the class there change the code."""
+    """Compiles a source as Python did in its file, with the imports and the class around it, which change the code."""
     fields = {name: getattr(tree, name) for name in tree._fields} | {"decorator_list": []}
     node: Any = ast.copy_location(ast.FunctionDef(**fields), tree)
     classes = [name for name in function.__qualname__.split(".")[:-1] if name != "<locals>"]
@@ -127,10 +138,10 @@ def _code_of(tree: ast.FunctionDef, function: FunctionType) -> CodeType:
 
 
 def _read(kind: type, name: str) -> tuple[ast.FunctionDef, FunctionType]:
-    """The source of a method, and the function that was made of it, without decorators.
+    """Returns the source of a method, and the function without its decorators.
 
     Raises:
-        Unknown: the source does not tell what runs.
+        UnusableSource: the source is missing, or is not what runs, or has something that cannot be rewritten.
     """
     owner = next(base for base in kind.__mro__ if name in vars(base))
     function, wrappers = vars(owner)[name], []
@@ -139,33 +150,33 @@ def _read(kind: type, name: str) -> tuple[ast.FunctionDef, FunctionType]:
         function = function.__wrapped__
     full_name = f"{owner.__name__}.{name}"
     if not isinstance(function, FunctionType) or function.__globals__.get("__name__") != owner.__module__:
-        raise Unknown(f"{full_name} was replaced")
+        raise UnusableSource(f"{full_name} was replaced")
     if function.__code__.co_freevars:
-        raise Unknown(f"{full_name} uses super() or another closure")
+        raise UnusableSource(f"{full_name} uses super() or another closure")
     place = function.__name__, function.__code__.co_firstlineno
     try:
         tree = copy.deepcopy(_file_of(function).functions[place])
     except (KeyError, SyntaxError):
-        raise Unknown(f"{full_name} has no source") from None
+        raise UnusableSource(f"{full_name} has no source") from None
     if not _same_code(_code_of(tree, function), function.__code__):
-        raise Unknown(f"the source of {full_name} is not what runs")
+        raise UnusableSource(f"the source of {full_name} is not what runs")
     for decorator in tree.decorator_list:
         if not isinstance(decorator, ast.Call) or _name(decorator.func) not in _DECORATORS:
-            raise Unknown(f"{full_name} is decorated with {ast.unparse(decorator)}")
+            raise UnusableSource(f"{full_name} is decorated with {ast.unparse(decorator)}")
     decorators = [function.__globals__[_name(call.func)].__module__ for call in tree.decorator_list]  # type: ignore[attr-defined]
     if [module for module, name in map(_origin, wrappers) if (module, name) != _CHECKPOINTING] != decorators:
-        raise Unknown(f"{full_name} is wrapped in another function")
+        raise UnusableSource(f"{full_name} is wrapped in another function")
     return tree, function
 
 
 def _origin(wrapper: Any) -> tuple[str, str]:
-    """The module and the name that a function was written with: ``functools.wraps`` gives it those of another."""
+    """The module and the name in a function's definition. ``functools.wraps`` sets other ones on the function."""
     function = getattr(wrapper, "__func__", wrapper)
     return function.__globals__["__name__"], function.__code__.co_name
 
 
 def _compile(tree: ast.FunctionDef, function: FunctionType) -> Any:
-    """The function of a changed source."""
+    """Makes a function of a changed source."""
     made: Any = FunctionType(_code_of(tree, function), function.__globals__, tree.name, function.__defaults__)
     made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
     for decorator in reversed(tree.decorator_list):
@@ -174,14 +185,14 @@ def _compile(tree: ast.FunctionDef, function: FunctionType) -> Any:
 
 
 def _member(node: ast.AST, parts: Iterable[str] = ("",)) -> str:
-    """The name in ``self.name``, if it has one of the parts; else the empty string."""
+    """The name in ``self.name``, if it contains one of the parts; else the empty string."""
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
         return node.attr if any(part in node.attr.lower() for part in parts) else ""
     return ""
 
 
 def _called(node: ast.AST, parts: Iterable[str]) -> TypeGuard[ast.Call]:
-    """Whether the node is ``self.name(x)``, and the name has one of the parts."""
+    """Whether the node is ``self.name(x)``, and the name contains one of the parts."""
     if not isinstance(node, ast.Call) or not _member(node.func, parts):
         return False
     return len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
@@ -192,7 +203,7 @@ def _name(node: ast.AST) -> str:
 
 
 def _target(statement: ast.stmt | None) -> str:
-    """The x of ``x = ...`` and of ``x, y = ...``."""
+    """The name x in ``x = ...`` and in ``x, y = ...``; else the empty string."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return ""
     target = statement.targets[0]
@@ -200,22 +211,26 @@ def _target(statement: ast.stmt | None) -> str:
 
 
 def _loads(node: ast.AST, name: str) -> int:
+    """How often a name is read."""
     return sum(_name(n) == name and isinstance(getattr(n, "ctx", None), ast.Load) for n in ast.walk(node))
 
 
 @functools.cache
 def undropped(kind: Any, name: str, source: Any) -> Undropped | None:
-    """The method of a class without the dropout at its end, if it has one."""
+    """The method of a class without the dropout at its end; None if there is no such dropout."""
     try:
         tree, function = _read(kind, name)
-        found = _cut(tree)
+        found = _remove_last_dropout(tree)
         return found and Undropped(_compile(tree, function), *found, source)
-    except Unknown:
+    except UnusableSource:
         return None
 
 
-def _cut(tree: ast.FunctionDef) -> tuple[str, bool] | None:
-    """Cuts off the dropout at the end. Returns its name, and whether a tuple is returned."""
+def _remove_last_dropout(tree: ast.FunctionDef) -> tuple[str, bool] | None:
+    """Removes the dropout at the end of a function, in place.
+
+    Returns its name, and whether the function returns a tuple. None if there is no such dropout.
+    """
     *_, before, last = None, *tree.body
     if not isinstance(last, ast.Return) or sum(isinstance(node, ast.Return) for node in ast.walk(tree)) != 1:
         return None
@@ -236,18 +251,19 @@ def _cut(tree: ast.FunctionDef) -> tuple[str, bool] | None:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites the forms of the module's docstring in place, and notes where."""
+    """Rewrites the forms in the module's docstring, in place, and collects the places."""
 
     def __init__(self, kind: type, tree: ast.FunctionDef) -> None:
         self.kind, self.tree = kind, tree
         self.sites: list[Site] = []
-        self.methods: dict[str, tuple[str, Any, Callable[..., Any]]] = {}  # dropout, method, method without it
+        # For each method: its dropout, the method, the method without the dropout.
+        self.methods: dict[str, tuple[str, Any, Callable[..., Any]]] = {}
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         for name in ("body", "orelse", "finalbody"):
             if isinstance(statements := getattr(node, name, None), list):
-                setattr(node, name, self._joined(statements))
+                setattr(node, name, self._rewritten(statements))
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -283,37 +299,37 @@ class _Rewriter(ast.NodeTransformer):
         return self._new_call(node, "_fused_dropout_sum", residual, dropout, x, swapped)
 
     def _dropped(self, node: ast.expr) -> tuple[ast.expr, ast.expr] | None:
-        """The dropout and its input, in ``self.dropout(x)`` or a call of a method that returns that."""
+        """The dropout and its input, for ``self.dropout(x)`` or a call of a method that returns it; else None."""
         if _called(node, _DROPOUT):
             return node.func, node.args[0]
         if not isinstance(node, ast.Call) or not (name := _member(node.func)):
             return None
-        dropout = self.methods[name][0] if name in self.methods else self._cut_method(name)
+        dropout = self.methods[name][0] if name in self.methods else self._add_method(name)
         if not dropout:
             return None
         itself = ast.Name("self", ast.Load())
         node.func = ast.Attribute(itself, _UNDROPPED + name, ast.Load())
         return ast.Attribute(itself, dropout, ast.Load()), ast.fix_missing_locations(node)
 
-    def _cut_method(self, name: str) -> str:
-        """Makes of a method one without the dropout at its end, and returns the dropout's name, if it has one."""
+    def _add_method(self, name: str) -> str:
+        """Adds the method without the dropout at its end. Returns the dropout's name, or an empty string if none."""
         if not inspect.isfunction(source := getattr(self.kind, name, None)):
             return ""
         try:
             tree, function = _read(self.kind, name)
-            dropout, in_tuple = _cut(tree) or ("", False)
+            dropout, in_tuple = _remove_last_dropout(tree) or ("", False)
             if not dropout or in_tuple:
                 return ""
             inner = _Rewriter(self.kind, tree)
             inner.visit(tree)
             self.methods |= {**inner.methods, name: (dropout, source, _compile(tree, function))}
-        except Unknown:
+        except UnusableSource:
             return ""
         self.sites += inner.sites
         return dropout
 
-    def _joined(self, statements: list[Any]) -> list[Any]:
-        """The statements, with those that make one of the forms together rewritten."""
+    def _rewritten(self, statements: list[Any]) -> list[Any]:
+        """The statements, after rewriting each form that extends over two of them."""
         done: list[Any] = []
         for statement in statements:
             before: Any = done[-1] if done else None
@@ -343,7 +359,7 @@ class _Rewriter(ast.NodeTransformer):
         return done
 
     def _is_module(self, name: str) -> bool:
-        """Whether ``self.name`` may be a module: it is no method, and not of this file."""
+        """Whether ``self.name`` can be a module: it is not a method, and was not added by this file."""
         return bool(name) and not hasattr(self.kind, name) and not name.startswith("_fused_dropout")
 
     def _is_relu_and_dropout(self, before: Any, statement: Any) -> bool:
@@ -357,7 +373,10 @@ class _Rewriter(ast.NodeTransformer):
         return _name(statement.value.args[0]) == x
 
     def _sum_of(self, before: Any, statement: Any) -> ast.BinOp | None:
-        """``x + y``, two names, with which a statement begins. The one before makes x, which is not used later."""
+        """The sum of two names in a statement, if the statement before assigns one of them, which is not read later.
+
+        The statement has only the sum, or a call ``self.name(x + y)``.
+        """
         x = _target(before)
         if not x or not isinstance(statement, ast.Assign | ast.Return):
             return None
@@ -376,7 +395,7 @@ class _Rewriter(ast.NodeTransformer):
 
 @functools.cache
 def rewrite(kind: Any, source: Any) -> Rewritten | str:
-    """The rewritten forward of a class whose forward is ``source``, or why there is none."""
+    """Rewrites the forward of a class, which is ``source``. Returns the reason as text if that is not possible."""
     try:
         tree, function = _read(kind, "forward")
         rewriter = _Rewriter(kind, tree)
@@ -388,7 +407,7 @@ def rewrite(kind: Any, source: Any) -> Rewritten | str:
             if python and _origin(own)[0] != _CHECKPOINTING[0]:
                 return f"{kind.__name__} has its own {own.__name__}"
         forward = _compile(tree, function)
-    except Unknown as reason:
+    except UnusableSource as reason:
         return str(reason)
     methods = {_UNDROPPED + name: method for name, (_, _, method) in rewriter.methods.items()}
     sources = {"forward": source} | {name: method for name, (_, method, _) in rewriter.methods.items()}
