@@ -50,7 +50,7 @@ bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have t
 	$(PY) tools/cpu_targets.py
 	$(PY) tools/compile_targets.py
 
-examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, six minutes
+examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and a picture: examples/gallery.md, twenty minutes
 	$(PY) examples/gallery.py --out examples
 
 # Threads that spin while they wait would slow down the run beside them.

@@ -1,14 +1,15 @@
-"""train() and eval(): dropout draws in one, and does nothing in the other.
+"""train() and eval(): dropout acts in the first mode and does nothing in the second.
 
-The claim of every tutorial: in training mode a unit is zeroed with probability p and the rest are divided by 1 - p, so
-that each pass gives another output; in evaluation mode the layer is the identity, so that each pass gives the same.
-What it costs to forget eval() is measured here: accuracy, and how much the answer moves from pass to pass.
+The claim of every tutorial: in training mode each unit is set to zero with probability p and the others are divided by
+1 - p, so each pass gives a different output. In evaluation mode the layer returns its input, so each pass gives the
+same output. This example measures what a forgotten eval() costs: the test error, and how much the probability of a
+class varies from pass to pass.
 """
 
 import argparse
 
 import torch
-from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 from fused_dropout.bench.progress import progress
@@ -60,9 +61,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         "01_train_and_eval",
         f"{data.name}, p = {at}: test error {wrong['eval']} % with eval(), {wrong['train']} % without",
         f"a probability's standard deviation over passes, % points: {moves['eval']} with, {moves['train']} without",
+        data=data,
     )
     return {name: by_rate[at] for name, by_rate in found.items()}
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

@@ -1,25 +1,25 @@
-"""Why activations are scaled: two ways that are right, and two that are not.
+"""Why activations are scaled: two correct ways, and two mistakes.
 
-A unit is kept with probability q = 1 - p. A sum over n inputs then has the mean q * sum(w x), where without dropout it
-is sum(w x). So that the next layer meets the same at test time, either
+A unit is kept with probability q = 1 - p. Without dropout the next layer gets sum(w x) over n inputs; with dropout the
+mean of that sum is q * sum(w x). The mean should be the same in training and at test time. Two ways are correct:
 
-- *inverted*: the kept ones are multiplied by 1/q in training, and nothing at test time: E[m x / q] = x;
-- *classic* (Hinton et al. 2012): nothing in training, and at test time every activation (or its outgoing weights) is
-  multiplied by q: E[m x] = q x, which is what the next layer then gets.
+- *inverted*: multiply the kept units by 1/q in training, and do nothing at test time: E[m x / q] = x;
+- *classic* (Hinton et al. 2012): do nothing in training, and multiply every activation (or its outgoing weights) by q
+  at test time: E[m x] = q x, which the next layer then gets in both.
 
-Two slips are found in tutorials. The *double* one scales by 1/q in training *and* by q at test time, so that the test
-network gets q times what it was trained on, after three layers q^3. The other one multiplies by p, the *drop*
-probability, at test time, which is right at p = 0.5 alone.
+Two mistakes are found in tutorials. *double* scales by 1/q in training and also by q at test time. The network then
+gets q times the mean that it was trained on, and q^3 times after three layers. *slip* multiplies by p, the drop
+probability, at test time instead of q. That is correct only at p = 0.5.
 
-The means are those of the inputs to each layer, relative to training's; then the test error and the test loss: a
-network whose activations fade may still rank the classes rightly, but with less conviction.
+Measured: the mean input of each layer at test time relative to training, the test error and the test loss. A network
+whose activations are too small may still rank the classes correctly, but it is less confident.
 """
 
 import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, bars, curve, errors, figure, finish, load, options, spread, train
+from basics import COLOURS, bars, curve, errors, figure, finish, load, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -35,7 +35,7 @@ WAYS = {
 
 
 class Scaled(nn.Module):
-    """Dropout that can leave out training's 1/q, and multiply at test time."""
+    """Dropout that can leave out the factor 1/q in training, and multiply at test time."""
 
     def __init__(self, p: float, unscaled: bool, at_test: float) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def network(inputs: int, unscaled: bool, at_test: float, width: int = 256) -> nn
 
 @torch.no_grad()
 def means(model: nn.Sequential, x: Tensor, passes: int) -> list[float]:
-    """The mean input of each layer after a dropout, over so many passes."""
+    """The mean output of each dropout layer, over this many passes."""
     layers = [layer for layer in model if isinstance(layer, Scaled)]
     sums = torch.zeros(len(layers))
     for _ in range(passes):
@@ -88,14 +88,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     names = [way.split(":")[0] for way in WAYS]
     at_end = {name: spread((run[-1] for run in ratios[way]), 2, 1) for name, way in zip(names, WAYS, strict=True)}
     picture, (left, middle, right) = figure(
-        "What the last layer meets at test time, of what it was trained on: "
+        "Mean input of the last layer, at test time / in training: "
         + ", ".join(f"{name} {share}" for name, share in at_end.items()), "abc", figsize=(13, 3.9)
     )  # fmt: skip
     for (way, runs), colour in zip(ratios.items(), COLOURS, strict=False):
         curve(left, [1, 2, 3], zip(*runs, strict=True), color=colour, label=way)
     left.axhline(1, color="grey", linewidth=0.8, zorder=0)
     left.set(xlabel="after dropout layer", ylabel="mean at test time / in training", ylim=(0, 1.7))
-    left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="does the next layer meet what it was trained on?")
+    left.set(xticks=[1, 2, 3], yticks=(0, 0.5, 1), title="mean input of the next layer")
     left.legend(frameon=False, fontsize=8, loc="upper right")
     for axis, values, what, scale in ((middle, wrong, "error, %", 100), (right, losses, "loss, nats", 1)):
         bars(axis, dict(zip(names, values.values(), strict=True)), COLOURS[: len(WAYS)], scale)
@@ -105,10 +105,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         for name, way in zip(names, WAYS, strict=True)
     ]
     what = f"{data.name}, p = {P}; mean: after the third dropout, at test time / in training"
-    finish(picture, arguments, "02_scaling", what, *findings)
+    finish(picture, arguments, "02_scaling", what, *findings, data=data)
     ends = {f"{way}, mean": [run[-1] for run in runs] for way, runs in ratios.items()}
     return wrong | ends | {f"{way}, loss": values for way, values in losses.items()}
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

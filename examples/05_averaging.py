@@ -1,11 +1,13 @@
 """What is averaged: thinned networks, and networks trained apart.
 
-The claim: a network with dropout stands for exponentially many thinned ones that share their weights, and one pass
-without dropout, with scaled activations (the *mean network*), is a good stand-in for the average of their predictions;
+The claim: a network with dropout stands for exponentially many thinned networks that share their weights, and one pass
+without dropout and with scaled activations (the *mean network*) approximates the average of their predictions. It is
 exactly their normalized geometric mean if there is one hidden layer and a softmax (Hinton et al. 2012,
-arXiv:1207.0580; here there are two). Compared on the same trained network: the mean network, and of many thinned ones
-the average of the probabilities, their geometric mean and a majority vote. Beside it one network without dropout, and
-what dropout is said to be a cheap stand-in for: five of those, averaged and voted, at five times the cost.
+arXiv:1207.0580); here there are two hidden layers.
+
+Four ways to predict are compared on the same trained network: the mean network, and, from many thinned networks, the
+average of their probabilities, the geometric mean and a majority vote. Two references are trained without dropout: one
+network, and an ensemble of five networks at five times the cost, which dropout is said to replace.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from basics import COLOURS, bars, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, bars, compare, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -23,7 +25,7 @@ NETWORKS, THINNED, WIDTHS = 5, 100, (400, 400)
 
 
 def vote(logits: Tensor) -> Tensor:
-    """The class that most of (passes, images, classes) choose; ties go to the sum of their probabilities."""
+    """The class that most passes choose, from (passes, images, classes); the sum of probabilities decides a tie."""
     votes = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
     return (votes + logits.softmax(-1).mean(0)).argmax(-1)
 
@@ -47,7 +49,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     def trained(p: float) -> nn.Module:
         model = train(mlp(data.train_x.shape[1], WIDTHS, p).to(arguments.device), data, epochs=arguments.epochs)
         if data.train_x.is_cuda:
-            torch.cuda.synchronize()  # its time is measured
+            torch.cuda.synchronize()  # the time of training is measured
         return model
 
     for seed in progress(range(arguments.seeds), "training"):
@@ -89,10 +91,14 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     right.legend(frameon=False)
     times = sum(cost["five networks"]) / sum(cost["one with dropout"])
     findings = [f"{name} {spread(values)} %" for name, values in wrong.items()]
+    change, margin = compare(wrong["one, no dropout"], wrong["dropout: mean network"])
+    findings.append(
+        f"mean network minus one, no dropout: {100 * change:+.1f} ± {100 * margin:.1f} points (95 %, paired)"
+    )
     cost_of_five = f"training five took {times:.1f} times as long as one with dropout"
-    finish(picture, arguments, "05_averaging", f"{data.name}, test errors", *findings, cost_of_five)
+    finish(picture, arguments, "05_averaging", f"{data.name}, test errors", *findings, cost_of_five, data=data)
     return wrong
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

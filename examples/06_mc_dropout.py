@@ -1,16 +1,16 @@
 """MC dropout: what a network does not know.
 
-The claim (Gal and Ghahramani 2016, arXiv:1506.02142): dropout that is left on at test time makes the passes differ, and
-how much they do says how uncertain a prediction is. Scored here for digits as they are, turned by some angle, and with
-their pixels shuffled, by
+The claim (Gal and Ghahramani 2016, arXiv:1506.02142): with dropout left on at test time the passes differ, and their
+differences measure how uncertain a prediction is. The images are upright, rotated by some angle, or have their pixels
+shuffled. Three scores are compared:
 
-- *entropy*: that of the passes' mean prediction, which counts what each pass is unsure of by itself as well;
-- *disagreement*: the entropy of the mean less the mean entropy of a pass, which is what the passes add (the mutual
-  information of prediction and weights);
-- *one pass*: the entropy of the prediction of eval(), at a fiftieth of the price.
+- *entropy*: the entropy of the mean prediction of all passes, which includes the uncertainty within each pass;
+- *disagreement*: the entropy of the mean minus the mean entropy of a pass, which is what only several passes can show
+  (the mutual information of prediction and weights);
+- *one pass*: the entropy of the prediction after eval(), for a fiftieth of the cost.
 
-All are in nats; 2.30 is the entropy of a guess among ten. Then a use that one would make of it, which is not the
-paper's: refusing to answer where the network is unsure should take the errors out of the rest.
+All are in nats; 2.30 is the entropy of a guess among ten classes. The example then refuses to answer for the images
+with the highest scores, and measures the error of the others. That use is not the paper's.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, curve, figure, finish, load, mlp, options, spread, train
+from basics import COLOURS, curve, figure, finish, load, mlp, options, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -31,7 +31,7 @@ SCORES = ("entropy", "disagreement", "one pass")
 
 
 def turned(x: Tensor, side: int, degrees: float) -> Tensor:
-    """Rows of pixels, turned about the middle."""
+    """Images, as rows of pixels, rotated about their centre."""
     angle = torch.deg2rad(torch.tensor(float(degrees)))
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([torch.stack([cos, -sin, 0 * cos]), torch.stack([sin, cos, 0 * cos])]).to(x.device)
@@ -41,7 +41,7 @@ def turned(x: Tensor, side: int, degrees: float) -> Tensor:
 
 
 def shuffled(x: Tensor) -> Tensor:
-    """Each image's own pixels in an order of their own."""
+    """The pixels of each image in a random order, another one for each image."""
     return x.gather(1, torch.rand_like(x).argsort(1))
 
 
@@ -50,14 +50,14 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def kept_errors(wrong: Tensor, unsure: Tensor) -> list[float]:
-    """The error of the surest, for each share of KEPT."""
+    """The error of the least uncertain images, for each share of them in KEPT."""
     order = unsure.argsort()
     return [wrong[order[: int(kept * len(order))]].mean().item() for kept in KEPT]
 
 
 @torch.no_grad()
 def scores(model: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """By each score the prediction, (images, classes), and how unsure it is, (images,)."""
+    """For each score the predictions, (images, classes), and how uncertain they are, (images,)."""
     with fd.mc_dropout(model):
         passes = torch.stack([model(x).softmax(-1) for _ in range(PASSES)])
     mean, single = passes.mean(0), model(x).softmax(-1)
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         for score, (prediction, unsure) in at_angle[0].items():
             unsure_of[score].append([scored[score][1].mean().item() for scored in at_angle])
             note(f"{score}, from outside", noise[score][1])
-            # The area under the curve of true against false alarms: how often the one from outside is the less sure.
+            # The area under the ROC curve: how often a shuffled image gets a higher score than an upright one.
             note(f"{score}, told apart", noise[score][1][:, None] > unsure)
             wrong = (prediction.argmax(-1) != data.test_y).float()
             refusing[score].append(kept_errors(wrong, unsure))
@@ -132,9 +132,9 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         findings.append(f"{score}: tells shuffled pixels from digits in {of(score, 'told apart')} % of pairs")
         findings.append(f"{score}: refusing the least sure tenth takes the error from {before} to {after} %")
     same = f"{spread(found['same answer'], 0)} % of the digits turned by 90 degrees get the same answer"
-    finish(picture, arguments, "06_mc_dropout", *findings, same)
+    finish(picture, arguments, "06_mc_dropout", *findings, same, data=data)
     return found
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=20, seeds=5).parse_args())
+    main(parse(options(__doc__, epochs=20, seeds=5)))

@@ -1,21 +1,25 @@
 """Co-adaptation made visible: what hidden units become with and without dropout.
 
-The claim (Hinton et al. 2012, arXiv:1207.0580; Srivastava et al. 2014, JMLR 15, section 7): a unit cannot rely on
-others to be there, so it has to detect something useful by itself. Features should be plainer to the eye, and fewer
-units should be on for an image; that units agree less with one another is what readers of the papers add.
+The claim (Hinton et al. 2012, arXiv:1207.0580; Srivastava et al. 2014, JMLR 15, section 7): a unit cannot rely on other
+units to be there, so it has to detect something useful by itself. Features should look simpler, and fewer units should
+be on for an image. Readers of the papers add that two units should agree less.
 
-As in the latter paper the network is an autoencoder, which gives back the image through one layer of rectified units.
-Measured on test images, in evaluation mode: the share of a feature's strength in its strongest eighth of the pixels
-(and that of random weights), the mean absolute correlation of two units, the share of units that are on, and the error
-in the pixels' variance, of all units and of a random half of them, doubled. That is what dropout trains for; of
-interest is how the other network takes it: how much its units lean on each other. Units that are never on do not count.
+As in the paper of 2014 the network is an autoencoder: it reconstructs the image through one layer of rectified units.
+Measured on test images, in evaluation mode:
+
+- the share of a feature's squared weights in its strongest eighth of the pixels, and the same for random weights;
+- the mean absolute correlation of two units, and the share of units that are on for an image;
+- the error of the reconstruction, relative to the variance of the pixels: with all units, and with a random half of
+  them, doubled. Dropout trains for the second; without dropout it shows how much units rely on each other.
+
+Units that are never on do not count.
 """
 
 import argparse
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, load, options, over_seeds, spread, train
+from basics import COLOURS, figure, finish, load, options, over_seeds, parse, spread, train
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -33,7 +37,7 @@ PANELS = {
 
 def autoencoder(pixels: int, p: float) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(pixels, UNITS), nn.ReLU(), fd.Dropout(p), nn.Linear(UNITS, pixels))
-    for name, parameter in model.named_parameters():  # small, so that what is seen was learnt
+    for name, parameter in model.named_parameters():  # small, so that visible features are learned ones
         nn.init.normal_(parameter, 0, 0.01) if name.endswith("weight") else nn.init.zeros_(parameter)
     return model
 
@@ -52,7 +56,7 @@ def correlation(activations: Tensor) -> float:
 
 def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     data = load(arguments)
-    data.train_y = data.train_x  # what is to be given back
+    data.train_y = data.train_x  # an autoencoder's target is its input
     x = data.test_x
     found: dict[str, list[float]] = {}
     shown: dict[str, Tensor] = {}
@@ -66,7 +70,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
             halves = [model[3](2 * hidden * (torch.rand_like(hidden[:1]) < 0.5)) for _ in range(20)]
             used = (hidden > 0).any(0)
             seen = hidden[:, used]
-            # A weight matters as much as its pixel varies: those at the rim are always blank.
+            # Scaled by how much each pixel varies: a weight of a pixel that is always blank has no effect.
             features = model[0].weight * data.train_x.std(0)
             measured = {
                 "strength in an eighth": concentration(features[used]),
@@ -108,6 +112,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     axes[2].legend(fontsize=8, loc="lower center")
     axes[5].set_yscale("log")
     axes[5].yaxis.set_major_formatter("{x:g}")
+    axes[5].yaxis.set_minor_formatter("")  # else powers of ten where the axis spans less than a decade
     finish(
         picture,
         arguments,
@@ -118,9 +123,10 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         f"units on for an image: {both('share on')}",
         f"error, of the pixels' variance: {both('error', 2)}",
         f"the same with a random half of the units: {both('error of half')}",
+        data=data,
     )
     return found
 
 
 if __name__ == "__main__":
-    main(options(__doc__, epochs=400, seeds=3).parse_args())
+    main(parse(options(__doc__, epochs=400, seeds=3, on_mnist={"epochs": 100})))

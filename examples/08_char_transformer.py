@@ -1,12 +1,12 @@
 """A character-level transformer, with nn.Dropout and with fd.Dropout.
 
-The claim is this library's own: swapping the dropout changes nothing but the time and the memory. The same model, from
-the same seed, is trained with torch's layers and after ``fd.convert``; their masks differ, so the curves do too, but
-they should not differ more than those of two seeds. (Few seeds see only what is gross; the masks themselves are tested
-by ``python -m fused_dropout check``.) The steps of all take turns. The curve without dropout is there to compare: in so
-few steps it is ahead.
+The claim is this library's own: to replace nn.Dropout changes only time and memory. The same model is trained from the
+same seed with torch's layers and after ``fd.convert``. The masks differ, so the loss curves differ too, but not by
+more than those of two seeds should. (Two seeds show only large differences; ``python -m fused_dropout check`` tests
+the masks themselves.) The models take their steps in turn, so that all meet the same load of the machine. A model
+without dropout is trained for comparison.
 
-The text is made here, by a grammar: sentences of subject, verb and object, whose words agree in number.
+A grammar makes the text: sentences of subject, verb and object, whose words agree in number.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from basics import COLOURS, figure, finish, options, spread
+from basics import COLOURS, figure, finish, options, parse, spread
 from torch import Tensor, nn
 
 import fused_dropout as fd
@@ -112,7 +112,7 @@ class Run:
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            loss = self.loss(x, y)  # alive, or storages would take turns at an address
+            loss = self.loss(x, y)  # kept alive: storages that are freed and reused would count once
         del loss
         return sum(sizes.values())
 
@@ -132,7 +132,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
         kept = {kind: each.kept(*batch(parts[0])) for kind, each in runs.items()}
         for i in progress(range(20 * arguments.epochs), f"training, seed {seed}"):
             shared = batch(parts[0])
-            for each in runs.values():  # in turns: a machine's pace changes
+            for each in runs.values():  # in turn: the speed of a machine changes
                 each.step(*shared)
                 if i % 20 == 19:
                     each.validate(validation)
@@ -149,7 +149,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for kind, colour in zip(kinds, (COLOURS[1], COLOURS[0], "grey"), strict=True):
         for i, losses in enumerate(curves[kind]):
             steps = [20 * (j + 1) for j in range(len(losses))]
-            width = 5 if kind == "nn.Dropout" else 1.2  # to be seen beneath
+            width = 5 if kind == "nn.Dropout" else 1.2  # visible below the other curve
             left.plot(steps, losses, marker=".", color=colour, linewidth=width, label=None if i else kind)
     left.set(xlabel="step", ylabel="validation loss, nats a character", title=f"{arguments.seeds} seeds each")
     left.legend(frameon=False)
@@ -173,4 +173,4 @@ def main(arguments: argparse.Namespace) -> dict[str, list[float]]:
 
 if __name__ == "__main__":
     parser = options(__doc__, epochs=10, seeds=2, data=False)
-    main(parser.parse_args())
+    main(parse(parser))
