@@ -187,7 +187,7 @@ def generate():
         k = 0x4000_0000_0000 + whole
         for value in (k - 1, k, k + 1):
             element(half, value, k + (fraction >= 0.5), 1 - (k + fraction) / 2**48)
-    # Exactly, (1 - p) * 2^48 + 1/2 is a little less than the whole number that a double makes of it.
+    # The exact (1 - p) * 2^48 + 1/2 is a little less than an integer. A double rounds it up to this integer.
     p = (2**41 + 0.5) / 2**48 + 2**-58
     k = 2**48 - 2**41
     for half in (4, 5, 6, 7):
