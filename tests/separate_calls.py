@@ -13,8 +13,8 @@ P, KEY = 0.3, key_tensor(11, 2**40 + 7)
 class Dropped(torch.autograd.Function):
     """Dropout in torch's own operations.
 
-    As with fd.dropout, the input's gradient has the layout of the output's gradient. The layout affects the last bits of
-    the sum for a bias.
+    As with fd.dropout, the input's gradient has the layout of the output's gradient. The layout affects the last bits
+    of the sum for a bias.
     """
 
     @staticmethod

@@ -379,7 +379,7 @@ def test_dropping_in_evaluation_is_caught():
     wrong(testing.draws_nothing(torch.nn.Dropout(0.5), torch.rand(100)))
 
 
-# ------------------------------------------------------------------------------------------ not detectable by statistics
+# ------------------------------------------------------------------------------------------ invisible to statistics
 
 
 class TieKept(Healthy):
@@ -421,7 +421,7 @@ def test_drop_rate_of_the_contract_is_exact_by_arithmetic():
 
 
 def test_lanes_permuted_are_caught_by_identity():
-    """With each lane's draw taken from its neighbour, the mask is a permuted good mask. Only the contract shows this."""
+    """With each lane's draw taken from its neighbour, the mask is a permuted good one. Only the contract shows it."""
 
     class Permuted(Healthy):
         def flat(self, n, key, start=0):
