@@ -32,7 +32,7 @@ def both(name, x, *arguments):
 
 
 def test_is_the_reference(dtype, key):
-    """Every layout, p, start and scale. One warning; no recompilation after the first calls without and with a start."""
+    """Every layout, p, start and scale. One warning; no recompilation after the first call without and with a start."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         both("apply", torch.randn(100).to(dtype), 0.3, key)

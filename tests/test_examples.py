@@ -1,4 +1,4 @@
-"""The examples in seconds: each runs, makes its picture, and finds what a broken dropout would not."""
+"""Short runs of the examples: each runs, makes its picture, and has findings that a broken dropout would not give."""
 
 import argparse
 import gzip
@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 EXAMPLES = Path(__file__).parent.parent / "examples"
-WIDTH = 100  # of a line that says what was found
+WIDTH = 100  # maximum of a line with a finding
 sys.path.insert(0, str(EXAMPLES))
 basics = importlib.import_module("basics")
 
@@ -48,7 +48,7 @@ def test_scaling(run):
     mean = {what.split(":")[0]: value for what, value in found.items() if what.endswith(", mean")}
     assert mean["inverted"] == pytest.approx(1, abs=0.1)
     assert mean["classic"] == pytest.approx(1, abs=0.1)
-    assert mean["double"] < 0.5  # 0.7^3 and what biases add
+    assert mean["double"] < 0.5  # 0.7^3, plus the effect of biases
     assert mean["slip"] < 0.2
     loss = {what.split(":")[0]: value for what, value in found.items() if what.endswith(", loss")}
     assert loss["slip"] > loss["double"] > 1.2 * loss["inverted"]
@@ -62,7 +62,7 @@ def test_mlp(run):
 def test_hinton(run):
     found = run("04_hinton_2012", 60, width=400, side=8)
     assert list(found) == ["no dropout", "50 % hidden", "and 20 % input"]
-    assert all(wrong < 0.06 for wrong in found.values())  # nine in ten are wrong by chance
+    assert all(wrong < 0.06 for wrong in found.values())  # by chance 0.9 would be wrong
 
 
 def test_max_norm():
@@ -126,7 +126,7 @@ def test_concentration():
     assert coadaptation.concentration(torch.eye(16)) == 1
     assert coadaptation.concentration(torch.ones(3, 16)) == pytest.approx(1 / 8)
     images = torch.tensor([[0.0, 0, 1, 5], [1, 2, 0, 5], [2, 4, -1, 5]])
-    # 0 and 1 agree, 2 is their opposite, and 3 is constant and does not count.
+    # Columns 0 and 1 agree, 2 is their opposite, and 3 is constant and is ignored.
     assert coadaptation.correlation(images) == pytest.approx(1)
 
 
@@ -165,7 +165,7 @@ def test_gallery_only_runs_when_told_to():
 
 
 def test_pictures_go_where_git_does_not_look():
-    """An example replaces the pictures of the repository only if it is told to."""
+    """An example replaces the pictures of the repository only if asked to."""
     root = EXAMPLES.parent
     out = basics.options("", epochs=1, seeds=1).parse_args([]).out
     assert out == root / "build" / "examples"
@@ -201,7 +201,7 @@ class TestMnistFiles:
         command = [sys.executable, EXAMPLES / "03_mnist_mlp.py", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[0] == "MNIST, 567,434 parameters, 2 epochs"
-        assert "left" not in done.stderr  # no bar where there is no terminal
+        assert "left" not in done.stderr  # no progress bar without a terminal
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
