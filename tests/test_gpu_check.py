@@ -126,7 +126,7 @@ def test_the_short_checks_pass():
 
 @pytest.mark.parametrize("shift", [-8, 0, 4])
 def test_overlap_finds_a_planted_shift(shift, key):
-    """Four of each eight elements of the second mask are the first's, shifted, as if a generator advanced too little."""
+    """Half of the second mask, four of each eight elements, is a shifted copy: a generator advanced too little."""
     n = 2**16
     first = fd.keep_mask((n,), 0.5, key)
     fresh = fd.keep_mask((n,), 0.5, torch.tensor([7, 7], dtype=torch.uint64))
