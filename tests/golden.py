@@ -105,7 +105,7 @@ QUARTER = [0.25 - 2**-48, 0.25, 0.25 + 2**-48, math.nextafter(0.25, 0), math.nex
 PROBABILITIES = [0.0, 5e-324, 1e-6, 2**-16, 25 / 256, 0.1, *QUARTER, 1 / 3, 0.5, 0.9, 1 - 2**-16, 1 - 1e-6]
 PROBABILITIES += [math.nextafter(1, 0), 1.0]
 STARTS = [1, 7, 8, 1001, 2**31 - 100, 2**31, 2**32 - 9, 2**35 - 100, 2**35 - 3, 2**35, 2**62 + 5, 2**63 - COUNT]
-WINDOWS = [  # what it is, sizes, index strides, start
+WINDOWS = [  # description, sizes, index strides, start
     ("three dimensions, row-major", (4, 8, 8), (64, 8, 1), 0),
     ("one draw for all of the first, middle, last dimension", (4, 8, 8), (0, 8, 1), 0),
     (None, (4, 8, 8), (8, 0, 1), 3),

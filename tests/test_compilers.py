@@ -105,7 +105,7 @@ def test_no_working_compiler(forks, tmp_path, settings, why, better):
 @needs_kernels_torch
 @pytest.mark.parametrize("status", [0, 2])
 def test_msvc(tmp_path, status):
-    """Whatever the exit status, no library was made."""
+    """For each exit status, the reason is the same: the compiler made no library."""
     compiler = tmp_path / "cl"
     compiler.write_text(MSVC.format(status=status))
     compiler.chmod(0o755)

@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 def differs(mesh, shape, placements, dtype, layout, p=0.5):
-    """Compares one case with one process, bit for bit. Returns the names of what differs."""
+    """Compares one case with one process, bit for bit. Returns the names of the results that differ."""
     from torch.distributed.tensor import Replicate, Shard
 
     # Small integers: sums over ranks are then exact.

@@ -278,7 +278,7 @@ def test_start_around_a_power_of_two(dtype, block_type, exponent):
 
 
 def check_windows(folder, block_type, rows, windows, **options):
-    """In tensors larger than any memory. Each window (place in x, place in y, length, index) is read and written once."""
+    """In tensors larger than any memory: each window (place in x, place in y, length, index) moves once."""
     x, y = (np.memmap(folder / name, np.float16, "w+", shape=2**38) for name in "xy")
     for a, _, n, _ in windows:
         x[a : a + n] = values(n, HALF).numpy()

@@ -226,8 +226,7 @@ def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver,
 
 
 def test_nothing_is_written_and_nothing_asked_of_home(outcome, package, tmp_path):
-    """With a read-only package and no home directory, the import works. It changes no file of the package and no variable
-    of the environment."""
+    """With a read-only package and no home directory, the import works. It changes no file and no variable."""
     for path in [package, *package.rglob("*")]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = "import os; environment = dict(os.environ); os.environ.pop('HOME', None); environment.pop('HOME', None)"

@@ -130,7 +130,7 @@ def test_tie_rule_is_a_48_bit_comparison(device, ops, half, dtype):
 @for_operators
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_threshold_of_every_probability(device, ops, p):
-    """The last element that is kept and the first that is dropped: K is right to its last bit, also if it is clamped."""
+    """The last element that is kept and the first that is dropped: K is right to its last bit, also if clamped."""
     rng = random.Random(p)
     for dtype in DTYPES if device == "cpu" else rng.sample(DTYPES, 1):
         for number, kept in ((contract.threshold(p) - 1, True), (contract.threshold(p), False)):

@@ -111,8 +111,10 @@ def check_views(names, dtype, rows, width, rng, with_bias=False, **options):
 
 
 def check_all(names, dtype, rows, widths=WIDTHS):
-    """All combinations of width, bias, gradient and in place. With five widths, each width occurs with each probability,
-    and so does each combination of the other options."""
+    """All combinations of width, bias, gradient and in place.
+
+    With five widths, each width occurs with each probability, and so does each combination of the other options.
+    """
     rng = random.Random(f"{names} {dtype} {rows}")
     first = rng.randrange(len(PROBABILITIES))
     for i, (width, with_bias, grad, inplace) in enumerate(itertools.product(widths, *[(False, True)] * 3)):

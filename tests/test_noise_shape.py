@@ -276,7 +276,7 @@ class TestMemory:
         assert saved == [16]
 
     def test_the_mask_is_never_expanded(self):
-        """Under a mode torch's operations make the mask. None of them makes a mask with more elements than the noise."""
+        """Under a mode torch's operations make the mask. No mask has more elements than the noise."""
 
         class Masks(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
