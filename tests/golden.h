@@ -127,7 +127,7 @@ class GoldenMasks {
       const int slot = static_cast<int>(index % kBlock);
       if (keep(block_words(mask.key, index / kBlock), slot, k) != mask.kept[i]) golden_failure("keep()", line);
     }
-    // With elements before and after it, the run is in the middle of the kernels' vectors. Other code handles ties there.
+    // With elements before and after it, the run is in the middle of the kernels' vectors. Other code handles ties.
     for (const uint64_t margin : {0, 77}) {
       const uint64_t before = std::min(margin, mask.indices[from]);
       const uint64_t first = mask.indices[from] - before, n = before + (to - from) + margin;
