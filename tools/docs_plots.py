@@ -13,8 +13,8 @@ FONT_SIZE = 12  # the page shows a plot at about half its width
 
 def main():
     results = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
-    full = [result for result in results if "model" in result and not result["environment"]["gpus"]]
-    newest = max(full, key=lambda result: result["environment"]["date"])
+    results = sorted((r for r in results if not r["environment"]["gpus"]), key=lambda r: r["environment"]["date"])
+    newest = {key: records for result in results for key, records in result.items()}  # of each kind of records
     for name in SHOWN:
         picture = draw(PLOTS[name][2], newest, "cpu", "light", FONT_SIZE)
         (ROOT / "docs" / "pictures" / f"{name}.png").write_bytes(picture)

@@ -1,9 +1,10 @@
 """Writes the tables of measurements into README.md and docs/benchmarks.md, from benchmarks/results/*.json. --check only
 compares them.
 
-A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model",
-"memory"). A table stands between the comments ``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With
-``numbers of the CPU kernels:`` or ``numbers of models:`` in the first comment only that table is written.
+A result is the JSON of ``make bench-cpu`` (it has "rows") or of ``python -m fused_dropout bench --full`` ("model" and
+"memory", which may be in two files, if they were measured at different times). A table stands between the comments
+``<!-- numbers: written by ... -->`` and ``<!-- /numbers -->``. With ``numbers of the CPU kernels:`` or ``numbers of
+models:`` in the first comment only that table is written.
 """
 
 import json
@@ -35,23 +36,35 @@ def size(n):
 
 
 def models_table(result):
-    """The table of whole models on one machine: speed and memory."""
+    """The table of whole models on one machine: the speed of a training step."""
     environment = result["environment"]
     speed = {(r["workload"], r["compiled"]): r["ratio"] for r in result["model"] if r["module"] == "fd.Dropout"}
+    lines = [
+        f"A training step, times as fast as with `nn.Dropout`: {environment['cpu']}, {environment['threads']} threads, "
+        f"torch {environment['torch']}, {environment['date'][:10]}:",
+        "",
+        "| model | eager | compiled |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(workload for workload, _ in speed):
+        lines.append(f"| {name} | {speed[name, False]:.2f} | {speed[name, True]:.2f} |")
+    return "\n".join(lines)
+
+
+def memory_table(result):
+    """The table of what a step keeps for backward, and of its peak."""
+    environment = result["environment"]
     memory = {(r["workload"], r["module"]): r for r in result["memory"] if not r["checkpointed"]}
     lines = [
-        f"Whole training steps with `fd.Dropout` for `nn.Dropout`, {environment['threads']} threads, torch"
-        f" {environment['torch']}, {environment['date'][:10]}: how many",
-        "times as fast (medians of interleaved ratios); bytes kept for backward, and peak of a step, before and after.",
+        f"Memory of a step without parameters: kept for backward, and the peak; torch {environment['torch']}, "
+        f"{environment['date'][:10]}:",
         "",
-        "| model | eager | compiled | kept for backward | peak |",
+        "| model | kept, `nn.Dropout` | kept, `fd.Dropout` | peak, `nn.Dropout` | peak, `fd.Dropout` |",
         "|---|---|---|---|---|",
     ]
-    for name in dict.fromkeys([workload for workload, _ in (*speed, *memory)]):
-        times = [f"{speed[name, c]:.2f}x" if (name, c) in speed else "" for c in (False, True)]
-        both = [memory.get((name, module)) for module in ("nn.Dropout", "fd.Dropout")]
-        bytes_ = [" to ".join(size(r[what]) for r in both) if all(both) else "" for what in ("saved", "peak")]
-        lines.append(f"| {' | '.join((name, *times, *bytes_))} |")
+    for name in dict.fromkeys(workload for workload, _ in memory):
+        both = [memory[name, module] for module in ("nn.Dropout", "fd.Dropout")]
+        lines.append(f"| {' | '.join((name, *(size(r[what]) for what in ('saved', 'peak') for r in both)))} |")
     return "\n".join(lines)
 
 
@@ -60,7 +73,10 @@ def tables(kind):
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     kinds = {
         "the CPU kernels": [cpu_table(result) for result in results if "rows" in result],
-        "models": [models_table(result) for result in results if "model" in result],
+        "models": [
+            *(models_table(result) for result in results if "model" in result),
+            *(memory_table(result) for result in results if "memory" in result),
+        ],
     }
     return "\n\n".join(kinds[kind] if kind else (table for tables in kinds.values() for table in tables))
 
