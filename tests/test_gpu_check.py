@@ -191,7 +191,7 @@ def test_buffers_take_turns():
 
 
 def test_records_of_a_measurement(monkeypatch, tmp_path):
-    """The copy's share is 1, and a contender that takes twice its time has half the bandwidth. The JSON has "speed"."""
+    """The copy's share is 1. A contender with twice its time has half the bandwidth. The JSON calls both "speed"."""
 
     def contenders_for(case, dtype, log2, buffers):
         for name, ns in (("copy", 1e6), ("fd", 2e6)):
