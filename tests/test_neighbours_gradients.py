@@ -42,7 +42,7 @@ def saved(call, *tensors, **options):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns"])
 @for_calls
 def test_saved(ours, theirs, takes, layout, dtype):
-    """dropout_add saves the key, whichever input needs a gradient. relu_dropout saves its output without a copy."""
+    """dropout_add saves the key and nothing else. relu_dropout saves its output, without a copy."""
     view = {"contiguous": lambda t: t, "transposed": lambda t: t.mT, "columns": lambda t: t[:, 3:35]}[layout]
     for needs in itertools.product((False, True), repeat=takes):
         given = [view(t) if t.dim() > 1 else t[:32] for t in tensors(takes, 40, 40, grad=False, dtype=dtype)]
