@@ -1,4 +1,4 @@
-# Each target makes what it needs: a virtual environment in .venv, unless one with torch in it is active.
+# Each target makes its prerequisites. It uses the active virtual environment if that has torch, else makes one in .venv.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
@@ -10,7 +10,7 @@ ACTIVE := $(shell [ -n "$$VIRTUAL_ENV" ] && "$$VIRTUAL_ENV/bin/python" -c \
 	'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null && echo "$$VIRTUAL_ENV")
 VENV := $(or $(ACTIVE),.venv)
 PY := "$(VENV)/bin/python"
-# A path may have spaces, at which make ends a name. They are escaped here, and replaced in the names of stamp files.
+# A path may have spaces, which end a name in make. They are escaped here, and replaced in the names of stamp files.
 SPACE := $(subst ,, )
 VENV_PYTHON := $(subst $(SPACE),\ ,$(VENV))/bin/python
 OF_VENV := $(subst $(SPACE),_,$(subst /,-,$(VENV)))
@@ -20,20 +20,20 @@ OLDEST_PY := .venv-oldest/bin/python
 FLOOR_PY := .venv-floor/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/* csrc/simd/*)
 PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/*.py)
-# The tests that the layers, the torch versions and the devices share.
+# The tests that run for every layer, torch version and device.
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
 DROP_IN := tests/test_dropin.py tests/test_arguments.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py tests/test_shards.py
 
-# What the second run of make test takes from the first.
+# The files that the second run of make test does not run again.
 APART := tests/transforms tests/test_bench.py tests/test_examples.py tests/test_dtensors.py
-# The CPU kernels under a test program, where there is a compiler.
+# The test program of the CPU kernels, if there is a compiler.
 CPU_KERNELS := $(shell command -v $(firstword $(CXX)) >/dev/null && echo build/cpu-kernels-test)
 
-# Ends with an error if there is a GPU that the kernels do not serve: the reference would be measured in their place.
+# Ends with an error if there is a GPU that the kernels cannot run on: the reference would be measured instead.
 SERVED_BY_KERNELS = $(PY) -c 'import fused_dropout as fd, sys; info = fd.backend_info(); \
 	info.devices.get("cuda", "native") == "native" or sys.exit(f"{info}\nno CUDA kernels serve this GPU")'
 
-# What the CUDA build lacks in this Python's environment: nvcc, if no toolkit fits its torch.
+# The packages that the CUDA build needs in this environment: nvcc, if no installed toolkit fits its torch.
 INSTALL_TOOLKIT = FUSED_DROPOUT_BUILD=cuda PYTHONPATH=build_backend $(1) -c 'import toolchain; print(*toolchain.missing())' \
 	| xargs -r $(1) -m pip install -q
 
@@ -46,7 +46,7 @@ bench: $(INSTALLED) ## measure this machine against nn.Dropout: a table and fuse
 	@$(SERVED_BY_KERNELS)
 	$(PY) -m fused_dropout bench --json fused_dropout_bench.json
 
-bench-cpu: $(INSTALLED) ## measure what the CPU kernels and compiled code have to reach: tables and fused_dropout_bench_cpu.json, fifteen minutes
+bench-cpu: $(INSTALLED) ## measure the CPU kernels and compiled code against their targets: tables and fused_dropout_bench_cpu.json, fifteen minutes
 	$(PY) tools/cpu_targets.py
 	$(PY) tools/compile_targets.py
 
@@ -56,8 +56,8 @@ examples: $(INSTALLED) ## eight claims about dropout, each shown by a number and
 # Threads that spin while they wait would slow down the run beside them.
 test: export OMP_WAIT_POLICY := passive
 test: export CPU_KERNELS_TEST = $(CPU_KERNELS:%=$(CURDIR)/%)
-test: $(INSTALLED) $(CPU_KERNELS) ## the whole suite, and beside it the core without the eager binding, and without any compiled part
-	@# Side by side, for the second core.
+test: $(INSTALLED) $(CPU_KERNELS) ## the whole suite; in parallel, the core tests without the eager binding and without any compiled part
+	@# In parallel, to use the second core.
 	@{ \
 		$(PY) -m pytest -q -p no:cacheprovider $(APART) && \
 		$(PY) -m pytest -q -p no:cacheprovider --hide=_eager $(CORE) $(DROP_IN) && \
@@ -71,7 +71,7 @@ test-transforms: $(INSTALLED) ## every cell of the matrix of torch.func, vmap an
 	$(PY) -m pytest -q --every-cell tests/transforms; whole=$$?; wait $$!; python=$$?; \
 	tail -n 50 build/test-transforms.log; exit $$((whole | python))
 
-test-sharded: $(INSTALLED) ## masks, gradients and trainings of two and four processes against one: every dtype and layout, twenty steps
+test-sharded: $(INSTALLED) ## compare masks, gradients and training of two and four processes with one: every dtype and layout, twenty steps
 	$(PY) -m pytest -q --every-cell tests/test_dtensors.py
 
 test-models: build/models$(OF_VENV) ## train models of Hugging Face, PEFT, timm, PyG, Lightning and Opacus, patched and converted, and run the scripts of the documentation; some minutes
@@ -85,12 +85,12 @@ test-cuda: build/installed-cuda ## build the CUDA part under the newest torch, a
 test-oldest: build/installed-oldest ## build and test under the oldest torch that the kernels serve
 	cd tests && ../$(OLDEST_PY) -W ignore -m pytest -q -m "not gpu" $(CORE:tests/%=%) $(DROP_IN:tests/%=%) test_compile.py test_convert.py test_fusing.py test_pairing.py test_patch.py test_attention.py test_attention_compiled.py test_dtensors.py
 
-test-abi: $(INSTALLED) build/installed-cuda ## run the kernels built under one torch under another: masks and gradients
+test-abi: $(INSTALLED) build/installed-cuda ## build the kernels under one torch and run them under another: masks and gradients
 	$(CUDA_PY) -W ignore -c 'import fused_dropout as fd, torch; i = fd.backend_info(); print(i); \
 		assert i.built["torch"] != torch.__version__ and i.devices["cpu"] == "native" and not i.eager, i'
 	$(CUDA_PY) -m pytest -q -m "not gpu" $(CORE) tests/test_attention.py
 
-test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install as users do, in each situation of docs/getting-started.md, fifteen minutes
+test-install: $(INSTALLED) build/torch-cuda build/torch-oldest build/torch-floor ## install in each situation of docs/getting-started.md, as users do; fifteen minutes
 	$(PY) -m pytest -q -s --durations=0 tests/installs/situations.py $(if $(ONLY),-k "$(ONLY)")
 
 wheel: build/torch-cuda build/dev$(OF_VENV) ## dist/: the wheel for every Python from 3.10 and torch from 2.11 on, and the sdist, both checked; two minutes
@@ -102,7 +102,7 @@ wheel: build/torch-cuda build/dev$(OF_VENV) ## dist/: the wheel for every Python
 	$(PY) -m abi3audit --strict dist/*.whl
 	$(PY) -m twine check --strict dist/*
 
-import-time: $(INSTALLED) ## what "import fused_dropout" adds to "import torch": less than 30 ms
+import-time: $(INSTALLED) ## check that "import fused_dropout" adds less than 30 ms to "import torch"
 	@$(PY) tools/import_time.py
 
 FAKE = cd tests && PYTHONPATH=../build/fakegpu ../$(CUDA_PY) "$(abspath $(FAKEGPU))/fake_gpu.py"
@@ -111,7 +111,7 @@ test-fakegpu: test-fakegpu-90 test-fakegpu-80 ## run the tests marked gpu on an 
 
 test-fakegpu-90: build/installed-fakegpu
 	$(FAKE) $(FAKE_PYTEST) .
-	@# torch's own operations are a dispatch mode there, under which the eager binding stands back: once without them.
+	@# The fake GPU runs torch's operations in a dispatch mode, which disables the eager binding: run once without it.
 	$(FAKE) --strict $(FAKE_PYTEST) test_cuda.py -k "not graph"
 
 test-fakegpu-80: build/installed-fakegpu
@@ -127,7 +127,7 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 		qemu-x86_64 -cpu $$cpu build/cpu-kernels-test --golden tests/mask_v1.txt && \
 		qemu-x86_64 -cpu $$cpu $(PY) -W ignore tools/check_isa.py $$isa || exit 1; \
 	done 2> >(grep -v "TCG doesn't support" >&2)
-	@# Kernels of more than the CPU has, run by force, are stopped: it would have been noticed.
+	@# Kernels with instructions that the CPU lacks must be stopped: this shows that the runs above would detect them.
 	for machine in Nehalem:avx2 Haswell:avx512; do \
 		qemu-x86_64 -cpu $${machine%:*} build/cpu-kernels-test --force $${machine#*:} 2>/dev/null \
 			| grep -q "an instruction that this CPU lacks" && echo "ok $${machine%:*} stops $${machine#*:}" || exit 1; \
@@ -135,20 +135,20 @@ test-qemu: $(INSTALLED) build/cpu-kernels-test ## run the CPU kernels on emulate
 	$(MAKE) -s build/cpu-kernels-aarch64 CXX=aarch64-linux-gnu-g++ && qemu-aarch64 build/cpu-kernels-aarch64 && \
 		qemu-aarch64 build/cpu-kernels-aarch64 --golden tests/mask_v1.txt
 
-inductor: build/installed-cuda ## what torch.compile makes of dropout for a GPU, from Inductor and Triton without one: kernels, instructions
+inductor: build/installed-cuda ## count the kernels and instructions that torch.compile generates for dropout on a GPU; needs no GPU
 	$(CUDA_PY) -W ignore tools/inductor.py | tee benchmarks/results/inductor.md
 
-sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a model of it
+sass: build/installed-cuda ## the CUDA kernels' machine code: instructions an element, registers, limits, and a performance model
 	$(CUDA_PY) tools/sass.py
 
 gpu-check: $(INSTALLED) ## with a GPU: run the tests marked gpu, check and measure; the report goes to benchmarks/results, eight minutes
 	@$(SERVED_BY_KERNELS)
 	@$(PY) -m pytest -q -m gpu && $(PY) -m pytest -q -m gpu --hide=_cuda $(CORE) tests/test_compiled.py; tests=$$?; $(PY) -m fused_dropout gpu-check --json benchmarks/results && exit $$tests
 
-statistics: $(INSTALLED) ## the masks' statistics in the long form, with fresh keys: a table; ten minutes
+statistics: $(INSTALLED) ## long statistical tests of the masks, with new keys: a table; ten minutes
 	$(PY) tests/statistics/long.py
 
-randomness: $(INSTALLED) ## the generator's words under dieharder, PractRand, TestU01, those that are there; twenty minutes
+randomness: $(INSTALLED) ## test the generator's words with dieharder, PractRand and TestU01, if installed; twenty minutes
 	$(PY) tests/statistics/randomness.py
 
 sanitize: build/cpu-kernels-asan build/cpu-kernels-tsan ## run the CPU kernels under the address, undefined behaviour and thread sanitizers, four minutes
@@ -165,21 +165,21 @@ readme-numbers: $(INSTALLED) ## rewrite the tables of the README and of docs/ben
 	$(PY) tools/readme_numbers.py
 	$(PY) tools/docs_plots.py
 
-lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, actionlint, and whether the README's numbers are those of benchmarks/results
+lint: build/dev$(OF_VENV) ## ruff, clang-format, mypy, actionlint, and a check that the README's numbers are those of benchmarks/results
 	$(PY) tools/readme_numbers.py --check
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	"$(VENV)/bin/clang-format" --dry-run -Werror csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 	$(PY) -m mypy
-	@# Without shellcheck, which some machines have and others not.
+	@# Without shellcheck, which only some machines have.
 	"$(VENV)/bin/actionlint" -shellcheck= .github/workflows/*.yml
 
-format: build/dev$(OF_VENV) ## rewrite the sources as lint wants them
+format: build/dev$(OF_VENV) ## format the sources
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	"$(VENV)/bin/clang-format" -i csrc/*.[ch]* csrc/simd/* tests/*.h tests/*.cpp
 
-clean: ## remove what was built, and the environments
+clean: ## remove the build output and the environments
 	rm -rf build dist .venv .venv-cuda .venv-oldest .venv-floor *.egg-info fused_dropout/*.so fused_dropout/_build.json
 
 .venv/bin/python .venv-cuda/bin/python .venv-oldest/bin/python .venv-floor/bin/python:
@@ -197,24 +197,24 @@ $(INSTALLED): $(VENV_PYTHON) $(SOURCES)
 	@$(PY) -m fused_dropout info
 	@touch $@
 
-# For the torch that is there. A torchvision that was built for another one breaks what imports it: without it, timm's tests
-# are skipped.
+# For the installed torch. A torchvision that was built for another torch fails at the import, and so does timm. Without
+# torchvision, timm's tests are skipped.
 build/models$(OF_VENV): $(INSTALLED) pyproject.toml
 	@$(PY) -m pip install -q --no-build-isolation -e ".[models]" "torch==$$($(PY) -c 'import torch; print(torch.__version__)')"
 	@$(PY) -c 'import torchvision' 2>/dev/null || $(PY) -m pip uninstall -q -y torchvision
 	@touch $@
 
-# The CPU kernels without torch, under a program that compares them with a scalar loop.
+# The CPU kernels without torch, in a program that compares them with a scalar loop.
 KERNELS_TEST := tests/cpu_kernels_test.cpp csrc/simd/portable.cpp csrc/simd/avx2.cpp csrc/simd/avx512.cpp
-# GCC warns of the undefined values that its own AVX-512 header makes, and clang of GCC's names for warnings.
+# GCC warns about undefined values in its own AVX-512 header. clang warns about GCC's names of warnings.
 build/cpu-kernels-test: SANITIZE = -O3 -Wall -Wextra -Werror -Wno-unknown-warning-option
 build/cpu-kernels-aarch64: SANITIZE = -O3 -static
-# Inlined kernels would take a sanitizer's build five minutes.
+# With inlined kernels a sanitizer build would take five minutes.
 build/cpu-kernels-asan: SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -DFUSED_DROPOUT_KERNEL=
 build/cpu-kernels-tsan: SANITIZE = -O1 -g -fsanitize=thread -DFUSED_DROPOUT_KERNEL=
 
 build/cpu-kernels-test build/cpu-kernels-aarch64 build/cpu-kernels-asan build/cpu-kernels-tsan: $(INSTALLED) $(KERNELS_TEST) tests/golden.h $(wildcard csrc/*.h csrc/simd/*.h)
-	@# The sources side by side: if one does not compile, its object is missing in the end.
+	@# Compiles the sources in parallel. If one fails, its object is missing and the link fails.
 	rm -rf $@.objects && mkdir $@.objects
 	mapfile -t headers < <($(PY) -c 'import torch.utils.cpp_extension as c; print(*("-isystem" + path for path in c.include_paths()), sep="\n")'); \
 	for source in $(KERNELS_TEST); do \

@@ -1,6 +1,6 @@
 """One dropout: implementation x dtype x size x forward, backward, both, in place, eval, p = 0; layouts; small calls.
 
-Groups hold what is to be compared: the same work by different implementations.
+A benchmark group holds the implementations that do the same work.
 """
 
 import pytest
@@ -66,7 +66,7 @@ def bench_layout(measure, benchmark, implementation, layout, device):
 @pytest.mark.parametrize("how", ["module", "function"])
 @pytest.mark.parametrize("whose", ["torch", "fused_dropout"])
 def bench_call(measure, benchmark, how, whose, device):
-    """The host's time of a call on 64 floats."""
+    """Host time of a call on 64 floats."""
     benchmark.group = f"a small call of a {how}"
     module, function = (nn.Dropout, nn.functional.dropout) if whose == "torch" else (fd.Dropout, fd.dropout)
     x = torch.randn(64, device=device)

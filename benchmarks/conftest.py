@@ -1,4 +1,4 @@
-"""Fixtures of the pytest-benchmark suites: ``pytest benchmarks --benchmark-only``; README.md says how they measure."""
+"""Fixtures of the pytest-benchmark suites: ``pytest benchmarks --benchmark-only``. README.md describes the method."""
 
 import time
 
@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def pytest_addoption(parser):
     group = parser.getgroup("dropout")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    group.addoption("--all", action="store_true", help="every size and dtype: the better part of an hour")
+    group.addoption("--all", action="store_true", help="every size and dtype: most of an hour")
     group.addoption("--threads", type=int, default=0, help="default: torch's")
 
 
@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """Sizes and dtypes: a few of each, or with --all every one."""
+    """A few sizes and dtypes, or all of them with --all."""
     config = metafunc.config
     everything, on_gpu = config.getoption("--all"), config.getoption("--device") == "cuda"
     if "log2" in metafunc.fixturenames:
@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
 
 
 class EventClock:
-    """Seconds by CUDA events: the time of the stream, which a host clock would not see."""
+    """Measures seconds with CUDA events: the time on the stream, which a host clock cannot measure."""
 
     def __init__(self):
         self.start = torch.cuda.Event(enable_timing=True)
@@ -51,7 +51,7 @@ def device(request):
 
 @pytest.fixture
 def measure(benchmark, device):
-    """measure(fn, *arguments, elements=..., **what): times fn, and notes the nanoseconds an element."""
+    """measure(fn, *arguments, elements=..., **what): times fn, and records the nanoseconds per element."""
     benchmark._timer = EventClock() if device == "cuda" else time.perf_counter
     benchmark._min_time, benchmark._max_time, benchmark._min_rounds, benchmark._warmup = 1e-5, 0.15, 5, True
 

@@ -1,4 +1,4 @@
-"""Dropout as others do it: each name gives ``make(p) -> fn(x) -> y``, or skips with a reason where it cannot run."""
+"""Other implementations of dropout. Each name gives ``make(p) -> fn(x) -> y``, or skips with a reason."""
 
 import functools
 
@@ -16,7 +16,7 @@ def torch_eager(p):
 def torch_compiled(p):
     from torch._functorch import config
 
-    config.donated_buffer = False  # with it, no backward could be run a second time
+    config.donated_buffer = False  # donated buffers would allow only one backward
     return torch.compile(lambda x: F.dropout(x, p))
 
 
@@ -25,17 +25,17 @@ def ours(p):
 
 
 def bool_mask(p):
-    """As people write it by hand."""
+    """Dropout written by hand with a mask of bools."""
     return lambda x: torch.where(torch.rand_like(x) >= p, x / (1 - p), 0)
 
 
 def bernoulli(p):
-    """As timm's DropPath and many models do."""
+    """Dropout with bernoulli_, like timm's DropPath and many models."""
     return lambda x: x * torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
 
 
 def jax_jitted(p):
-    """On JAX's own arrays: what its users pay. The key is made anew at each call, as there."""
+    """Runs on JAX arrays, as JAX users do. Each call makes a new key, as in JAX programs."""
     jax = pytest.importorskip("jax", reason="JAX is not installed")
 
     @jax.jit
@@ -56,7 +56,7 @@ def jax_jitted(p):
 
 
 def triton_low_memory(p):
-    """A seed instead of a mask, one Philox call an element; for p = 0.1 alone."""
+    """Uses a seed instead of a mask, and one Philox call per element. Only for p = 0.1."""
     if not torch.cuda.is_available():
         pytest.skip("Triton needs a GPU")
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -73,7 +73,7 @@ def transformer_engine(p):
 
 
 def flash_attention_layer_norm(p):
-    """Its dropout_add_layer_norm with a weight of ones: dropout and a normalisation, which nobody can take apart."""
+    """flash-attention's dropout_add_layer_norm with a weight of ones. It has no dropout without normalisation."""
     if not torch.cuda.is_available():
         pytest.skip("flash-attention needs a GPU")
     norm = pytest.importorskip("flash_attn.ops.layer_norm", reason="flash-attention's layer_norm is not installed")

@@ -1,14 +1,14 @@
-"""Fixtures, and the layers that a run does without.
+"""Fixtures, and options that hide layers of the library.
 
     pytest --hide=_eager     no eager binding: the kernels behind the Python autograd Function
     pytest --hide=_cuda      no CUDA kernels: the reference on CUDA devices
     pytest --hide=_C         no compiled part at all: the pure-PyTorch reference
 
-Without a layer the tests are left out that run the same code as with it: those marked same_without.
+A run with --hide skips the tests that would run the same code as without it: those marked same_without.
 
     pytest --every-cell      tests/transforms: all cells of the matrix, not all pairs of values
 
-On the fake GPU the tests marked gpu run too, but for those in which torch itself copies inside an operator.
+On the fake GPU the tests marked gpu run too, except those in which torch itself copies inside an operator.
 """
 
 import gc
@@ -41,13 +41,13 @@ def pytest_report_header(config):
     return str(config.stash[_INFO]).splitlines()
 
 
-collect_ignore = ["installs"]  # by name alone: make test-install
+collect_ignore = ["installs"]  # only if named on the command line: make test-install
 
 
 def pytest_collection_finish(session):
     gc.collect()
-    gc.freeze()  # torch's million objects are not looked through again and again
-    gc.set_threshold(700, 10, 50)  # nor what its compiler leaves
+    gc.freeze()  # the garbage collector then skips torch's million objects
+    gc.set_threshold(700, 10, 50)  # and rarely scans the objects that torch's compiler leaves
 
 
 def pytest_runtest_setup(item):

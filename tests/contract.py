@@ -1,6 +1,8 @@
-"""The mask contract in plain integers, written from its description alone: no code is shared with the library, so that
-equality with this file means something; and its inverse, to make elements with a given draw and tie. Below the line,
-the same for many elements at once, in numpy and torch."""
+"""The mask contract in plain integers, and its inverse, which makes elements with a given draw and tie.
+
+It is written from the specification alone and shares no code with the library, so the tests compare two independent
+implementations. The part below the line computes many elements at once, with numpy and torch.
+"""
 
 import math
 
@@ -34,12 +36,12 @@ def block_words(seed, offset, block):
 
 
 def draw(seed, offset, i):
-    """The element's own half-word: element 0 has the low half of word 0, element 1 its high half, and so on."""
+    """The half-word of element i: element 0 has the low half of word 0, element 1 its high half, and so on."""
     return block_words(seed, offset, i // 8)[i % 8 // 2] >> 16 * (i % 2) & 0xFFFF
 
 
 def tie(seed, offset, i):
-    """The XOR of the three words that the draw is not in."""
+    """The XOR of the three words that do not hold the draw."""
     w0, w1, w2, w3 = block_words(seed, offset, i // 8)
     return (w1 ^ w2 ^ w3, w0 ^ w2 ^ w3, w0 ^ w1 ^ w3, w0 ^ w1 ^ w2)[i % 8 // 2]
 
@@ -56,7 +58,7 @@ def keep_list(seed, offset, p, n, start=0):
     kept = []
     for block in range(start // 8, (start + n + 7) // 8):
         words = block_words(seed, offset, block)
-        everything = words[0] ^ words[1] ^ words[2] ^ words[3]  # XOR a word out again, and the other three are left
+        everything = words[0] ^ words[1] ^ words[2] ^ words[3]  # XOR with one word leaves the XOR of the other three
         kept += [((w >> half & 0xFFFF) << 32 | everything ^ w) < threshold(p) for w in words for half in (0, 16)]
     return kept[start % 8 : start % 8 + n] if 0 < p < 1 else [p == 0] * n
 
@@ -73,7 +75,7 @@ def philox_backwards(words, seed):
 
 
 def forge(rng, half, wanted_draw, wanted_tie):
-    """seed, offset and i of an element at place `half` of its block with this draw and this tie."""
+    """The seed, offset and index of an element with this draw and tie, at place `half` of its block."""
     while True:
         seed, other, a, b = rng.getrandbits(64), rng.getrandbits(16), rng.getrandbits(32), rng.getrandbits(32)
         words = [a, b, a ^ b ^ wanted_tie]
@@ -89,7 +91,7 @@ def forge(rng, half, wanted_draw, wanted_tie):
 
 
 def words_numpy(seed, offset, first, count):
-    """block_words of `count` blocks from `first` on, one row a block: the same lines, run on uint64 arrays."""
+    """block_words of `count` blocks from `first` on, one block a row: the same code on uint64 arrays."""
     return np.stack(block_words(seed, offset, np.uint64(first) + np.arange(count, dtype=np.uint64)), axis=1)
 
 

@@ -1,14 +1,14 @@
-// The CPU kernels of each instruction set, called as csrc/dropout_cpu.cpp calls them, against a loop over mask.h, bit
-// for bit: every short length and the lengths around powers of two, every alignment, indices around the edges of 32 and
-// 64 bits, ties. Buffers end at pages that cannot be touched; the bytes around a result have to stay what they were.
+// Compares the CPU kernels of each instruction set, called as csrc/dropout_cpu.cpp calls them, with a loop over mask.h,
+// bit for bit: every short length and the lengths around powers of two, every alignment, indices around the limits of
+// 32 and 64 bits, ties. Buffers end at protected pages. The bytes around a result must not change.
 //
-//   cpu_kernels_test [avx512 | avx2 | portable ...]   those, or without a name all that this CPU has
-//   cpu_kernels_test --threads [...]                  a few threads side by side in one buffer, for a thread sanitizer
-//   cpu_kernels_test --golden tests/mask_v1.txt [...] the golden masks instead
-//   cpu_kernels_test --dispatch                       the name of the best
-//   cpu_kernels_test --force ...                      even what the CPU lacks: proof that it is noticed
+//   cpu_kernels_test [avx512 | avx2 | portable ...]   these kernels; without a name, all that this CPU can run
+//   cpu_kernels_test --threads [...]                  several threads in one buffer, for a thread sanitizer
+//   cpu_kernels_test --golden tests/mask_v1.txt [...] tests the golden masks instead
+//   cpu_kernels_test --dispatch                       prints the name of the best kernels
+//   cpu_kernels_test --force ...                      also kernels that this CPU lacks: shows that they are detected
 //
-// Exit status 77 where the CPU lacks what was named.
+// The exit status is 77 if the CPU cannot run the named kernels.
 #include "golden.h"
 #include "simd/kernels.h"
 
@@ -43,7 +43,7 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------- failures
 
-// What is being tested, for the message of a mismatch or of a signal.
+// The current test case, for the message of a mismatch or of a signal.
 struct Case {
   const char *isa, *dtype, *part;
   uint64_t index;
@@ -137,7 +137,7 @@ To bits_as(From from) {
   return to;
 }
 
-// An element of every kind, by its bits: those of 16-bit floats are all met.
+// Element values of every kind, by their bits. All values of 16-bit floats occur.
 template <typename T>
 Bits<T> value(uint64_t i) {
   uint64_t z = (i + 1) * 0x9E3779B97F4A7C15;
@@ -177,7 +177,7 @@ Bits<T> expected(Bits<T> x, uint64_t index, const Words& words, const MaskParams
   }
 }
 
-// The scalar loop of an operation, whose steps are each rounded to the dtype.
+// The scalar loop of an operation. Each step is rounded to the dtype.
 template <typename T>
 Bits<T> expected(Operation operation, Bits<T> of_x, Bits<T> of_residual, Bits<T> of_bias, bool kept, double scale) {
   using Scalar = typename Dtype<T>::Scalar;
@@ -208,7 +208,7 @@ void call(const CpuKernels& kernels, const void* x, void* y, uint64_t index, int
 
 // ---------------------------------------------------------------------------------------------- memory
 
-// Memory between two pages that cannot be touched.
+// Memory between two protected pages.
 class Guarded {
  public:
   explicit Guarded(size_t bytes) {
@@ -225,7 +225,7 @@ class Guarded {
   size_t size;
 };
 
-constexpr size_t kMargin = 128;  // bytes on either side of a result that are looked at: two of the widest vectors
+constexpr size_t kMargin = 128;  // checked bytes on each side of a result: two of the widest vectors
 constexpr size_t kLongest = (1 << 16) + 600;
 constexpr int kSentinel = 0xA5;
 
@@ -245,7 +245,7 @@ MaskParams params_of(double p, Key key = kKeys[0]) {
   return {key, threshold(p), scale(p)};
 }
 
-// For a threshold of one's own making; the scale is as good as any other.
+// For a given threshold. The value of the scale does not matter.
 MaskParams params_of_k(uint64_t k, Key key = kKeys[0]) {
   return {key, k, 1.25};
 }
@@ -278,7 +278,7 @@ class Tester {
   using Element = Bits<T>;
   static constexpr bool kMask = std::is_same<T, bool>::value;
 
-  // What all elements of [base, base + n) come from and have to become.
+  // Makes the inputs and the expected results of all elements of [base, base + n).
   void prepare(const char* part, uint64_t base, int64_t n, const MaskParams& params) {
     current.part = part;
     params_ = params;
@@ -301,7 +301,7 @@ class Tester {
     return place == Place::kEnd ? memory.begin + memory.size - bytes : memory.begin + kMargin + inside;
   }
 
-  // One call, and one of the kernel that is given what is kept: n elements from the one with index base_ + first on.
+  // One call of the kernel, and one of the kernel that gets the flags: n elements from index base_ + first on.
   void check(int64_t first, int64_t n, bool in_place, Place x_place, Place y_place, size_t x_inside = 0,
              size_t y_inside = 0) {
     const size_t bytes = static_cast<size_t>(n) * sizeof(T);
@@ -327,7 +327,7 @@ class Tester {
       const TypedKernels<T>& kernels = Dtype<T>::kernels(kernels_)[0];
       kernels.select(streams<T>(x, y), reinterpret_cast<const uint16_t*>(flags), n, params_.scale);
       compare(y, wanted, n);
-      // All are kept if there are no flags.
+      // Without flags all are kept.
       if (std::find(kept_.begin() + first, kept_.begin() + first + n, 0) == kept_.begin() + first + n) {
         if (in_place) std::memcpy(x, input, bytes);
         kernels.select(streams<T>(x, y), nullptr, n, params_.scale);
@@ -338,13 +338,13 @@ class Tester {
       if (std::memcmp(x, input, bytes)) fail("its input was written to");
       std::memset(x, kSentinel, bytes);
     }
-    std::memset(y, kSentinel, bytes);  // so that no result of an earlier call passes for this one's
+    std::memset(y, kSentinel, bytes);  // so that a result of an earlier call cannot be mistaken for this one's
     untouched(y - std::min<size_t>(kMargin, y - y_.begin), y, "before");
     uint8_t* end = y_.begin + y_.size;
     untouched(y + bytes, y + bytes + std::min<size_t>(kMargin, end - (y + bytes)), "after");
   }
 
-  // The whole groups among these elements, the last one first. The others have their results already.
+  // The whole groups among these elements, the last one first. The other elements have their results already.
   void check_groups(uint8_t* x, uint8_t* y, const Element* input, const Element* wanted, int64_t n, bool in_place) {
     std::vector<Group<T>> groups;
     std::vector<int64_t> firsts;
@@ -353,7 +353,7 @@ class Tester {
       const uint64_t block = (current.index + static_cast<uint64_t>(i)) / kBlock;
       const uint64_t last = block + static_cast<uint64_t>(kernels_.group / kBlock) - 1;
       if (block >> 32 != last >> 32) continue;  // the kernel's limit
-      // A mask is given no x that could be read: its own memory stands for it.
+      // A mask has no x, so its own memory is passed instead.
       groups.push_back({streams<T>(kMask ? y : x, y) + i, block});
       firsts.push_back(i);
     }
@@ -409,7 +409,7 @@ class Tester {
     }
   }
 
-  // The operations besides dropout, in place and not, with nothing to read behind the last element of a stream.
+  // The other operations, in place and not. The last element of each stream is followed by a protected page.
   void operations() {
     Guarded residuals(kLongest * sizeof(T)), biases(kLongest * sizeof(T));
     for (const uint64_t base : {uint64_t{0}, two_to(35) - 103}) {
@@ -511,8 +511,8 @@ class Tester {
     }
   }
 
-  // K such that an element's 48 bits are the last that are dropped, then the first that are kept: at every place in a
-  // group, head and tail. And where the high part is 0, 65535 or, with all kept, 65536.
+  // Chooses K so that an element's 48 bits are just dropped, then just kept: at every place in a group, head and tail.
+  // Also if the high part of K is 0, 65535 or, with all kept, 65536.
   void ties() {
     for (const uint64_t base : {uint64_t{0}, two_to(35) - 96}) {
       for (int64_t i = 0; i < 200; ++i) {
@@ -568,7 +568,7 @@ class Tester {
     }
   }
 
-  // All bits of a 16-bit float, as many of the wider ones, kept, with scales that round in many ways.
+  // All 16-bit floats, and as many values of the wider types. All are kept, with scales that round in many ways.
   void every_value() {
     if (kMask) return;
     for (const double s : {1.0, 1 / 0.9, 1 / 0.6, 1.5, 1 / 0.3, 1 / (1 - 0.999)}) {
@@ -593,8 +593,8 @@ class Tester {
   int64_t cases_ = 0;
 };
 
-// Threads that take turns along one buffer, in stretches as ragged as they come, so that a vector's width beside each
-// is another thread's: who reads or writes beyond his own is in a race, even if he writes back what he read.
+// Several threads in one buffer, each with every fourth piece of irregular length. The memory beside a piece belongs to
+// another thread. Reading or writing outside a piece is therefore a race, even if the same values are written back.
 template <typename T>
 int64_t side_by_side(const CpuKernels& kernels) {
   constexpr int kThreads = 4, kLength = 20000;
@@ -628,7 +628,7 @@ int64_t side_by_side(const CpuKernels& kernels) {
 
 // ---------------------------------------------------------------------------------------------- attention
 
-// A row's memory, up to a page that cannot be touched.
+// The memory of a row, which ends at a protected page.
 struct RowMemory {
   explicit RowMemory(int64_t n) : all(static_cast<size_t>(n + kRowPadding) * sizeof(float)) {
     const int64_t padded = (n + kRowPadding - 1) / kRowPadding * kRowPadding;
@@ -683,13 +683,13 @@ int64_t attention_rows(const CpuKernels& kernels) {
     for (const uint64_t index : {uint64_t{0}, uint64_t{13}, two_to(35) - 9}) {
       for (const float step : {0.0f, 0.01f, 1.0f}) attention_row(kernels, n, index, 0.125f, step), ++rows;
     }
-    // Masked whole.
+    // Fully masked.
     const RowMemory masked(n);
     std::fill_n(masked.row, n, -std::numeric_limits<float>::infinity());
     const RowStatistics statistics = kernels.attention.softmax_drop(masked.row, n, 1.0f, 0, params_of(0.3));
     if (!(statistics.maximum > 1e38f) || statistics.inverse != 0) fail("the statistics of a masked row");
     for (int64_t i = 0; i < n; ++i) near(masked.row[i], 0, 0, "masked weight", i);
-    // All of bfloat16 there and back.
+    // Converts all values of bfloat16 and back.
     std::vector<BFloat16> half(static_cast<size_t>(n)), back(half);
     for (int64_t i = 0; i < n; ++i) half[i].bits = static_cast<uint16_t>(value<BFloat16>(i));
     const RowMemory wide(n);
@@ -715,7 +715,7 @@ std::vector<Set> all_sets() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // older compilers' cpu_supports knows none
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // older compilers' cpu_supports lacks it
   const bool avx2 = __builtin_cpu_supports("avx2") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");

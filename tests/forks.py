@@ -1,4 +1,4 @@
-"""Python programs that find torch imported: a process that imports it once forks for each of them."""
+"""Runs Python programs with torch already imported: a server process imports it once and forks for each program."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-# A child may die, and takes nothing along.
+# Each program runs in a child process, so a crash does not end the server.
 SERVER = """
 import json, os, sys, traceback
 import torch
@@ -34,7 +34,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """``forks.run(code, *arguments, **environment)`` is as subprocess.run of ``python -c``, in the folder given."""
+    """``forks.run(code, *arguments, **environment)`` works like subprocess.run of ``python -c``, in a given folder."""
 
     def __init__(self, cwd="/"):
         command = [sys.executable, "-c", SERVER]

@@ -1,5 +1,5 @@
-// The golden masks of mask_v1.txt, for cpu_kernels_test.cpp: Philox and keep() of mask.h, and the CPU kernels, must
-// give what the file says.
+// The golden masks of mask_v1.txt, for cpu_kernels_test.cpp. Philox and keep() of mask.h, and the CPU kernels, must
+// give the values of the file.
 #pragma once
 
 #include "simd/kernels.h"
@@ -15,7 +15,7 @@
 
 namespace fused_dropout {
 
-// A mask or a single element of the file: what is kept of the elements with these indices.
+// A mask or a single element of the file: indices, and whether each element is kept.
 struct GoldenMask {
   Key key;
   double p;
@@ -30,7 +30,7 @@ struct GoldenMask {
 
 class GoldenMasks {
  public:
-  // Reads the file, and checks the known answers of Philox on the way.
+  // Reads the file, and checks the known answers of Philox.
   explicit GoldenMasks(const std::string& path) {
     std::ifstream file(path);
     std::string text;
@@ -50,7 +50,7 @@ class GoldenMasks {
     if (masks_.size() < 200) golden_failure("too few records, or no file", masks_.size());
   }
 
-  // Every record by keep(), and by the kernels in runs of consecutive indices. Returns the number of elements.
+  // Checks every record with keep(), and with the kernels in runs of consecutive indices. Returns the element count.
   int64_t check(const CpuKernels& kernels) const {
     int64_t elements = 0;
     for (size_t i = 0; i < masks_.size(); ++i) {
@@ -76,7 +76,7 @@ class GoldenMasks {
   }
 
   static double read_p(std::istringstream& fields) {
-    std::string p;  // strtod reads the smallest numbers too, where operator>> may refuse them
+    std::string p;  // strtod reads the smallest numbers too; operator>> may refuse them
     fields >> p;
     return std::strtod(p.c_str(), nullptr);
   }
@@ -127,7 +127,7 @@ class GoldenMasks {
       const int slot = static_cast<int>(index % kBlock);
       if (keep(block_words(mask.key, index / kBlock), slot, k) != mask.kept[i]) golden_failure("keep()", line);
     }
-    // Neighbours before and behind put the run into the middle of the kernels' vectors, where a tie is settled apart.
+    // With elements before and after it, the run is in the middle of the kernels' vectors. Other code handles ties.
     for (const uint64_t margin : {0, 77}) {
       const uint64_t before = std::min(margin, mask.indices[from]);
       const uint64_t first = mask.indices[from] - before, n = before + (to - from) + margin;

@@ -105,7 +105,7 @@ QUARTER = [0.25 - 2**-48, 0.25, 0.25 + 2**-48, math.nextafter(0.25, 0), math.nex
 PROBABILITIES = [0.0, 5e-324, 1e-6, 2**-16, 25 / 256, 0.1, *QUARTER, 1 / 3, 0.5, 0.9, 1 - 2**-16, 1 - 1e-6]
 PROBABILITIES += [math.nextafter(1, 0), 1.0]
 STARTS = [1, 7, 8, 1001, 2**31 - 100, 2**31, 2**32 - 9, 2**35 - 100, 2**35 - 3, 2**35, 2**62 + 5, 2**63 - COUNT]
-WINDOWS = [  # what it is, sizes, index strides, start
+WINDOWS = [  # description, sizes, index strides, start
     ("three dimensions, row-major", (4, 8, 8), (64, 8, 1), 0),
     ("one draw for all of the first, middle, last dimension", (4, 8, 8), (0, 8, 1), 0),
     (None, (4, 8, 8), (8, 0, 1), 3),
@@ -187,7 +187,7 @@ def generate():
         k = 0x4000_0000_0000 + whole
         for value in (k - 1, k, k + 1):
             element(half, value, k + (fraction >= 0.5), 1 - (k + fraction) / 2**48)
-    # Exactly, (1 - p) * 2^48 + 1/2 is a little less than the whole number that a double makes of it.
+    # The exact (1 - p) * 2^48 + 1/2 is a little less than an integer. A double rounds it up to this integer.
     p = (2**41 + 0.5) / 2**48 + 2**-58
     k = 2**48 - 2**41
     for half in (4, 5, 6, 7):

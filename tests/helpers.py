@@ -1,4 +1,4 @@
-"""Shared by the bit-exact tests: inputs, and the contract's answer for any layout."""
+"""Shared by the bit-exact tests: inputs, and the contract's result for any layout."""
 
 import math
 import os
@@ -16,14 +16,14 @@ from fused_dropout import reference
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]  # where an integer type or a sign would end
+EDGES = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]  # limits of signed and unsigned integer types
 EVEN = [k / 2**16 for k in (1, 2, 2**15 - 1, 2**15, 2**15 + 1, 2**16 - 1)]  # the draw alone decides: K_lo is 0
 PROBABILITIES = [5e-324, 1e-12, 1e-6, 25 / 256, 0.1, 1 / 3, 0.5, 0.9, 1 - 1e-6, 1 - 2**-49, math.nextafter(1, 0)]
 PROBABILITIES += EVEN + [math.nextafter(p, 0) for p in EVEN] + [math.nextafter(p, 1) for p in EVEN]
 
-# The operators and their reference: the same arguments, the same bits.
+# The operators and their reference take the same arguments and give the same bits.
 OPERATORS = [torch.ops.fused_dropout, reference]
-SERVED = [  # the eager binding is beside the operators, and the reference calls nothing that is compiled
+SERVED = [  # the operators do not use the eager binding, and the reference does not use compiled code
     pytest.param(torch.ops.fused_dropout, id="operator", marks=pytest.mark.same_without("_eager")),
     pytest.param(reference, id="reference", marks=pytest.mark.same_without("_eager", "_C")),
 ]
@@ -63,7 +63,7 @@ def expected_mask(x: torch.Tensor, seed: int, offset: int, p: float, start: int 
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
-    """The same bits; NaN is any NaN, since hardware disagrees on its payload."""
+    """Compares bits. All NaNs are equal, since the payload of a NaN depends on the hardware."""
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     got = got.detach().cpu()
@@ -72,8 +72,10 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def run_on(isa: str, module: str) -> None:
-    """``compact()`` of a test module in a process that uses the CPU kernels of an instruction set, and hides what is
-    hidden here. It has to print which ones served."""
+    """Runs ``compact()`` of a test module in a process that uses the CPU kernels of an instruction set.
+
+    The process hides the same layers as this one. ``compact()`` has to print the instruction set that it used.
+    """
     hidden = [name for name in ("_C", "_eager") if sys.modules.get(f"fused_dropout.{name}", 0) is None]
     code = f"import sys; sys.modules.update({dict.fromkeys(['fused_dropout.' + name for name in hidden])})"
     done = subprocess.run(
@@ -88,14 +90,14 @@ def run_on(isa: str, module: str) -> None:
 
 
 class Passing(TorchDispatchMode):
-    """Sees each operation, and changes nothing."""
+    """A mode that passes every operation on unchanged."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})
 
 
 class PassingFunctions(TorchFunctionMode):
-    """The same of torch's functions."""
+    """A mode that passes every torch function on unchanged."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})

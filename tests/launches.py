@@ -1,4 +1,4 @@
-"""Shared by the tests of launches: what they call, and the kernels of the library that is loaded."""
+"""Shared by the tests of launches: helpers for calls, and the kernels of the loaded library."""
 
 import functools
 
@@ -26,8 +26,10 @@ for_blocks = pytest.mark.parametrize("block_type", [NARROW, WIDE])
 
 
 def launched(call, *args, launches=1, **options):
-    """The result of a call that launches one kernel, or as many as given, without the fake GPU's mode: under one, other
-    paths serve."""
+    """The result of a call that has to launch one kernel, or the given number of kernels.
+
+    The call runs without the fake GPU's mode, because a mode would select other paths.
+    """
     before = len(fake_gpu.launches)
     with _disable_current_modes():
         result = call(*args, **options)
@@ -45,12 +47,12 @@ def module():
 
 
 def streams(x, y):
-    """The kernels' struct Streams, for an operation that reads x alone; each a buffer, or an address."""
+    """The kernels' struct Streams, for an operation that reads only x. x and y are buffers or addresses."""
     x, y = (getattr(side, "ptr", side) for side in (x, y))
     return cstruct(("u64", [x, y, x, x]))
 
 
 def key_source(key, on_device=0, drawn=0, generator=(0, 0, 0)):
-    """The kernels' struct KeySource. If the key is read from the device, another one is given by value."""
+    """The kernels' struct KeySource. If the key is read from the device, the key given by value is a different one."""
     by_value = (5, 6) if on_device or drawn else key
     return cstruct(("u64", by_value), ("u64", on_device), ("u64", drawn), ("u64", generator))

@@ -24,7 +24,7 @@ class Block(nn.Module):
             layer(h).view(h.shape[0], SEQUENCE, HEADS, WIDTH // HEADS).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
-        # Not as matrix products: in torch 2.11 these fail for tensors that are sharded by head.
+        # No matrix products here: in torch 2.11 they fail for tensors that are sharded by head.
         weights = self.drop_weights(((q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) / 3).softmax(-1))
         joined = (weights.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2).transpose(1, 2).flatten(2)
         x = x + self.drop_attention(self.out(joined))

@@ -1,4 +1,4 @@
-"""What ``fd.dropout_add`` and ``fd.relu_dropout`` stand for, with the arguments of both in the same order."""
+"""The separate calls that ``fd.dropout_add`` and ``fd.relu_dropout`` replace, with their arguments in one order."""
 
 import pytest
 import torch
@@ -11,8 +11,11 @@ P, KEY = 0.3, key_tensor(11, 2**40 + 7)
 
 
 class Dropped(torch.autograd.Function):
-    """Dropout in torch's own operations. As fd.dropout's, the gradient of the input is laid out as that of the output:
-    the sum for a bias depends on it in its last bits."""
+    """Dropout in torch's own operations.
+
+    As with fd.dropout, the input's gradient has the layout of the output's gradient. The layout affects the last bits
+    of the sum for a bias.
+    """
 
     @staticmethod
     def forward(ctx, x, kept, scale):
@@ -59,5 +62,5 @@ def two_calls_relu(x, p=P, training=True, **source):
     return fd.dropout(F.relu(x), p, training, **source)
 
 
-CALLS = {"add": (ours_add, two_calls_add, 3), "relu": (ours_relu, two_calls_relu, 1)}  # and how many tensors they take
+CALLS = {"add": (ours_add, two_calls_add, 3), "relu": (ours_relu, two_calls_relu, 1)}  # and the number of tensors
 for_calls = pytest.mark.parametrize(("ours", "theirs", "takes"), CALLS.values(), ids=CALLS)

@@ -1,4 +1,4 @@
-"""Wrong arguments: we refuse what torch refuses. The error has torch's class, and names the value in one line."""
+"""Wrong arguments: we refuse those that torch refuses. The error has torch's class, and names the value in one line."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ WRONG_P += [torch.tensor(0.25, requires_grad=True), torch.tensor([0.25]), torch.
 WRONG_TRAINING = [None, 0, 1, "yes", np.bool_(True), torch.tensor(True)]
 
 
-# torch warns of the number of dimensions.
+# torch warns about the number of dimensions.
 pytestmark = pytest.mark.filterwarnings("ignore:dropout[23]d")
 
 
@@ -133,7 +133,7 @@ def test_key(bad, error, message):
     kind, text = error_of(fd.keep_mask, (3,), 0.5, bad)
     assert kind is error
     assert message in text
-    if message != "meta":  # without an input, any device of a key is right
+    if message != "meta":  # without an input, a key on any device is valid
         for call in (lambda key: fd.Dropout(key=key), lambda key: fd.fold_in(key, 1), fd.split):
             assert error_of(call, bad)[0] is error
 

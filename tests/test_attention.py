@@ -19,7 +19,7 @@ for_fused_dtypes = pytest.mark.parametrize("dtype", [SINGLE, HALF, SHORT], ids=s
 
 
 def repeated(t, heads):
-    """One head of keys or values for each head of queries."""
+    """Repeats heads of keys or values, so that each head of queries has one."""
     return t.repeat_interleave(heads // t.shape[-3], -3)
 
 
@@ -39,7 +39,7 @@ def weights_of(q, k, attn_mask=None, is_causal=False, *, scale=None, enable_gqa=
 
 
 def composed(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, key=None, compute=SINGLE, **options):
-    """The contract in torch's own operations, computed in ``compute``; without a key as ``fd.dropout`` draws one."""
+    """The contract in torch's own operations, in the dtype ``compute``. Without a key, ``fd.dropout`` draws one."""
     dtype, (q, k, v) = q.dtype, (t.to(compute) for t in (q, k, v))
     weights = weights_of(q, k, attn_mask, is_causal, **options)
     if key is None:
@@ -73,7 +73,7 @@ def gradient_for(y, layout="contiguous"):
 
 
 def run(call, tensors, views=None, layout="contiguous", of=(True, True, True), **options):
-    """The result and the gradients of the tensors; the views of them are what is called with."""
+    """The result, and the gradients of the tensors. The call gets the views of the tensors."""
     leaves = [t.detach().clone().requires_grad_(needs) for t, needs in zip(tensors, of, strict=True)]
     y = call(*(leaves if views is None else views(*leaves)), **options)
     wanted = [t for t in leaves if t.requires_grad]
@@ -81,7 +81,7 @@ def run(call, tensors, views=None, layout="contiguous", of=(True, True, True), *
 
 
 def assert_near(got, want, loose=1.0):
-    """Within the tolerances of torch's own tests of attention; those of the halves are of the largest value."""
+    """Within the tolerances of torch's own tests of attention; 16-bit dtypes multiply them by the largest value."""
     assert (got.dtype, got.shape) == (want.dtype, want.shape)
     atol = {SINGLE: 1e-5, torch.float64: 1e-12, HALF: 5e-2, SHORT: 2e-2}[got.dtype] * loose
     rtol = {SINGLE: 5e-6, torch.float64: 1e-12}.get(got.dtype, 0.0) * loose
@@ -129,7 +129,7 @@ GRIDS = {  # batch, heads, L, S
 
 
 def dropped_weights(q, k, **options):
-    """The weights after dropout as the forward pass and as the backward pass have them: identities show them."""
+    """The weights after dropout in the forward and in the backward pass, obtained by passing identity matrices."""
     rows, columns = q.shape[-2], k.shape[-2]
     shape = [*k.shape[:-1], max(rows, columns)]
     value = torch.eye(columns, shape[-1], dtype=q.dtype).expand(shape).clone().requires_grad_()
@@ -141,7 +141,7 @@ def dropped_weights(q, k, **options):
 @for_fused_dtypes
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_each_element_of_the_mask(grid, dtype):
-    """Forward and backward drop the same weights, those of ``fd.keep_mask``; the others are divided by 1 - p."""
+    """Forward and backward drop the same weights as ``fd.keep_mask``, and divide the others by 1 - p."""
     q, k, _ = tensors(*grid, dtype=dtype)
     weights = weights_of(q.double(), k.double())
     for p, key in ((P, KEY), (0.9, key_tensor(2**64 - 1, 5))):
@@ -162,7 +162,7 @@ HIDDEN = {
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("E", [8, 80])
 def test_masked_elements_are_numbered_too(hidden, E):
-    """What attn_mask or is_causal hides moves nothing of the dropout mask, nor do the layouts of the tensors."""
+    """The dropout mask does not depend on attn_mask, is_causal or the layouts of the tensors."""
     q, k, _ = tensors(2, 3, 9, 13, E)
     weights = weights_of(q, k, **hidden)
     kept = fd.keep_mask(tuple(weights.shape), P, KEY)
@@ -172,7 +172,7 @@ def test_masked_elements_are_numbered_too(hidden, E):
 
 
 def test_mask_of_grouped_queries():
-    """The heads of the mask are those of the query."""
+    """The mask has the heads of the query."""
     q, k, _ = tensors(2, 6, 5, 9, Hkv=2)
     value = torch.eye(9).expand(2, 2, 9, 9)
     got = ours(q, k, value, enable_gqa=True)
@@ -181,7 +181,7 @@ def test_mask_of_grouped_queries():
 
 @pytest.mark.parametrize("p", [1e-300, 1e-3, 0.5, 1 - 2**-20])
 def test_probabilities(p):
-    """Values and gradients are as large as what is kept makes them."""
+    """For each p. The tolerance grows with the values, because 1 / (1 - p) makes them large."""
     got, want = (run(call, tensors(L=40, S=70), dropout_p=p) for call in (ours, theirs))
     for x, y in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * max(1.0, y.abs().max().item()))
@@ -298,7 +298,7 @@ EMPTY = {
 @for_fused_dtypes
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_empty(shapes, dtype):
-    """Nothing or zeros, as torch has it."""
+    """Empty results or zeros, as in torch."""
     q, k = (torch.randn(shape).to(dtype) for shape in shapes)
     found = [
         run(call, (q, k, k.clone()), is_causal=is_causal)
@@ -311,7 +311,7 @@ def test_empty(shapes, dtype):
 
 
 def test_double():
-    """float64 is composed: the mask with a key, torch's own function without one."""
+    """float64 uses the composition with a key, and torch's own function without one."""
     assert_alike(tensors(dtype=torch.float64))
     assert_alike(tensors(H=4, Hkv=2, dtype=torch.float64), enable_gqa=True, is_causal=True)
 
@@ -340,7 +340,7 @@ VIEWS = {
 
 
 def mask_of(kind, shape, dtype=SINGLE):
-    """Boolean or additive; the first key is seen by every query."""
+    """A boolean or additive mask. Every query sees the first key."""
     generator = torch.Generator().manual_seed(len(shape))
     random = torch.randn(shape, generator=generator)
     if kind == "boolean":
@@ -365,7 +365,7 @@ def test_masks_of_half_precision(shape, kind, dtype):
 
 
 def test_masks_and_sizes():
-    """Above one block of rows or of columns."""
+    """Sizes above one block of rows or of columns."""
     for of in ((1, 2, 300, 9), (2, 1, 5, 300), (2, None, 257, 33)):
         shape = [of[0], of[2], of[3]] if of[1] is None else of
         for kind in ("boolean", "-inf"):
@@ -376,12 +376,12 @@ def test_masks_and_sizes():
 @for_fused_dtypes
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_fully_masked_rows(kind, dtype):
-    """Zeros, and no gradient passes through them."""
+    """Fully masked rows give zeros, and no gradient passes through them."""
     seen = torch.rand(B, 1, L, S, generator=torch.Generator().manual_seed(2)) < 0.5
     seen[..., 1] = True
     seen[0, :, 2:4] = False
     seen[1] = False
-    seen[..., 0] = False  # and a key that no query sees
+    seen[..., 0] = False  # also a key that no query sees
     mask = seen if kind == "boolean" else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
     y, dq, dk, dv = assert_alike(tensors(B, H, L, S, dtype=dtype), attn_mask=mask)
     for t in (y[0, :, 2:4], y[1], dq[0, :, 2:4], dq[1], dk[1], dv[1], dk[:, :, 0], dv[:, :, 0]):
@@ -390,12 +390,12 @@ def test_fully_masked_rows(kind, dtype):
 
 @for_fused_dtypes
 def test_rows_of_the_lowest_number(dtype):
-    """A mask that is the dtype's lowest number everywhere in a row hides nothing from it: the weights are equal."""
+    """A row of an additive mask that is everywhere the dtype's lowest number hides nothing: the weights are equal."""
     mask = torch.zeros(L, S, dtype=dtype)
     mask[1:3] = torch.finfo(dtype).min
     mask[3, ::2] = torch.finfo(dtype).min
     q, k, v = tensors(B, H, L, S, dtype=dtype)
-    if dtype != SHORT:  # whose lowest number leaves a difference of the scores
+    if dtype != SHORT:  # the lowest number of SHORT leaves the differences of the scores
         kept = fd.keep_mask((B, H, L, S), P, KEY)
         uniform = kept[:, :, 1:3].double() / (1 - P) / S @ v.double()
         assert_near(ours(q, k, v, attn_mask=mask)[:, :, 1:3], uniform.to(dtype))
@@ -434,7 +434,7 @@ PLACES = {"query": (0, (0, 1, 2, 3)), "key": (1, (1, 2, 7, 0)), "value": (2, (1,
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 def test_special_values(place, special, dtype):
-    """NaN and inf come out where they do of the composition, in which 0 * inf is NaN too."""
+    """NaN and inf appear in the same places as in the composition, where 0 * inf is NaN too."""
     of = tensors(B, H, L, S, dtype=dtype)
     of[place[0]][place[1]] = special
     for options in ({}, {"attn_mask": mask_of("boolean", (L, S))}, {"attn_mask": mask_of("additive", (L, S), dtype)}):
@@ -444,7 +444,7 @@ def test_special_values(place, special, dtype):
 
 
 def test_a_query_that_is_not_finite_stays_alone():
-    """Nothing of it comes into the rows and gradients of the others."""
+    """It does not affect the rows and gradients of the other queries."""
     q, k, v = tensors(B, H, L, S)
     q[0, 1, 2] = torch.nan
     y, gradients = run(ours, (q, k, v))
@@ -455,7 +455,7 @@ def test_a_query_that_is_not_finite_stays_alone():
 
 
 def test_large_scores():
-    """Above what float16 holds, of both signs."""
+    """Scores beyond the range of float16, of both signs."""
     q, k, v = tensors(B, H, L, S, E=64, dtype=SHORT)
     q, k = q.sign() * 200, k * 100
     scores = q.float() @ k.float().mT / 8
@@ -473,7 +473,7 @@ def of_projection(x):
     return [t.transpose(1, 2) for t in x.view(2, 7, 3, 4, 8).unbind(2)]
 
 
-LAYOUTS = {  # of query, key and value as views of what a gradient arrives in
+LAYOUTS = {  # query, key and value as views of the tensors that get the gradients
     "heads of one projection": ((2, 7, 96), of_projection),
     "sequence first": ((7, 2, 96), lambda x: of_projection(x.transpose(0, 1))),
     "halves of the last dimension": ((2, 3, 7, 24), lambda x: x.split(8, -1)),
@@ -529,7 +529,7 @@ def test_threads(dtype):
 
 
 def compact():
-    """Prints the instruction set that serves, after a part of the tests above."""
+    """Runs a part of the tests above, then prints the instruction set in use."""
     for dtype in (SINGLE, HALF, SHORT):
         for size, options in ((SIZES["wide"], {}), (SIZES["block and one"], {"is_causal": True})):
             assert_alike(tensors(*size, dtype=dtype), loose=10.0, **options)
@@ -553,7 +553,7 @@ def test_instruction_sets(isa, info):
 @pytest.mark.parametrize("source", ["default", "generator", "key"])
 @for_fused_dtypes
 def test_same_draws(dtype, source):
-    """The mask is that of ``fd.dropout`` on the weights, and the generators are left where that leaves them."""
+    """The mask and the generators' final states are those of ``fd.dropout`` on the weights."""
     for p, heads in ((0.0, 3), (P, 3), (1.0, 3), (P, None)):
         q, k, _ = tensors(H=heads, dtype=dtype)
         value, states = torch.eye(9, dtype=dtype).expand(*k.shape[:-1], 9), []
@@ -582,7 +582,7 @@ def test_composition_draws_from_the_generator_too():
         assert torch.equal(*(generator.get_state() for generator in generators))
 
 
-TORCHS = {  # what torch's own function serves without a key: tensors and arguments
+TORCHS = {  # cases without a key that use torch's own function: tensors and arguments
     "nothing dropped": (lambda: tensors(), {"dropout_p": 0.0}),
     "nothing dropped, causal": (lambda: tensors(dtype=HALF), {"dropout_p": 0.0, "is_causal": True}),
     "nothing dropped, mask": (lambda: tensors(), {"dropout_p": 0.0, "attn_mask": mask_of("boolean", (5, 9))}),
@@ -594,7 +594,7 @@ TORCHS = {  # what torch's own function serves without a key: tensors and argume
 
 @pytest.mark.parametrize("torchs", TORCHS.values(), ids=TORCHS)
 def test_torchs_own(torchs):
-    """Torch's bits, gradients included, and torch's use of its generator."""
+    """Torch's bits, also for gradients, and torch's use of its generator."""
     make, options = torchs
     found = []
     for call in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention):
@@ -700,7 +700,7 @@ SAVING = {
 @pytest.mark.parametrize("source", ["default", "key"])
 @pytest.mark.parametrize("saving", SAVING.values(), ids=SAVING)
 def test_saves_two_numbers_a_row_and_the_key(saving, source, dtype):
-    """Beside the tensors that are there anyway."""
+    """Saved in addition to inputs and result."""
     Hkv, options = saving
     of = [t.requires_grad_() for t in tensors(2, 4, 40, 50, Hkv=Hkv, dtype=dtype)]
     if "attn_mask" in options and options["attn_mask"].is_floating_point():
@@ -751,7 +751,7 @@ def test_a_second_backward_pass(dtype):
 
 
 def test_gradients_are_added():
-    """A leaf that is query, key and value, used twice."""
+    """One leaf is query, key and value, and is used twice."""
     x = tensors()[0].requires_grad_()
     (ours(x, x, x) + ours(x, x, x, is_causal=True)).square().sum().backward()
     z = x.detach().clone().requires_grad_()
@@ -762,7 +762,7 @@ def test_gradients_are_added():
 @pytest.mark.parametrize("reentrant", [False, True])
 @for_fused_dtypes
 def test_checkpoint(dtype, reentrant):
-    """The plain call's result and gradients; the key is drawn again alike."""
+    """The result and gradients of the plain call: recomputation draws the same key."""
     found = []
     for call in (partial(ours, key=None), partial(ours, key=None)):
         if found:
@@ -777,7 +777,7 @@ def test_checkpoint(dtype, reentrant):
 
 
 def test_gradient_of_the_finite_differences():
-    """In float64, composed, and with rows that are masked."""
+    """In float64 with the composition, and with masked rows."""
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[2] = False
     of = [t.requires_grad_() for t in tensors(1, 2, 4, 5, 3, dtype=torch.float64)]
@@ -790,7 +790,7 @@ def test_gradient_of_the_finite_differences():
 
 @pytest.fixture
 def patched():
-    """Torch's function before."""
+    """Torch's function from before the patch."""
     before = F.scaled_dot_product_attention
     fd.patch()
     yield before
@@ -810,7 +810,7 @@ def test_patch(patched):
 
 
 def by_hand(attention, x, **options):
-    """``nn.MultiheadAttention`` of x with itself, batch first, in separate operations."""
+    """``nn.MultiheadAttention`` with x as query, key and value, batch first, in separate operations."""
     heads = attention.num_heads
     q, k, v = (
         t.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -897,7 +897,7 @@ RELATED = {
 @pytest.mark.parametrize("shape", [(2, 5, 4), (1, 2, 5, 4)], ids=str)
 @pytest.mark.parametrize("related", RELATED)
 def test_inputs_that_are_made_of_each_other(related, shape):
-    """Each path is counted once, with a graph of the gradient and without, and in the second derivative."""
+    """Each path counts once: in gradients with and without create_graph, and in the second derivative."""
     x, m = (torch.randn(shape, requires_grad=True) for _ in range(2))
 
     def derivatives(attention):

@@ -54,7 +54,7 @@ COMPILED = {  # backend, dtype, heads of keys and values, key, arguments
 @for_compilers
 @pytest.mark.parametrize("compiled", COMPILED.values(), ids=COMPILED)
 def test_compiled(compiled, fresh):
-    """Eager's values and gradients, with a key or from one seed; nothing as large as the weights is saved."""
+    """Same values and gradients as eager, with a key or from one seed. No tensor as large as the weights is saved."""
     backend, dtype, Hkv, key, options = compiled
     of = tensors(2, 4, L, S, Hkv=Hkv, dtype=dtype)
 
@@ -87,7 +87,7 @@ def test_compiled_with_dynamic_sizes(fresh):
 
 @for_compilers
 def test_compiled_with_a_key_as_an_input(fresh):
-    """A key for each call, without compiling again."""
+    """Calls with different keys do not recompile."""
     compiled = torch.compile(lambda q, k, v, key: ours(q, k, v, key=key), backend="aot_eager", fullgraph=True)
     of = tensors(2, 3, 9, 13)
     for i in range(3):
@@ -114,7 +114,7 @@ for_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def both(transform, **options):
-    """What a transform makes of the function, and of the composition."""
+    """The results of a transform of the function, and of the composition."""
     return [transform(partial(call, **options)) for call in (ours, theirs)]
 
 
@@ -130,7 +130,7 @@ def test_functional_gradient(options, dtype):
 
 @for_options
 def test_vmap(options):
-    """Over 4-D and 5-D tensors, of all three, of the query alone and along another dimension."""
+    """Over 4-D and 5-D tensors: all three, the query alone, and along another dimension."""
     q, k, v = tensors(3, 4)
     for in_dims, of in (
         (0, (q, k, v)),
@@ -174,7 +174,7 @@ def test_jacobian_and_hessian():
 
 @pytest.mark.parametrize("randomness", ["error", "same", "different"])
 def test_torchs_own_under_transforms(randomness):
-    """Without a key torch's function is called: its bits from one seed, or its error."""
+    """Without a key torch's function is called: the same bits from one seed, or the same error."""
     of, found = tensors(), []
     for function in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention):
         torch.manual_seed(3)
@@ -210,7 +210,7 @@ def test_double_backward(options, Hkv):
 
 
 def test_double_backward_of_drawn_keys():
-    """The second pass has the mask of the call, though no key was given."""
+    """The second backward has the mask of the forward call, although no key was given."""
     found = []
     for call in (partial(ours, key=None), partial(theirs, key=None, compute=SINGLE)):
         torch.manual_seed(5)
@@ -253,7 +253,7 @@ class Attention(nn.Module):
 @for_compilers
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
 def test_export_with_a_key(options):
-    """The program takes any key."""
+    """The exported program takes any key."""
     of = tensors(2, 3, 9, 13)
     program = torch.export.export(Attention(fd.scaled_dot_product_attention, **options), (*of, KEY)).module()
     for i in range(2):
@@ -263,7 +263,7 @@ def test_export_with_a_key(options):
 
 @for_compilers
 def test_export_without_a_key():
-    """Torch's own program."""
+    """The exported program is torch's own."""
     programs = [
         torch.export.export(Attention(function), tuple(tensors()))
         for function in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention)
@@ -286,7 +286,7 @@ CAST = {  # dtypes of query, key and value, and arguments
 @pytest.mark.parametrize("to", [HALF, SHORT], ids=str)
 @pytest.mark.parametrize("cast", CAST.values(), ids=CAST)
 def test_autocast(cast, to):
-    """The cast tensors' result; the gradients have the dtypes of the tensors before the cast."""
+    """The result is that of the cast tensors. The gradients have the dtypes from before the cast."""
     dtypes, options = cast
     of = [t.to(dtype) for t, dtype in zip(tensors(), dtypes, strict=True)]
 
@@ -327,7 +327,7 @@ def test_autocast_without_dropout():
 
 
 class Plain(torch.Tensor):
-    """A subclass without any rule of its own."""
+    """A subclass without its own rules."""
 
 
 CONTEXTS = {
@@ -353,7 +353,7 @@ def test_contexts(context, options):
 @pytest.mark.parametrize("wrap", ["dispatch mode", "subclass"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
 def test_torchs_own_where_somebody_looks_on(wrap, options):
-    """Torch's bits from one seed, and its type."""
+    """Same bits as torch from one seed, and torch's result type."""
     found = []
     for function in (fd.scaled_dot_product_attention, F.scaled_dot_product_attention):
         torch.manual_seed(3)
@@ -400,7 +400,7 @@ OPERATOR_INPUTS = {
 @pytest.mark.parametrize("layout", OPERATOR_INPUTS)
 @pytest.mark.parametrize("shared", [1, 2])
 def test_operators(layout, shared):
-    """A compiler may hand over inputs of any strides. opcheck: schema, fake kernels, tracing."""
+    """A compiler may pass inputs with any strides. opcheck tests schema, fake kernels and tracing."""
     make = OPERATOR_INPUTS[layout]
     query, key, value = make(2, 4, 5, 8), make(2, 4 // shared, 7, 8), make(2, 4 // shared, 7, 6)
     mask = (torch.rand(2, 1, 1, 7) < 0.8).expand(2, 4, 5, 7)

@@ -1,4 +1,4 @@
-"""audit: every site that drops is named, with what it saved, and the model is as it was."""
+"""audit names every dropout site and its saved bytes, and leaves the model unchanged."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ import fused_dropout as fd
 
 
 def line(function, text):
-    """The place in this file of the line of a function that holds a text."""
+    """File name and number of the line of a function that contains a text."""
     lines, start = inspect.getsourcelines(function)
     return f"test_audit.py:{start + next(i for i, code in enumerate(lines) if text in code)}"
 
@@ -60,7 +60,7 @@ def test_modules_of_torch_and_fused(fused):
     with fd.patched():
         assert [s.path for s in fd.audit(model, X).sites] == [fused, fused]
     assert [s.saved for s in fd.audit(fd.convert(model), X).sites] == [16, 16]
-    assert [s.saved for s in fd.audit(model, X.detach()).sites] == [0, 16], "no gradient is asked of the first"
+    assert [s.saved for s in fd.audit(model, X.detach()).sites] == [0, 16], "the first needs no gradient"
 
 
 def test_the_whole_family(fused):
@@ -120,7 +120,7 @@ def test_out_of_reach():
 
 
 def test_attention(fused):
-    """Saved besides the inputs and the result: the key, and two numbers for each row of the weights."""
+    """Attention saves the key and two numbers per row of the weights, in addition to inputs and result."""
 
     class Calls(nn.Module):
         def forward(self, x):
@@ -155,7 +155,7 @@ def test_masks_of_ones_own():
 
     class Half(nn.Module):
         def forward(self, x):
-            return x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)  # which is bernoulli_'s own default
+            return x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)  # 0.5 is the default of bernoulli_
 
     assert [site.p for site in fd.audit(Half(), X).on_in_eval] == [0.5]
 
@@ -255,7 +255,7 @@ def test_nothing_is_left_behind(patched):
 
 
 class Changes(nn.Module):
-    """Changes everything that audit restores, and raises in the given mode."""
+    """A module that changes everything that audit restores, and raises in the given mode."""
 
     def __init__(self, fails_in=None):
         super().__init__()
@@ -323,7 +323,7 @@ def test_compiled_model():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("way", ["torch", "converted"])
 def test_checkpoint(reentrant, way):
-    """A checkpoint keeps the input of the block, and no mask. Recomputation does not count as a call."""
+    """A checkpoint keeps the input of the block and no mask. A recomputation does not count as a call."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -457,7 +457,7 @@ def test_first_and_last_line(fused):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_torchs_dropout(name, shape, dtype):
-    """``torch_saved`` of a fused site is what torch's module saves."""
+    """``torch_saved`` of a fused site equals the bytes that torch's module saves."""
     model, x = nn.Sequential(getattr(nn, name)(0.2)), torch.ones(shape, dtype=dtype, requires_grad=True)
     (before,), (after,) = fd.audit(model, x).sites, fd.audit(fd.convert(model), x).sites
     assert before.saved == before.torch_saved == after.torch_saved > 0
@@ -466,7 +466,7 @@ def test_bytes_of_torchs_dropout(name, shape, dtype):
 
 
 def test_bytes_of_dropout_and_its_neighbours(fused):
-    """dropout_add and dropout_linear save a key besides their inputs and results, and relu_dropout saves nothing."""
+    """In addition to inputs and results, dropout_add and dropout_linear save a key, and relu_dropout saves nothing."""
     model = nn.Sequential(fd.ReLUDropout(0.1), fd.DropoutLinear(8, 8, p=0.1))
     model.add = fd.DropoutAdd(0.1)
     model.forward = lambda x: model.add(model[1](model[0](x)), x)
@@ -483,7 +483,7 @@ def test_bytes_of_dropout_and_its_neighbours(fused):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_hugging_face_bert(attention, fused):
-    """Attention dropout is a functional call there: a conversion of the modules alone misses it."""
+    """BERT's attention dropout is a functional call, so a conversion of the modules alone misses it."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(**sizes, intermediate_size=64, attn_implementation=attention)
@@ -506,7 +506,7 @@ def test_examples_of_the_docstrings():
 
 
 def test_compiles_after_the_first_audit():
-    """In a fresh process, where nothing has imported the compiler before: it has to meet torch's own functions."""
+    """In a new process, where the compiler is not imported yet. Its import has to find torch's own functions."""
     code = """if True:
         import torch, fused_dropout as fd
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())

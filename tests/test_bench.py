@@ -1,4 +1,4 @@
-"""``python -m fused_dropout bench`` end to end in its quick setting: what it measures is there and makes sense."""
+"""``python -m fused_dropout bench`` end to end in its quick setting: all results are there and plausible."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ from fused_dropout.bench.workloads import MEMORY_WORKLOADS, MODULES, AdaptedLaye
 
 MODELS = list(itertools.product(["nn.Dropout", "fd.Dropout", "p = 0"], [False, True]))
 
-# On the fake GPU there is nothing to time.
+# The fake GPU has no meaningful times.
 pytestmark = pytest.mark.torch_copies
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def result(request, tmp_path_factory):
-    """The JSON of one run: on one thread, so that other work on the machine cannot stall it at OpenMP's barriers."""
+    """The JSON of one run, on one thread: with several, other work on the machine can stall OpenMP's barriers."""
     path, threads = tmp_path_factory.mktemp("bench") / "result.json", torch.get_num_threads()
     try:
         assert command.main(["--quick", "--json", str(path), "--device", request.param, "--threads", "1"]) == 0
@@ -77,7 +77,7 @@ def test_saved_bytes(result):
 
 
 def test_drop_rate(result):
-    """The seed is fixed, so these are the same draws at each run."""
+    """The seed is fixed, so each run has the same draws."""
     rates = {(r["module"], r["p"]): r for r in result["drop_rate"]}
     assert rates.keys() == {(module, p) for module in MODULES for p in (0.1, 0.5)}
     for (_, p), r in rates.items():
@@ -120,7 +120,7 @@ def test_writes_only_where_it_is_told_to(one_record, capsys):
 
 
 def test_interrupted(one_record, monkeypatch, capsys):
-    """Ctrl-C keeps what was measured."""
+    """Ctrl-C keeps the results so far."""
 
     def interrupt():
         raise KeyboardInterrupt
@@ -136,7 +136,7 @@ def test_interrupted(one_record, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("share", "warned"), [(0.99, False), (0.6, True)])
 def test_busy_machine(share, warned, one_record, monkeypatch, capsys):
-    """A warning before and after."""
+    """The warning goes to standard error, and to the output after the results."""
     monkeypatch.setattr(command, "cpu_share", lambda threads: share)
     command.main(["--device", "cpu"])
     said = capsys.readouterr()
@@ -152,7 +152,7 @@ def test_share_of_the_cpu():
 
 @pytest.mark.parametrize("arguments", [["--json", "no/such/folder/x.json"], ["--json", "."], ["--device", "cuda"]])
 def test_refusals(arguments, tmp_path, monkeypatch, capsys):
-    """At once, and not after two minutes."""
+    """Wrong arguments are refused at once, not after two minutes."""
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_refusals(arguments, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("with_tqdm", [True, False])
 def test_progress(with_tqdm, monkeypatch, capsys):
-    """A bar on a terminal, and lines without tqdm. Both leave standard output alone."""
+    """A progress bar with tqdm, lines without it. Neither writes to standard output."""
     if with_tqdm:
         pytest.importorskip("tqdm")
     else:
@@ -182,7 +182,7 @@ def test_progress(with_tqdm, monkeypatch, capsys):
 
 
 def test_width_of_the_table():
-    """100 columns, at the widest numbers that are to be expected."""
+    """At most 100 columns, with the widest expected numbers."""
     wide = [
         speed.Comparison("cpu", dtype, numel, case, P, 987654e3 / numel, 98765e3 / numel, 10.0, 10.0, 10.0, 5)
         for dtype, numel, case in itertools.product(speed.DTYPES, speed.SIZES["cpu"], speed.CASES)
@@ -191,7 +191,7 @@ def test_width_of_the_table():
 
 
 def test_contenders_take_turns():
-    """Until the end, and for a few rounds after it; what prepares a sample comes before each."""
+    """Contenders take turns until the end time, and for MIN_ROUNDS rounds at least. prepare runs before each sample."""
     taken = []
     contenders = {n: timing.Contender(partial(taken.append, n), prepare=partial(taken.append, "-")) for n in "ab"}
     times = timing.rounds(contenders, 0.0)
@@ -204,7 +204,7 @@ def test_contenders_take_turns():
 
 @pytest.mark.parametrize(("ns", "calls"), [(2e6, 1), (3e5, 4), (1.0, 64)])
 def test_warming_up_chooses_the_calls_of_a_sample(ns, calls):
-    """As many as take a millisecond, or as are allowed; a sample is a unit's share."""
+    """A sample has enough calls for a millisecond, up to the allowed number. Its value is the time per unit."""
     contender = timing.Contender(lambda: None, lambda call, calls: calls * ns, units=5, most=64)
     contender.warm_up()
     assert contender.calls == calls
@@ -212,7 +212,7 @@ def test_warming_up_chooses_the_calls_of_a_sample(ns, calls):
 
 
 def test_speed_is_of_neighbours():
-    """The ratio's median is not the medians' ratio: each sample is compared with that of its own round."""
+    """The speed-up is the median of ratios, not the ratio of medians: samples are compared within their round."""
     found = timing.Speed.of([1.0, 2.0, 30.0], [2.0, 40.0, 30.0])
     assert found.ns.median == 2
     assert found.ratio == pytest.approx((2.0, 1.2, 16.4))
@@ -228,7 +228,7 @@ def memory_of_one():
 
 @pytest.mark.parametrize("workload", ["one dropout, 2^24 floats", "TransformerEncoderLayer"])
 def test_memory(workload, memory_of_one):
-    """nn.Dropout keeps a mask or a noise of the input's size; here it is 16 bytes for each dropout."""
+    """nn.Dropout keeps a mask or noise of the input's size. fd.Dropout keeps 16 bytes per dropout."""
     found = memory_of_one if workload.startswith("one") else measure_memory("cpu", workload)
     records = {(r.module, r.checkpointed): r for r in found}
     assert len(records) == 4
@@ -236,13 +236,13 @@ def test_memory(workload, memory_of_one):
     if workload.startswith("one"):
         assert ours.saved == 16
         assert torchs.saved >= 2**24
-        assert torchs.peak == -1 or torchs.peak > ours.peak > 0.95 * 2**26  # -1: this system does not say
+        assert torchs.peak == -1 or torchs.peak > ours.peak > 0.95 * 2**26  # -1: not available on this system
     assert ours.saved < torchs.saved
     assert records["fd.Dropout", True].saved <= ours.saved
 
 
 def test_memory_of_lora(monkeypatch):
-    """Paired with its linear layer, a dropout keeps its key and nothing else: in a layer smaller than the bench's."""
+    """A dropout that is paired with its linear layer keeps only its key. The benchmark itself uses a larger layer."""
 
     def smaller(p=P):
         return AdaptedLayer(64, 2, 172, p), torch.randn(1, 256, 64)
@@ -262,7 +262,7 @@ def test_models():
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
 def test_report(result, memory_of_one, tmp_path):
-    """One page that holds its pictures, and the same in Markdown with files beside it."""
+    """One HTML page that includes its pictures, and the same in Markdown with picture files beside it."""
     from fused_dropout.bench.report import write_report
 
     memory = [asdict(r) for r in memory_of_one]

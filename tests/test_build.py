@@ -1,4 +1,4 @@
-"""What the compiled part may rest on: the stable ABI of LibTorch for the kernels, ATen for the eager binding alone."""
+"""Allowed dependencies of the compiled part: the stable ABI of LibTorch; ATen only for the eager binding."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from fused_dropout import native
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 EAGER = ("eager.h", "eager.cpp", "dropout_linear.cpp", "neighbours.cpp")
-# The last one has torch's operations for compiled programs, as C functions.
+# The last one declares torch's operations for compiled programs, as C functions.
 STABLE = re.compile(r"torch/(csrc/stable/|headeronly/|csrc/inductor/aoti_torch/(c/|generated/c_shim_cpu\.h))")
 
 
 def test_only_the_eager_binding_includes_aten():
-    """The same kernels serve every torch from 2.11 on only as long as they know nothing else of it."""
+    """The same kernels run under every torch from 2.11 on only if they use nothing else of torch."""
     for source in CSRC.rglob("*.[ch]*"):
         included = re.findall(r'#include [<"](.+?)[>"]', source.read_text())
         unstable = [name for name in included if name.startswith(("ATen", "c10", "torch/")) and not STABLE.match(name)]
@@ -38,7 +38,7 @@ def test_kernels_need_no_cxx_symbol_of_torch():
 
 
 def test_kernels_call_nothing_in_their_loops():
-    """Results do not show it: with a step of the CPU kernels left as a call dropout takes 1.4 times as long."""
+    """Results do not show this: with one step of the CPU kernels left as a call, dropout takes 1.4 times as long."""
     if not native.kernels or shutil.which("nm") is None:
         pytest.skip("no compiled kernels, or no nm")
     command = ["nm", "-C", native.kernels.__file__]
@@ -59,7 +59,7 @@ def test_kernels_call_nothing_in_their_loops():
     ],
 )
 def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
-    """CXX stays as the user wrote it, wrapper and options included, unless it names nothing that is there."""
+    """CXX stays as the user wrote it, with wrapper and options, unless the named compiler does not exist."""
     if not shutil.which("c++"):
         pytest.skip("no compiler")
     (tmp_path / "wrapper").touch(0o755)
@@ -75,7 +75,7 @@ def test_compiler_that_is_asked_for(asked, compiler, kept, tmp_path):
 
 
 def test_document_of_environment_variables():
-    """It lists all variables that the sources read, with their allowed values, and no others of ours."""
+    """It lists exactly our variables that the sources read, with their allowed values."""
     rows = re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", (ROOT / "docs/environment.md").read_text(), re.M)
     documented = {name: values for names, values in rows for name in re.findall(r"`([A-Z_]+)`", names)}
     folders = [ROOT / name for name in ("build_backend", "csrc", "fused_dropout", "benchmarks")]
@@ -94,7 +94,7 @@ def test_document_of_environment_variables():
 
 
 def test_make_in_an_environment_whose_path_has_a_space(tmp_path):
-    """All commands quote the path, and no target or prerequisite ends at the space."""
+    """All commands quote the path, and the space does not end the name of a target or prerequisite."""
     if not shutil.which("make") or not Path(sys.prefix, "bin/python").exists():
         pytest.skip("no make, or no environment")
     active = tmp_path / "my env"

@@ -11,7 +11,7 @@ from fused_dropout.__main__ import COMMANDS, main
 
 
 def ended(capsys, *arguments):
-    """Exit status, standard output and standard error, if argparse ends the process."""
+    """Exit status, standard output and standard error of a command that argparse ends."""
     with pytest.raises(SystemExit) as ending:
         main(arguments)
     return ending.value.code, *capsys.readouterr()
@@ -47,7 +47,7 @@ def test_a_typing_error(capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="the device that is always full is Linux's")
 @pytest.mark.parametrize("argument", ["info", "--help"])
 def test_output_that_cannot_be_written(argument, monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the output is then written at the end
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # so that the output is written at the end
     command = [sys.executable, "-W", "ignore", "-m", "fused_dropout", argument]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""torch.compile: no graph break, eager's masks and gradients from one seed, and the key alone saved for backward."""
+"""torch.compile: no graph break, the masks and gradients of eager from one seed, only the key saved for backward."""
 
 import functools
 import os
@@ -44,7 +44,7 @@ def _fresh():
 
 @pytest.fixture(params=["fuse", "kernel"])
 def compile_as(request, monkeypatch):
-    """FUSED_DROPOUT_COMPILE"""
+    """Values of FUSED_DROPOUT_COMPILE."""
     monkeypatch.setattr(native, "compile_as", request.param)
     return request.param
 
@@ -56,7 +56,7 @@ def compiled(function, backend="inductor", **options):
 FORMS = [("eager", "fuse"), ("aot_eager", "kernel"), ("eager", "kernel"), ("aot_eager", "fuse")]
 
 
-@pytest.mark.parametrize(  # each layout with each backend and with each form
+@pytest.mark.parametrize(  # each layout with each backend and each value of compile_as
     ("layout", "backend", "form"),
     [(layout, *form) for i, layout in enumerate(LAYOUTS) for form in FORMS[i % 2 * 2 :][:2]],
 )
@@ -65,12 +65,12 @@ def test_equals_eager(monkeypatch, layout, backend, form):
     model = nn.Sequential(fd.Dropout(0.4), nn.Tanh(), fd.Dropout(0.2))
     x = LAYOUTS[layout](torch.randn(24, 40))
     for expected, got in zip(step(model, x), step(compiled(model, backend), x), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # compiled tanh rounds otherwise
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)  # compiled tanh rounds differently
         assert torch.equal(got == 0, expected == 0)
 
 
 def test_inductor_equals_eager_in_every_layout(compile_as, key):
-    """Bit for bit, and in the same strides: values, and gradients that arrive in yet another layout."""
+    """Bit for bit and with the same strides: values, and gradients that arrive in another layout."""
     layouts = list({**LAYOUTS, **OVERLAPPING}.values())
     tensors = [layout(torch.randn(24, 40)) for layout in layouts]
     tensors += [torch.randn(24, 40).to(dtype).t() for dtype in (torch.float64, torch.float16, torch.bfloat16)]
@@ -91,7 +91,7 @@ def test_inductor_equals_eager_in_every_layout(compile_as, key):
 
 
 def test_every_argument(key, monkeypatch):
-    """p of 0 and 1, a noise shape, a start beyond 32 bits: what is expanded is the operator."""
+    """p of 0 and 1, a noise shape, a start beyond 32 bits: the expansion equals the operator."""
     monkeypatch.setattr(native, "compile_as", "fuse")
     x = torch.randn(6, 50)
     x[0, :4] = torch.tensor([float("inf"), float("nan"), -0.0, 1.0])
@@ -166,7 +166,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_saves_the_key_alone(compile_as, block):
-    """As much as with F.dropout less its mask, which is of bools: 16 bytes more than without a dropout."""
+    """Saves 16 bytes more than without dropout, and less than with F.dropout by the mask of bools."""
 
     def saved(dropout):
         found = []
@@ -187,7 +187,7 @@ def test_fuses_with_its_neighbours(monkeypatch, block):
     from torch._inductor.async_compile import AsyncCompile
 
     monkeypatch.setattr(native, "compile_as", "fuse")
-    # They are counted, and neither compiled nor called.
+    # The kernels are only counted, not compiled or called.
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
 
     def kernels(dropout):
@@ -197,12 +197,12 @@ def test_fuses_with_its_neighbours(monkeypatch, block):
         compiled(BLOCKS[block](dropout))(*inputs).sum().backward()
         return metrics.generated_kernel_count
 
-    with torch._inductor.config.patch(force_disable_caches=True):  # what is cached generates no kernel
+    with torch._inductor.config.patch(force_disable_caches=True):  # a cached graph generates no kernel
         assert 0 < kernels(fd.dropout) <= kernels(F.dropout)
 
 
 def drawn(function, x):
-    """Of the function as it is and compiled: results from the same seed; and the compiled one's source."""
+    """Results of the function in eager and compiled, from the same seed, and the source of the compiled function."""
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(3)
@@ -214,8 +214,8 @@ def drawn(function, x):
 
 
 def test_draws_of_a_graph_are_one_call(compile_as):
-    """The keys of eager calls in their order, and the generator's state after them."""
-    sites = 24 if compile_as == "kernel" else 4  # which takes seconds to compile
+    """One call draws the keys that eager calls draw, in their order, and leaves the generator in the same state."""
+    sites = 24 if compile_as == "kernel" else 4  # the expanded form takes seconds to compile
 
     expected, got, code = drawn(lambda x: [fd.dropout(x) for _ in range(sites)], torch.ones(64))
     assert torch.equal(torch.stack(expected[0]), torch.stack(got[0]))
@@ -235,7 +235,7 @@ def test_draws_around_other_random_numbers_stay_apart(monkeypatch, other):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_checkpoint_inside(compile_as, backend):
-    """Eager's masks in forward, though Inductor orders calls anew, and what is recomputed in backward has them too."""
+    """Forward has the masks of eager, although Inductor reorders calls. Recomputation in backward has them too."""
 
     def run(x):
         x = fd.dropout(x, 0.2)
@@ -284,8 +284,8 @@ def test_another_size_compiles_nothing(monkeypatch, key):
         assert torch.equal(torch.autograd.grad(y.sum(), x)[0] == 0, y.t() == 0)
 
 
-# Compiles one graph three times with one cache: expanded, as the kernel, expanded again. Prints each time whether the
-# kernel's operator was called, and whether the graph came from the cache.
+# Compiles one graph three times with one cache: expanded, with the kernel, expanded again. Prints each time whether
+# the kernel's operator was called, and whether the graph came from the cache.
 WITH_ONE_CACHE = """
 import torch, fused_dropout as fd
 from fused_dropout import native
@@ -306,25 +306,25 @@ for native.compile_as in ("fuse", "kernel", "fuse"):
 
 @pytest.mark.same_without("_C")
 def test_caches_keep_the_forms_apart(tmp_path, info):
-    """One cache holds the expanded graph and the one with the kernel, and serves the expanded one again."""
+    """One cache holds the expanded graph and the graph with the kernel. The third run gets the expanded one from it."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    # Each would take longer than the one kernel: precompiled headers, and to try what vectors there are.
+    # Precompiled headers and the search for vector instructions would each take longer than the one kernel.
     own |= {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
     own["FUSED_DROPOUT_BACKEND"] = info.backend if info.devices["cpu"] == "native" else "reference"
     command = [sys.executable, "-c", WITH_ONE_CACHE]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr  # torch ends the process, if overloads have the same arguments
+    assert done.returncode == 0, done.stderr  # torch ends the process if overloads have the same arguments
     assert done.stdout.split() == ["False", "False", "True", "False", "False", "True"]
 
 
 def test_cpp_wrapper(compile_as, key):
-    """Drawn, in place and with a key."""
+    """With a drawn key, in place and with a given key."""
 
     def run(x, key):
         y = fd.dropout(fd.dropout(x * 2, 0.2) + 1, 0.3, inplace=True)
         return fd.dropout(y, 0.1, key=key)
 
-    # One of the forms with a backward: each takes a C++ compiler some seconds.
+    # Backward for one value of compile_as only, since each takes a C++ compiler some seconds.
     x = torch.rand(8, 16, requires_grad=compile_as == "fuse")
     results = []
     with torch._inductor.config.patch(cpp_wrapper=True):
@@ -342,7 +342,7 @@ class WithKey(nn.Module):
 
 
 def test_ahead_of_time(monkeypatch, key):
-    """An exported graph names nothing that another version of this package lacks, whatever is fused here."""
+    """Whatever is fused here, an exported graph uses only names that other versions of this package have too."""
     monkeypatch.setattr(native, "compile_as", "fuse")
     x = torch.rand(8, 16)
     exported = torch.export.export(WithKey(), (x, key))
@@ -357,7 +357,7 @@ def test_export():
 
 
 def test_where_inductor_is_not_as_expected(monkeypatch, key):
-    """The operator serves as it is, and info says so."""
+    """The graph then calls the operator, and info says so."""
     from torch._inductor.lowering import lowerings
 
     x = torch.rand(6, 50).t()
@@ -373,6 +373,6 @@ def test_where_inductor_is_not_as_expected(monkeypatch, key):
 
 
 def test_the_constants_are_the_contracts():
-    """A cached graph has them compiled in: its name knows of inductor.py, and not of reference.py."""
+    """A cached graph has the constants compiled in. Its cache key depends on inductor.py, but not on reference.py."""
     assert (reference.MULTIPLIERS, reference.WEYL) == ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
     assert (reference.ROUNDS, reference.threshold(0.3)) == (10, int(0.7 * 2**48 + 0.5))

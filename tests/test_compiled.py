@@ -1,6 +1,6 @@
-"""The reference as Inductor's kernel, for a GPU without the CUDA kernels: here as the kernel for the CPU that it makes.
+"""The reference compiled by Inductor, which GPUs without the CUDA kernels use. Here Inductor compiles it for the CPU.
 
-What Triton makes of it is in test_triton.py; that it is what serves such a GPU, in the test marked gpu.
+test_triton.py tests the kernel from Triton. The test marked gpu checks that such a GPU uses it.
 """
 
 import warnings
@@ -22,7 +22,7 @@ def _fresh(monkeypatch):
 
 
 def both(name, x, *arguments):
-    """The function's result from the reference and from the compiled reference."""
+    """The results of the reference and of the compiled reference."""
     results = []
     for module in (reference, compiled):
         own = x.clone(memory_format=torch.preserve_format)
@@ -32,11 +32,11 @@ def both(name, x, *arguments):
 
 
 def test_is_the_reference(dtype, key):
-    """Every layout, p, start and scale; one warning; and nothing compiled again but for a start, at first."""
+    """Every layout, p, start and scale. One warning; no recompilation after the first call without and with a start."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         both("apply", torch.randn(100).to(dtype), 0.3, key)
-        both("apply", torch.randn(40, 3).to(dtype)[:, :2], 0.3, key)  # what has holes is copied, then changed in place
+        both("apply", torch.randn(40, 3).to(dtype)[:, :2], 0.3, key)  # has holes: copied, then changed in place
         both("apply", torch.randn(100).to(dtype), 0.3, key, 5)
         both("apply", torch.randn(40, 3).to(dtype)[:, :2], 0.3, key, 5)
     assert sum("there are no CUDA kernels" in str(warning.message) for warning in said) == 1
@@ -46,7 +46,7 @@ def test_is_the_reference(dtype, key):
                 expected, got = both("apply", layout(torch.randn(24, 40).to(dtype)), p, key, *window)
                 assert torch.equal(*(y.contiguous().view(torch.uint8) for y in (got, expected)))
                 assert got.stride() == expected.stride()
-                assert not got._is_view()  # or nobody could change it in place after a dropout with a gradient
+                assert not got._is_view()  # a view could not be changed in place after a dropout with a gradient
         for n in (0, 1, 2, 1001):
             expected, got = both("apply", torch.randn(n).to(dtype), 0.3, key)
             assert torch.equal(got, expected)
@@ -68,7 +68,7 @@ def test_the_other_operators(key):
 
 @pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
 def test_sizes_and_windows_compile_nothing_again(key):
-    """Sizes that were equal at the first call may differ at the next; strides and starts are numbers like others."""
+    """Sizes that were equal at the first call may differ at the next. Strides and starts are variables too."""
     calls = [((6, 6), [1, 0], 0), ((4, 9), [0, 1], 3), ((9, 2), [2**40, 8], 1), ((3, 5), [7, 7], 2**34)]
     for i, (shape, strides, start) in enumerate(calls):
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
@@ -89,7 +89,7 @@ def test_takes_no_memory_but_the_result(key):
 
 @pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
 def test_where_it_does_not_compile(monkeypatch, key):
-    """No compiler for Triton's launcher, say: one warning, no second try, and the reference as it is."""
+    """For example without a C compiler for Triton's launcher: one warning, no second try, and the eager reference."""
     tries = []
 
     def fails(function):
@@ -105,7 +105,7 @@ def test_where_it_does_not_compile(monkeypatch, key):
 
 @pytest.mark.filterwarnings("ignore:fused_dropout. there are no CUDA kernels")
 def test_where_torch_compile_is_switched_off(key):
-    """Not the arithmetic that is meant for a compiler, which takes forty bytes an element as it stands."""
+    """Must not run the arithmetic for the compiler in eager, which would need forty bytes per element."""
     x = torch.randn(100)
     with torch.compiler.set_stance("force_eager"), pytest.warns(RuntimeWarning, match="torch.compile is switched off"):
         got = compiled.apply(x, 0.3, key)

@@ -1,6 +1,6 @@
-"""Builds whose compiler cannot compile our sources: what the build reports, and what the import warns of.
+"""Builds whose compiler cannot compile our sources: the report of the build, and the warning at the import.
 
-``setup.py`` runs as pip runs it, with stand-ins for the compiler. None of these builds compiles anything of ours.
+``setup.py`` runs as under pip, with stand-ins for the compiler. None of these builds compiles our sources.
 """
 
 import json
@@ -24,7 +24,7 @@ for argument in "$@"; do case "$argument" in csrc/*)
 esac; done
 exec c++ "$@"
 """
-# Takes other files, but has no function attribute "target".
+# Compiles other files, but does not know the function attribute "target".
 HAS_NO_TARGETS = """#!/bin/sh
 for argument in "$@"; do case "$argument" in
     csrc/simd/avx2.cpp) echo "csrc/simd/avx2.cpp:13:9: error: unknown attribute 'target'" >&2; exit 1;;
@@ -38,7 +38,7 @@ echo "Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35211 for x64" >&2
 for argument in "$@"; do echo "cl : Command line warning D9002 : ignoring unknown option '$argument'" >&2; done
 exit {status}
 """
-# A setup.py that takes this for Windows. What is imported or found before depends on the real system.
+# Runs setup.py as on Windows. The imports before it still see the real system.
 AS_WINDOWS = """
 import sys, setuptools, setuptools.command.build_ext, setuptools.command.build_py, setuptools.dist
 sys.path.append("build_backend")
@@ -58,7 +58,7 @@ def has_no_setuptools(done):
 
 
 def build(into, *, run=("setup.py",), **settings):
-    """Why the build left out the CPU kernels."""
+    """Runs a build and returns the reason why it left out the CPU kernels."""
     cleared = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "VERBOSE")}
     environment = cleared | {"FUSED_DROPOUT_BUILD": "", **settings}
     command = [sys.executable, *run, "build", "--build-lib", into]
@@ -105,7 +105,7 @@ def test_no_working_compiler(forks, tmp_path, settings, why, better):
 @needs_kernels_torch
 @pytest.mark.parametrize("status", [0, 2])
 def test_msvc(tmp_path, status):
-    """Whatever its exit status is: no library was made."""
+    """For each exit status, the reason is the same: the compiler made no library."""
     compiler = tmp_path / "cl"
     compiler.write_text(MSVC.format(status=status))
     compiler.chmod(0o755)
@@ -115,7 +115,7 @@ def test_msvc(tmp_path, status):
 
 @needs_kernels_torch
 def test_windows(forks, tmp_path):
-    """Nothing is compiled, the reference serves, and the advice is no command of Linux's."""
+    """Nothing is compiled, the reference runs, and the advice contains no Linux command."""
     reason = build(tmp_path, run=("-c", AS_WINDOWS, "setup.py"))
     assert reason == "the sources need GCC's and Clang's extensions to C++, and builds on Windows use MSVC"
     code = "import sys; sys.platform = 'win32'; import torch, fused_dropout as fd; "
@@ -134,7 +134,7 @@ def test_compiler_of_macos(forks, tmp_path):
 
 @needs_kernels_torch
 def test_compiler_without_function_attributes(tmp_path):
-    """One file that does not compile is enough: the CPU kernels are left out whole."""
+    """If one file does not compile, all CPU kernels are left out."""
     compiler = tmp_path / "compiler"
     compiler.write_text(HAS_NO_TARGETS)
     compiler.chmod(0o755)
@@ -160,7 +160,7 @@ def test_compiler_that_does_not_take_our_sources(forks, tmp_path, says, why):
 
 
 def test_first_error():
-    """Errors of several compilers. Without an error line, the reason is a C compiler that does not work."""
+    """Errors of several compilers. Without an error line, the reason is that the C compiler does not work."""
     messages = {
         "a.cu(12): error: no\n": "a.cu(12): error: no",
         "\x1b[01ma.cpp:1:2:\x1b[K \x1b[31mfatal error: \x1b[Kno\tsuch file\n": "a.cpp:1:2: fatal error: no such file",

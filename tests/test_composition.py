@@ -1,4 +1,4 @@
-"""What users put around dropout: checkpointing, hooks, exporters, tracers, loader workers, gradient scaling."""
+"""Dropout inside other features: checkpointing, hooks, exporters, tracers, loader workers, gradient scaling."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ def network(*dropout):
 
 
 def made(name):
-    """A network whose dropout is the module, converted, patched, with a key or a mask for rows; and its context."""
+    """A network and its context. Its dropout is a module, converted, patched, with a key, or with a mask for rows."""
     rows = {"noise_shape": (None, 1)}
     options = {"key": {"key": KEY}, "rows": rows, "rows, key": {**rows, "key": KEY}}
     if name in ("converted", "patched"):
@@ -49,7 +49,7 @@ def gradients(model, run, x, seed=1):
 class TestCheckpointing:
     @for_reentrant
     def test_a_key_needs_no_rng_state(self, use_reentrant):
-        """Recomputation has forward's mask of the key, whatever became of the generator."""
+        """Recomputation has forward's mask, from the key, whatever the state of the generator."""
         x = torch.rand(1000, requires_grad=True)
         options = {"use_reentrant": use_reentrant, "preserve_rng_state": False}
         y = checkpoint(lambda x: fd.dropout(x, 0.5, key=KEY).exp(), x, **options)
@@ -61,8 +61,10 @@ class TestCheckpointing:
     @for_reentrant
     @pytest.mark.parametrize("dropout", [fd.dropout, fd.dropout2d, F.dropout], ids=["fd", "channels", "torch"])
     def test_without_the_rng_state_the_mask_is_another(self, dropout, use_reentrant):
-        """As in torch, which says nothing. We do where the checkpoint keeps forward's graph: without reentry. The
-        gradient of dropout itself has forward's mask, and what was recomputed beside it another."""
+        """As in torch, which does not warn. We warn if the checkpoint keeps forward's graph, that is without reentry.
+
+        The gradient of dropout itself then has forward's mask, but the recomputed activations have another mask.
+        """
         x = torch.rand(1, 1000, 1, 1, requires_grad=True)
         options = {"use_reentrant": use_reentrant, "preserve_rng_state": False}
         y = checkpoint(lambda x: dropout(x, 0.5).exp(), x, **options)
@@ -120,7 +122,7 @@ class TestCheckpointing:
                 return model(x)
 
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # the key comes back as another tensor of the same words
+            warnings.simplefilter("error")  # the recomputed key is another tensor with the same words
             torch.testing.assert_close(gradients(model, run, x), gradients(model, model, x))
 
 
@@ -128,12 +130,12 @@ class TestCheckpointing:
 class TestExport:
     @pytest.fixture(autouse=True)
     def _fresh(self):
-        torch._dynamo.reset()  # strict export counts recompilations across the tests otherwise (torch 2.8)
+        torch._dynamo.reset()  # otherwise strict export counts recompilations across tests (torch 2.8)
 
     @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
     @pytest.mark.parametrize("kind", KINDS)
     def test_in_training(self, kind, strict):
-        """torch's own dropout is recorded; with a key its mask, fit for training: gradients are those of the model."""
+        """Export records torch's own dropout; with a key it records the mask. The gradients are those of the model."""
         model, context = made(kind)
         x = torch.randn(5, 16)
         with context():
@@ -228,7 +230,7 @@ class TestTracers:
 
     @pytest.mark.parametrize("name", ["Dropout", "Dropout1d", "AlphaDropout", "FeatureAlphaDropout", "DropPath"])
     def test_fx_keeps_the_module(self, name):
-        """As of torch's modules: a graph that was traced in training heeds eval()."""
+        """As with torch's modules, a graph that was traced in training mode follows eval()."""
         from torch.fx.experimental.optimization import remove_dropout
 
         model = nn.Sequential(nn.Linear(16, 16), nn.Sequential(getattr(fd, name)(0.5)))
@@ -320,8 +322,8 @@ class Masks(Dataset):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_workers(start):
-    """Each worker draws from the seed that the loader gives it, and fresh ones the same again for the same seed; the
-    model goes with the data."""
+    """Each worker draws from the seed that the loader gives it, and new workers draw the same from the same seed. The
+    data set, which workers receive, holds the model."""
     if start not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {start} here")
     data = Masks(fd.Dropout(0.5))
@@ -335,14 +337,14 @@ def test_loader_workers(start):
         return masks
 
     first = epoch(1)
-    if start == "fork":  # workers that stay go on with their stream
+    if start == "fork":  # persistent workers continue their stream
         assert epoch(1) == first
         assert epoch(2) != first
 
 
 @pytest.mark.parametrize("how", ["converted", "patched"])
 def test_gradient_scaling(how):
-    """Infinite gradients pass through the mask, so that the step is skipped and the scale goes down."""
+    """Infinite gradients pass through the mask, so the step is skipped and the scale decreases."""
     model, context = made(how)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

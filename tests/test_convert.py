@@ -18,7 +18,7 @@ FAMILY = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "Fea
 
 
 version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-sees_classes = pytest.mark.skipif(version < (2, 13), reason="Dynamo takes the class of a module for granted")
+sees_classes = pytest.mark.skipif(version < (2, 13), reason="Dynamo does not guard the class of a module")
 
 
 class Mine(nn.Dropout):
@@ -135,7 +135,7 @@ class DropoutBlock(nn.Sequential):
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout:UserWarning")
 def test_what_is_left_alone():
     replaced = nn.Dropout(0.1)
-    replaced.forward = lambda x: x  # as accelerate's hooks do
+    replaced.forward = lambda x: x  # like accelerate's hooks
     model = nn.ModuleDict(
         {
             "plain": nn.Dropout(0.1),
@@ -198,7 +198,7 @@ def test_dry_run(capsys):
 
 
 def said(caplog, model):
-    """Level and text of the only line that a conversion logs."""
+    """Level and text of the one line that a conversion logs."""
     caplog.clear()
     with caplog.at_level("INFO", "fused_dropout"):
         fd.convert(model)
@@ -214,7 +214,7 @@ def test_log_where_all_is_well(caplog, capfd):
 
 
 def test_log_of_what_is_left(caplog):
-    """Each module that drops and is left alone is warned of once."""
+    """One warning lists the modules that drop and were left alone."""
     model = nn.Sequential(small(), Mine(0.2), Mine(0.2), nn.LSTM(2, 2, 2, dropout=0.1))
     text = "swapped; 3 that drop were left alone: Mine (1, ...), LSTM (3); print(fd.convert_report(model)) says why"
     assert said(caplog, model) == ("WARNING", f"fd.convert: 2 dropout modules {text}")
@@ -259,7 +259,7 @@ def test_script_and_export():
 
 @pytest.mark.parametrize("reset", [True, pytest.param(False, marks=sees_classes)])
 def test_compiled_before(reset):
-    """A compiled model is compiled again when the class of a module changed; before torch 2.13 it has to be told."""
+    """A compiled model recompiles if the class of a module changed. Before torch 2.13 this needs a reset of Dynamo."""
     torch._dynamo.reset()
     model, x = small(0.5), torch.randn(20, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

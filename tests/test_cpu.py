@@ -1,5 +1,5 @@
-"""The CPU kernels: each instruction set's own, in a C++ program without torch, and the operators under threads, forks
-and inference mode. Which layer serves, and FUSED_DROPOUT_CPU_ISA, is in test_layers.py."""
+"""The CPU kernels of each instruction set, in a C++ program without torch; the operators under threads, forks and
+inference mode. test_layers.py tests the choice of the layer, and FUSED_DROPOUT_CPU_ISA."""
 
 import multiprocessing
 import os
@@ -18,14 +18,16 @@ import fused_dropout as fd
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
-GRAIN = 1 << 16  # up to here one thread does it all
+GRAIN = 1 << 16  # up to this size there is one thread
 SIZES = [GRAIN - 1, GRAIN, GRAIN + 1, 2 * GRAIN, 2 * GRAIN + 1, 3 * GRAIN + 13, 2**20 + 3]
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """tests/cpu_kernels_test.cpp with the kernels, optimised as they are installed: the one that make has made, or one
-    made here. `make sanitize` watches more."""
+    """tests/cpu_kernels_test.cpp with the kernels, optimised like the installed ones.
+
+    If make has not built it, it is built here. `make sanitize` runs it under sanitizers.
+    """
     if made := os.environ.get("CPU_KERNELS_TEST"):
         return made
     if COMPILER is None:
@@ -34,7 +36,7 @@ def program(tmp_path_factory):
     csrc = HERE.parent / "csrc"
     headers = Path(torch.__file__).parent / "include"
     sources = [HERE / "cpu_kernels_test.cpp", *(csrc / "simd" / f"{isa}.cpp" for isa in ("portable", "avx2", "avx512"))]
-    # GCC warns of the undefined values that its own AVX-512 header makes, and clang of GCC's names for warnings.
+    # GCC warns about undefined values in its own AVX-512 header. clang warns about GCC's names of warnings.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
     flags = ["-std=c++17", "-O3", "-pthread", *warnings, f"-I{csrc}", "-isystem", headers]
     subprocess.run([COMPILER, *flags, *sources, "-o", out], check=True)
@@ -44,8 +46,8 @@ def program(tmp_path_factory):
 @pytest.mark.parametrize("mode", [[], ["--threads"], ["--golden", golden.FILE]], ids=["alone", "threads", "golden"])
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_kernels(program, isa, mode):
-    """Against a scalar loop over lengths, alignments, far indices and ties, up to the last byte before a closed page;
-    threads side by side in one buffer; and against the golden masks."""
+    """Compares with a scalar loop over lengths, alignments, large indices and ties, up to the last byte before a
+    protected page. Other modes: several threads in one buffer, and the golden masks."""
     if isa != "portable" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("not an x86 CPU")
     done = subprocess.run([program, *mode, isa], capture_output=True, text=True, timeout=120)
@@ -71,7 +73,8 @@ def set_threads():
 
 @for_dtypes
 def test_any_number_of_threads(set_threads, dtype):
-    """Around the grain and far above it, changed between calls: apply, in place, and the mask, from an odd index on."""
+    """Sizes around the grain and far above it. The number of threads changes between calls. apply, in place, and the
+    mask, from an odd index on."""
     x, key = values(SIZES[-1], dtype), key_tensor(3, 2**40 + 1)
     want = expected(x, 3, 2**40 + 1, 0.3, start=5)
     mask = expected(torch.ones_like(x), 3, 2**40 + 1, 0.3, start=5) != 0
@@ -88,7 +91,7 @@ def test_any_number_of_threads(set_threads, dtype):
 @for_dtypes
 @pytest.mark.parametrize(("first", "last"), [(5, 218), (0, 64), (325, 333)])
 def test_columns_in_place_by_many_threads(set_threads, dtype, first, last):
-    """The threads' shares begin and end inside rows; what lies between the columns stays as it was."""
+    """The threads' shares begin and end inside rows. Memory between the columns does not change."""
     rows = 3 * GRAIN // (last - first) + 7
     whole, key = values(rows * 333, dtype).view(rows, 333), key_tensor(8, 9)
     want = whole.clone()
@@ -103,7 +106,7 @@ def test_columns_in_place_by_many_threads(set_threads, dtype, first, last):
 
 
 def test_many_python_threads_at_once():
-    """Calls of all kinds, kernels that spread over torch's threads among them, share no state."""
+    """Calls of all kinds share no state, also if their kernels use torch's threads."""
     jobs = [(n, dtype, seed) for seed in range(6) for dtype in DTYPES for n in (1, 77, 4099, GRAIN + 1, 3 * GRAIN)]
 
     def draw(job):
@@ -118,7 +121,7 @@ def test_many_python_threads_at_once():
 
 
 def test_python_threads_share_a_generator():
-    """Whoever comes first: the same keys are drawn as in a row, and none twice."""
+    """In any order of the threads, the keys drawn are those of sequential calls, and none is drawn twice."""
     x = torch.ones(64)
     state = torch.get_rng_state()
     try:
@@ -135,7 +138,7 @@ def test_python_threads_share_a_generator():
 
 @for_dtypes
 def test_inference_mode(dtype):
-    """The same bits, in inference tensors, from ordinary and inference inputs, in place too."""
+    """Same bits from ordinary and inference tensors, also in place; results are inference tensors."""
     x, key = values(GRAIN + 5, dtype), key_tensor(1, 2)
     want = expected(x, 1, 2, 0.4)
     with torch.inference_mode():
@@ -155,7 +158,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 
 class Dropped(torch.utils.data.Dataset):
-    """Item i has a size, a dtype and a key of its own; some are above the grain."""
+    """Each item has its own size, dtype and key; some sizes are above the grain."""
 
     def __len__(self):
         return 12
@@ -166,7 +169,7 @@ class Dropped(torch.utils.data.Dataset):
 
 
 def same_in_child(pipe):
-    torch.set_num_threads(1)  # as a DataLoader's workers do: OpenMP's own threads do not outlive a fork
+    torch.set_num_threads(1)  # like a DataLoader's workers: OpenMP's threads do not survive a fork
     data = Dropped()
     pipe.send([(x.dtype, x.double().nan_to_num().tolist()) for x in (data[i] for i in range(4))])
     pipe.close()
@@ -175,9 +178,9 @@ def same_in_child(pipe):
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_child():
-    """The choice of kernels and the library's state are the parent's, whose threads are gone."""
+    """A forked child has the parent's choice of kernels and library state, but not its threads."""
     data = Dropped()
-    want = [data[i] for i in range(4)]  # with all threads, so that there are some to lose
+    want = [data[i] for i in range(4)]  # with all threads, so that the fork loses some
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=same_in_child, args=(theirs,))

@@ -1,4 +1,4 @@
-"""What only a CUDA device has: its generator's key, graph capture and replay, streams, the CPU's masks bit for bit."""
+"""CUDA only: keys from its generator, graph capture and replay, streams; the CPU's masks, bit for bit."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_same_mask_as_the_cpu(dtype, key):
 
 
 def test_key_is_seed_and_offset_of_the_generator(generator):
-    """Each call moves the generator by 4, one counter step, whatever the size."""
+    """Each call advances the generator by 4, one counter step, for any size."""
     generator.set_offset(40)
     masks = [fd.dropout(torch.ones(n).cuda()).cpu() != 0 for n in (5, N)]
     assert generator.get_offset() == 48
@@ -60,7 +60,7 @@ def rows_of(keys):
 @pytest.mark.parametrize("n", [0, 1, 2, 300])
 @pytest.mark.parametrize("captured", [False, True])
 def test_write_keys(n, captured):
-    """Seed and offset by value, or at their addresses on the device. 300 keys take two blocks of threads."""
+    """Seed and offset are given by value, or by their device addresses. 300 keys take two blocks of threads."""
     if not hasattr(torch.ops.fused_dropout, "write_keys"):
         pytest.skip("there are no CUDA kernels")
     seed, offset, intragraph = 2**63 + 5, 2**40, 12 if captured else 0
@@ -81,7 +81,7 @@ def test_write_keys_refuses():
 
 
 def test_keys_of_an_operator_call_are_those_of_as_many_calls(generator, info):
-    """n keys at once: the seed, and the offsets that n calls would have taken."""
+    """One call for n keys gives the seed, and the offsets that n calls would have used."""
     if not info.eager:
         pytest.skip("the eager binding writes them with a kernel")
     generator.set_offset(40)
@@ -93,13 +93,13 @@ def test_keys_of_an_operator_call_are_those_of_as_many_calls(generator, info):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_graph_replays_draw_what_eager_calls_draw(generator, inplace, info):
-    """Replay k equals the k-th eager call, and the generator is left where the eager calls leave it."""
+    """Replay k equals the k-th eager call, and the final state of the generator is that of the eager calls."""
     if not info.eager:
         pytest.skip("the key is written from the captured state by the eager binding")
     x = ones()
 
     def calls(x):
-        shards = [((2 * N,), (N,)), ((3 * N,), ((0, 2 * N),))]  # one run of elements, and two
+        shards = [((2 * N,), (N,)), ((3 * N,), ((0, 2 * N),))]  # with one run of elements, and with two
         return fd.dropout(x, 0.3, inplace=inplace), *(fd.dropout(x, 0.6, shard=shard) for shard in (None, *shards))
 
     eager = [[y.cpu() for y in calls(ones())] for _ in range(3)]
@@ -151,7 +151,7 @@ def test_another_stream(key):
 
 @pytest.mark.parametrize("columns", [8, 13, 64])
 def test_rows(columns, dtype, key):
-    """Slices of columns go through the kernel's rows, at any alignment."""
+    """Slices of columns use the kernel for rows, at any alignment."""
     x = torch.randn(9, 80).to(dtype)
     for first in (0, 1, 5, 8):
         expected = fd.dropout(x[:, first : first + columns], 0.3, key=key)
@@ -172,7 +172,7 @@ def test_shards(columns, dtype, key):
         expected = fd.dropout(x, 0.3, key=key, shard=shard)
         assert torch.equal(fd.dropout(x.cuda(), 0.3, key=key, shard=shard).cpu(), expected)
         if isinstance(shard[1][1], tuple):
-            continue  # torch's own addition, which the interpreter does not have
+            continue  # needs torch's addition, which the interpreter lacks
         residual = torch.ones_like(x)
         added = fd.dropout_add(x.cuda(), residual.cuda(), 0.3, key=key, shard=shard)
         assert torch.equal(added.cpu(), fd.dropout_add(x, residual, 0.3, key=key, shard=shard))

@@ -1,4 +1,4 @@
-"""The first call on a GPU: the kernels have no code for it, or a load fails."""
+"""The first call on a GPU, if the kernels have no code for it or a load fails."""
 
 import subprocess
 import sys

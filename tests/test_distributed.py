@@ -1,4 +1,4 @@
-"""DDP, FSDP2, tensor parallel and Megatron's generator states, in two processes: what torch's dropout does there."""
+"""DDP, FSDP2, tensor parallel and Megatron's generator states, in two processes: the behaviour of torch's dropout."""
 
 import contextlib
 import copy
@@ -91,7 +91,7 @@ def gradient(rank, wrap, how, checkpointed):
 @pytest.mark.parametrize("how", ["module", "convert before", "convert after", "patch"])
 @pytest.mark.parametrize("checkpointed", [None, "reentrant", "non-reentrant"])
 def test_gradient_is_the_mean_over_ranks(workers, wrap, how, checkpointed):
-    """Each rank with the masks of its own seed, as a model of its own would have; recomputation with the same."""
+    """Each rank has the masks of its seed, as if it trained a separate model. Recomputation has the same masks."""
     alone = []
     for rank in range(WORLD):
         model = made(fd.Dropout)
@@ -104,7 +104,7 @@ def test_gradient_is_the_mean_over_ranks(workers, wrap, how, checkpointed):
 
 
 class Paired(nn.Module):
-    """Each block drops before a linear layer."""
+    """Blocks with a dropout before a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ def train(rank, wrap, how):
             return losses
 
         def load():
-            weights, moments, rng_state = copy.deepcopy(saved)  # an optimizer goes on in what it loads
+            weights, moments, rng_state = copy.deepcopy(saved)  # an optimizer modifies the state that it loads
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
             return rng_state
@@ -179,7 +179,7 @@ def test_trains_and_resumes(workers, wrap, how):
 
 
 def masks(rank, how):
-    """By the function, the module and torch's own: with one seed on all ranks, with a seed each, with a key each."""
+    """Masks of the function, the module and torch's dropout: one seed on all ranks, a seed per rank, a key per rank."""
     x = torch.ones(256)
     calls = {"fd": lambda: fd.dropout(x), "module": lambda: fd.Dropout(0.5)(x), "torch": lambda: F.dropout(x)}
     found = {}
@@ -202,7 +202,7 @@ def test_ranks_agree_where_torchs_do(workers, how):
 
 
 class Tracker:
-    """Megatron's ``get_cuda_rng_tracker()``, for the CPU's generator: named states that take its place in a block."""
+    """Megatron's ``get_cuda_rng_tracker()`` for the CPU's generator: named states that replace its state in a block."""
 
     def __init__(self):
         self.states = {}
@@ -225,7 +225,7 @@ class Tracker:
 
 
 def tracked(rank, dropout):
-    """Residual dropout drawn alike on all ranks, attention's on each its own, as Megatron's layers do."""
+    """As in Megatron's layers: residual dropout is equal on all ranks, and attention dropout differs between ranks."""
     names = {"fd": fd.dropout, "torch": F.dropout, "patch": F.dropout}
     x = torch.ones(256)
 
@@ -247,7 +247,7 @@ def tracked(rank, dropout):
     outside, inside = run(tracker)
     tracker.add("model-parallel-rng", 2718 + rank)
     again = run(tracker)
-    # The stream of that name, in one piece.
+    # The stream of that name without interruption.
     torch.manual_seed(2718 + rank)
     function = fd.dropout if dropout in ("fd", "patch") else F.dropout
     stream = [function(x).tolist() for _ in range(3)]
@@ -258,8 +258,8 @@ def tracked(rank, dropout):
 def test_megatrons_generator_states(workers, dropout):
     a, b = workers(tracked, dropout)
     for rank in (a, b):
-        assert rank["outside"] == rank["without"], "what happens inside does not move the stream outside"
-        assert rank["inside"] == rank["stream"], "and the other way round"
+        assert rank["outside"] == rank["without"], "draws inside do not advance the stream outside"
+        assert rank["inside"] == rank["stream"], "draws outside do not advance the stream inside"
         assert rank["again"] == (rank["outside"], rank["inside"])
         masks = rank["inside"] + rank["outside"]
         assert all(m != n for m, n in itertools.combinations(masks, 2))
@@ -268,7 +268,7 @@ def test_megatrons_generator_states(workers, dropout):
 
 
 def on_dtensors(rank, placement, how):
-    """Value and gradient of a DTensor by one of the ways in, and of the whole tensor in one process."""
+    """Value and gradient of a DTensor by one of the entry points, and of the whole tensor in one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -295,7 +295,7 @@ def test_dtensors_have_the_global_mask(workers, placement, how):
 
 
 def tensor_parallel(rank, sequence, how):
-    """Loss and gradients of two linear layers over both ranks, with dropout between and after."""
+    """Loss and gradients of two linear layers that are sharded over both ranks, with dropout between and after them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, parallel
 
@@ -331,7 +331,7 @@ def tensor_parallel(rank, sequence, how):
 @pytest.mark.parametrize("sequence", [False, True], ids=["local", "sequence"])
 @pytest.mark.parametrize("how", ["convert before", "convert after", "patch"])
 def test_tensor_parallel(workers, sequence, how):
-    """Plain local tensors have one mask on all ranks for one seed, as in torch; DTensors have the global one."""
+    """With one seed, plain local tensors have one mask on all ranks, as in torch. DTensors have the global mask."""
     ranks = workers(tensor_parallel, sequence, how)
     for kinds, dropped, _ in ranks:
         assert kinds == ["DTensor" if sequence else "Tensor"] * 2
@@ -344,7 +344,7 @@ def test_tensor_parallel(workers, sequence, how):
 
 
 def audited(rank, seed, local):
-    """The sites that audit reports for two linear layers, with tensor parallelism over both ranks."""
+    """The sites that audit reports for two linear layers with tensor parallelism over both ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel
 
@@ -363,7 +363,7 @@ def audited(rank, seed, local):
 
 
 class Twice(nn.Module):
-    """Calls one dropout twice: before the columns are sharded, and after."""
+    """Calls one dropout twice: before and after the columns are sharded."""
 
     def __init__(self):
         super().__init__()
@@ -389,7 +389,7 @@ def test_audit_looks_at_each_call_of_a_site(workers):
 
 
 def test_audit_finds_one_mask_for_shards(workers):
-    """Only the dropout between the two layers is reported: each rank has another shard there."""
+    """Only the dropout between the two layers is reported, because its input is a different shard on each rank."""
     for found, said in workers(audited, 1, True):
         assert found == [[("2", ("tp",))]] * 2
         assert said

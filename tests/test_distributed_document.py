@@ -13,7 +13,7 @@ CODE = {
     heading: "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     for heading, text in zip(SECTIONS[::2], SECTIONS[1::2], strict=True)
 }
-SHARED = CODE.pop("Recipes")  # what all recipes begin with
+SHARED = CODE.pop("Recipes")  # the common beginning of all recipes
 RECIPES = {heading: code for heading, code in CODE.items() if code}
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")

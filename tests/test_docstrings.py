@@ -1,4 +1,4 @@
-"""Every public name has a complete docstring, and the examples in the docstrings are right."""
+"""Every public name has a complete docstring, and the examples in the docstrings are correct."""
 
 import doctest
 import importlib

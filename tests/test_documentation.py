@@ -1,8 +1,8 @@
-"""The README and docs/: their Python runs, their scripts run, their links and lists are complete.
+"""The README and docs/: their Python code and scripts run, and their links and lists are complete.
 
-Each page is one program: its ``python`` blocks run one after the other, after the names that ``names`` gives. Blocks of
-``pycon`` and the examples of docstrings are run by Sphinx (``make docs``), the recipes of docs/distributed.md by
-test_distributed_document.py.
+Each page is one program: its ``python`` blocks run one after the other, with the variables that ``names`` defines.
+Sphinx (``make docs``) runs the ``pycon`` blocks and the examples of docstrings. test_distributed_document.py runs the
+recipes of docs/distributed.md.
 """
 
 import os
@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def names():
-    """What the pages assume: a small model and its input, and tensors with their usual names."""
+    """The variables that the pages assume: a small model and its input, and tensors with their usual names."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 8))
     n, c = 4, 8
@@ -49,7 +49,7 @@ def test_python_blocks(page, tmp_path, monkeypatch, capsys):
         with torch.random.fork_rng():
             for block in BLOCK.finditer(text):
                 line = text.count("\n", 0, block.start(1))
-                exec(compile("\n" * line + block[1], str(page), "exec"), given)  # errors show the page's own line
+                exec(compile("\n" * line + block[1], str(page), "exec"), given)  # errors show the page's line
     except ModuleNotFoundError as error:
         if error.name in ("torch", "fused_dropout"):
             raise
@@ -65,7 +65,7 @@ def test_script(script, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", script]
     outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    # Only the last line counts: libraries log the same words about packages that they can do without.
+    # Only the last line counts: libraries log the same text about optional packages.
     last = outcome.stderr.strip().rpartition("\n")[2]
     if match := re.match(r"ModuleNotFoundError: No module named '(\w+)", last):
         assert match[1] not in ("torch", "fused_dropout")
@@ -79,7 +79,7 @@ def test_scripts_are_shown():
 
 
 def test_verdicts_are_explained():
-    """docs/check.md has each kind of verdict."""
+    """docs/check.md explains each kind of verdict."""
     page = (ROOT / "docs/check.md").read_text()
     for words in report._MEANINGS.values():
         assert words.removesuffix(": {}").removesuffix("{}") in page, words
@@ -92,7 +92,7 @@ def test_api_reference_is_complete():
 
 
 def test_readme_renders_on_pypi():
-    """There, links and pictures have to be absolute."""
+    """On PyPI, links and pictures have to be absolute."""
     links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=\"([^\"]*)\"", (ROOT / "README.md").read_text())
     assert [link for pair in links for link in pair if link and not link.startswith(("https://", "#"))] == []
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120

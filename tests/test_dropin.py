@@ -1,4 +1,4 @@
-"""Whatever nn.Dropout and F.dropout do for a user, this does: seeding, eval mode, modules, scripting, odd inputs."""
+"""Same behaviour as nn.Dropout and F.dropout: seeding, eval mode, modules, scripting, unusual inputs."""
 
 import copy
 import doctest
@@ -49,7 +49,7 @@ class TestSeeds:
         before = torch.get_rng_state()
         assert torch.equal(run(5), run(5))
         assert not torch.equal(run(5), run(6))
-        assert torch.equal(torch.get_rng_state(), before), "the default generator is not touched"
+        assert torch.equal(torch.get_rng_state(), before), "the default generator does not change"
 
     def test_rng_state(self):
         seeded()
@@ -168,7 +168,7 @@ class TestModule:
         assert (x == 0).any()
 
     def test_script_and_trace(self):
-        """As torch has it: a scripted or traced module draws at each call, from torch's own dropout."""
+        """As in torch, a scripted or traced module draws at each call. It calls torch's own dropout."""
         example = ones()
         for m in (torch.jit.script(fd.Dropout()), torch.jit.trace(fd.Dropout(), example, check_trace=False)):
             assert not torch.equal(m(example), m(example))

@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 def differs(mesh, shape, placements, dtype, layout, p=0.5):
-    """Compares one case with one process, bit for bit. Returns the names of what differs."""
+    """Compares one case with one process, bit for bit. Returns the names of the results that differ."""
     from torch.distributed.tensor import Replicate, Shard
 
     # Small integers: sums over ranks are then exact.
@@ -96,7 +96,7 @@ def cases(mesh_dims, how_many):
 
 @contextlib.contextmanager
 def planted(fault):
-    """Plants a fault into the numbering of a shard."""
+    """Plants a fault in the numbering of a shard."""
     runs_of, window = distributed._runs_of, windows.window
     if fault == "the offset is ignored":
         distributed._runs_of = lambda *a: [[(0, sum(n for _, n in own))] for own in runs_of(*a)]
@@ -341,7 +341,7 @@ def test_second_derivatives_and_checkpoints(four):
 
 
 def compiled(rank, backend):
-    """Compiled values and gradients are those of eager. Only the keys are saved."""
+    """Compiled values and gradients equal those of eager. Only the keys are saved."""
     from torch.distributed.tensor import Replicate, Shard
 
     found, saved = [], []
@@ -398,7 +398,7 @@ def test_compiled_for_any_size(four):
 
 
 def seeded(rank, case):
-    """With a seed for each rank: one warning, then the masks of the first rank's seed. A second call sends nothing."""
+    """With different seeds: one warning, then the masks of the first rank's seed. A second call sends nothing."""
     from torch.distributed.tensor import Replicate, Shard
 
     distributed._compared.clear()
@@ -436,7 +436,7 @@ def test_ranks_agree_at_the_first_call(four, case):
 
 
 def compared(rank):
-    """Whether a call warns of different seeds after a call with its own generator, and after a failed comparison."""
+    """Whether a call warns about different seeds after a call with a given generator, and after a failed comparison."""
     from torch.distributed.tensor import Replicate
 
     x, warned = placed(Replicate(), Replicate()), []
@@ -495,7 +495,7 @@ def trained(rank, world, how, steps):
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("how", ["tensor parallel", "fsdp"])
 def test_training_is_that_of_one_process(request, world, how):
-    """All masks are equal. The losses differ no more than twice as much as without dropout."""
+    """All masks are equal. The losses differ at most twice as much as without dropout."""
     steps = 20 if request.config.getoption("--every-cell") else 4
     if steps == 4 and (how, world) in [("tensor parallel", 2), ("fsdp", 4)]:
         pytest.skip("shown by the others; make test-sharded runs it")

@@ -41,7 +41,7 @@ def mask(*noise_shape):
 
 
 def outcome(function, *args, **options):
-    """What it returns or raises, and the warnings that it gives."""
+    """The result or the error of a call, and its warnings."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
@@ -94,7 +94,7 @@ class TestFunctions:
     )
     @pytest.mark.filterwarnings("ignore:dropout[23]d:UserWarning")
     def test_channels(self, name, shape, noise_shape, dtype, key, device):
-        """As torch drops them, in place or not, by the contract's mask."""
+        """Drops channels as torch does, in place or not, with the contract's mask."""
         x = torch.randn(shape).to(dtype)
         x[0, 0], x[0, 1] = torch.nan, -torch.inf
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -119,7 +119,7 @@ class TestFunctions:
         kept = torch.from_numpy(contract.keep_numpy(SEED, OFFSET, p, math.prod(noise_shape))).view(noise_shape)
         a = ((ALPHA**2 * p + 1) * (1 - p)) ** -0.5
         want = torch.where(kept, x.double() * a, -ALPHA * a) + ALPHA * a * p
-        # x + alpha, the product and the sum are each rounded; 1 / (1 - p) makes the intermediate that much larger.
+        # x + alpha, the product and the sum are each rounded. 1 / (1 - p) enlarges the intermediate result.
         tolerance = 4 * torch.finfo(dtype).eps * x.double().nan_to_num().abs().max().item() / (1 - p) ** 0.5
         y = getattr(fd, name)(x.to(device), p, True, key=key)
         assert y.dtype == dtype
@@ -283,7 +283,7 @@ class TestModules:
             assert torch.equal(scripted.eval()(ones(name)), ones(name))
 
     def test_fx(self):
-        """Modules are leaves, as torch's; one that is traced itself calls torch's function."""
+        """Modules are leaves, like torch's. A module that is itself traced calls torch's function."""
         traced = torch.fx.symbolic_trace(nn.Sequential(*(getattr(fd, name)(P) for name in MODULES)))
         assert [type(m).__name__ for m in traced.children()] == list(MODULES)
         assert not [node for node in traced.graph.nodes if node.op == "call_function"]
@@ -364,7 +364,7 @@ class TestMonteCarlo:
         assert not any(m.training for m in model.modules())
 
     def test_reaches_transformer_layers(self):
-        """Whose fast path for eval mode knows no dropout modules."""
+        """Transformer layers have a fast path for eval mode, which ignores dropout modules."""
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True).eval()
         x = torch.randn(2, 3, 8)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Layers that call dropout_add and relu_dropout: ``convert(model, fuse=True)``. Transformers and timm: tests/models."""
+"""``convert(model, fuse=True)``: layers that call dropout_add and relu_dropout. Transformers and timm: tests/models."""
 
 import copy
 import functools
@@ -65,7 +65,8 @@ def assert_same_steps(a, b):
 
 
 def expected(kind, relu):
-    """An encoder layer has one sum for attention, a decoder layer two; both have one after the feed-forward network."""
+    """The calls of a layer: an encoder layer has one sum for attention, a decoder layer two. Both have one after the
+    feed-forward network."""
     sums = 1 if kind is nn.TransformerEncoderLayer else 2
     return ["dropout_add"] * sums + ["relu_dropout"] * relu + ["dropout_add"]
 
@@ -81,7 +82,7 @@ def expected(kind, relu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_step(kind, norm_first, batch_first, activation, relu, dtype, calls):
     settings = {"norm_first": norm_first, "batch_first": batch_first, "activation": activation}
-    # Not copied: torch's copy of a decoder layer has ReLU for its activation if that is a module (2.13).
+    # No copy: in torch 2.13 a copied decoder layer uses ReLU if its activation is a module.
     got = step(fd.convert(layer(kind, **settings).to(dtype), fuse=True), dtype=dtype)
     assert calls == expected(kind, relu)
     assert_same_steps(got, step(fd.convert(layer(kind, **settings).to(dtype)), dtype=dtype))
@@ -90,7 +91,7 @@ def test_same_step(kind, norm_first, batch_first, activation, relu, dtype, calls
 
 @for_layers
 def test_same_step_as_patched(kind, calls):
-    """And as converted: attention's own dropout is a function, which the patch alone reaches."""
+    """Also the same as converted. Attention's own dropout is a function, which only the patch replaces."""
     model = layer(kind)
     with fd.patched():
         assert_same_steps(step(fused(model)), step(model))
@@ -153,8 +154,8 @@ def test_settings_are_read_at_each_call(calls, key):
 
 @for_layers
 def test_eval_is_torchs_own(kind, calls, monkeypatch):
-    """With its fast path and its nested tensors."""
-    monkeypatch.delattr(fusing.FusedLayer, "_fused_dropout_sum")  # the rewritten forward would miss it
+    """Eval mode runs torch's code, with its fast path and nested tensors."""
+    monkeypatch.delattr(fusing.FusedLayer, "_fused_dropout_sum")  # the rewritten forward would fail without it
     model = layer(kind).eval()
     net = fused(model)
     assert_same_steps(step(net), step(model))
@@ -176,7 +177,7 @@ def test_a_whole_transformer(calls):
 
 
 def test_autocast_goes_to_the_separate_calls(calls):
-    """Where the dtypes of the two terms differ, dropout_add adds them as torch does."""
+    """If the dtypes of the two terms differ, dropout_add adds them as torch does."""
     model = layer(norm_first=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same_steps(step(fused(model)), step(fd.convert(model)))
@@ -185,7 +186,7 @@ def test_autocast_goes_to_the_separate_calls(calls):
 
 @for_layers
 def test_saves_less(kind):
-    """A ReLU's result is not kept beside that of its dropout."""
+    """The result of ReLU is not kept in addition to that of its dropout."""
 
     def saved(model):
         sizes = {}
@@ -197,7 +198,7 @@ def test_saves_less(kind):
         return sum(sizes.values())
 
     model = layer(kind)
-    assert saved(fused(model)) == saved(fd.convert(model)) - 3 * 5 * 32 * 4 - 16  # and its key
+    assert saved(fused(model)) == saved(fd.convert(model)) - 3 * 5 * 32 * 4 - 16  # and the key of its dropout
 
 
 def test_nothing_else_changes():
@@ -210,7 +211,7 @@ def test_nothing_else_changes():
         list(map(type, model.modules())),
     )
     for _ in range(2):
-        for _ in range(2):  # a second time changes nothing
+        for _ in range(2):  # the second time changes nothing
             assert fd.convert(model, fuse=True) is model
             assert is_fused(model)
             assert isinstance(model, nn.TransformerEncoderLayer)
@@ -249,7 +250,7 @@ def test_copies(copied, calls):
 
 
 def test_loaded_where_the_class_changed(monkeypatch, calls):
-    """A pickle of a fused layer becomes a layer of the original class, if its source is no longer known."""
+    """A pickled fused layer loads as a layer of the original class if the class's source is no longer known."""
     model = layer()
     data = pickle.dumps(fused(model))
     own = nn.TransformerEncoderLayer.forward
@@ -262,7 +263,7 @@ def test_loaded_where_the_class_changed(monkeypatch, calls):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend, calls):
-    """The compiler is given the separate calls, and the masks are eager's."""
+    """The compiler sees the separate calls, and the masks are those of eager."""
     model = fused(layer())
     want = step(model)
     calls.clear()
@@ -275,7 +276,7 @@ def test_compiled(backend, calls):
 
 @pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
 def test_recorded(calls):
-    """As without fuse by torch.export, torch.jit and FX."""
+    """torch.export, torch.jit and FX record the same graph as without fuse."""
     model, x = layer(), torch.randn(3, 5, 16)
     net, plain = fused(model), fd.convert(model)
     program = torch.export.export(net, (x,))
@@ -304,7 +305,7 @@ def test_transforms(calls):
 
 
 def assert_left(model, reasons, calls):
-    """The model works as without fuse, and the report says why."""
+    """Checks that the model works as without fuse, and that the report gives the reasons."""
     net = fused(model)
     assert_same_steps(step(net), step(fd.convert(model)))
     unfused = fd.convert_report(net).unfused
@@ -355,7 +356,7 @@ def test_a_dropout_that_is_not_plain_is_left(calls):
 
 
 def test_a_hook_that_comes_later_sees_all(calls):
-    """On a dropout, or on all modules."""
+    """A later hook on a dropout, or on all modules."""
     net, seen = fused(layer()), []
     want = step(net)
     calls.clear()
@@ -389,7 +390,7 @@ def test_a_replaced_forward_is_left(calls):
     fd.convert(model, fuse=True)
     assert type(model) is nn.TransformerEncoderLayer
     assert "replaced on the instance" in fd.convert_report(model).unfused[""]
-    model.forward = own  # as accelerate's remove_hook_from_module leaves it
+    model.forward = own  # like after accelerate's remove_hook_from_module
     fd.convert(model, fuse=True)
     assert is_fused(model)
     step(model)
@@ -397,7 +398,7 @@ def test_a_replaced_forward_is_left(calls):
 
 
 def test_a_forward_replaced_later(calls):
-    """It still calls the fused one; revert leaves it alone, until it is taken away."""
+    """The new forward still calls the fused one. revert leaves the layer alone until the new forward is removed."""
     net = fused(layer())
     want, own = step(net), net.forward
     net.forward = lambda *a, **k: own(*a, **k)
@@ -410,7 +411,7 @@ def test_a_forward_replaced_later(calls):
 
 
 def test_a_replaced_method_is_left(monkeypatch, calls):
-    """On an instance, or in the class, before or after."""
+    """A method that is replaced on an instance or in the class, before or after the conversion."""
     model = layer()
     model._ff_block = lambda x: x
     assert_left(model, {"": "its _ff_block was replaced"}, calls)
@@ -425,7 +426,7 @@ def test_a_replaced_method_is_left(monkeypatch, calls):
     assert_same_steps(step(net), step(fd.convert(layer())))
     assert "_ff_block was replaced" in fd.convert_report(net).unfused[""]
     assert not calls
-    # What is converted now has a method that cannot be read: one sum stays as it is.
+    # A layer that is converted now has a method whose source cannot be read, so one sum is not fused.
     net = fused(layer())
     assert_same_steps(step(net), step(fd.convert(layer())))
 
@@ -439,7 +440,7 @@ def test_a_forward_replaced_in_the_class_is_left(monkeypatch, calls):
     assert not calls
 
 
-# Sources of other libraries: a file that says that it is of timm.
+# Sources of other libraries: a file that claims to be part of timm.
 
 HEAD = """
 import functools
@@ -495,7 +496,7 @@ class PlainEnd(End):
 
 @pytest.fixture
 def library(tmp_path, monkeypatch, request):
-    """Makes a layer with a given forward, in a file of its own."""
+    """Makes a layer with a given forward, in a separate file."""
     made = []
 
     def make(forward, before_forward="", name="timm.made_up"):
@@ -518,7 +519,7 @@ KNOWN = {
     "return x + self.dropout(self.linear(x))": ["dropout_add"],
     "return self.dropout(self.linear(x)) + x": ["dropout_add"],
     "y = self.linear(x)\nreturn self.norm(x + self.dropout(x + self.drop(y)))": ["dropout_add", "dropout_add"],
-    # A tensor that is dropped and added has its gradients added up in the order of the separate calls.
+    # The same tensor is dropped and added. Its gradients have to be summed in the order of the separate calls.
     "return x + self.dropout(x)": [],
     "return self.norm(x + self.dropout(x + self.drop(x)))": ["dropout_add"],
     "y = self.dropout(self.linear(x))\ny = y + x\nreturn y * 2": ["dropout_add"],
@@ -536,9 +537,9 @@ KNOWN = {
     "y, _ = self.end(x)\nx = y + x\nreturn x": ["dropout_add"],
     "y, z = self.end(x, twice=True)\nx = x + y\nreturn x * z": ["dropout_add"],
     "y = self.plain_end(x)\nx = x + y\nreturn x": ["dropout_add"],
-    # The layer's result is taken apart, so its dropout stays with it.
+    # The result of the layer is unpacked, so its dropout stays in the layer.
     "y, z = self.plain_end(x[:2])\nx = z + y\nreturn z + self.drop(x)": ["dropout_add"],
-    # The first is left for its layout: the terms have different strides.
+    # Not fused, because of the layout: the terms have different strides.
     "return self.dropout(x.transpose(0, 1).contiguous().transpose(0, 1)) + x": [],
 }
 UNKNOWN = [
@@ -563,7 +564,7 @@ def run(model):
     torch.manual_seed(1)
     model.zero_grad()
     x = torch.randn(3, 5, 16, requires_grad=True)
-    y = model(x * 1)  # no leaf, which may be changed in place
+    y = model(x * 1)  # not a leaf, so it may be changed in place
     y.sin().sum().backward()
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None), torch.get_rng_state()]
 
@@ -588,7 +589,7 @@ def test_other_forms_are_left(forward, library, calls):
 
 
 def test_other_operands_are_left(library, calls):
-    """The order of draws stays that of the source: the second dropout is fused, not the first."""
+    """The order of draws has to stay that of the source, so the second dropout is fused and the first is not."""
     model = library("return self.dropout(x) + self.drop(x)")
     assert_same_steps(run(fused(model)), run(fd.convert(model)))
     assert calls == ["dropout_add"]
@@ -596,7 +597,7 @@ def test_other_operands_are_left(library, calls):
 
 @pytest.mark.parametrize("hook", [False, True])
 def test_a_layer_at_whose_end_is_a_dropout(hook, library, calls):
-    """A hook on it sees what its dropout made."""
+    """A hook on such a layer sees the result of its dropout."""
     model, seen = library("y, _ = self.end(x)\nx = y + x\nreturn x"), []
     net = fused(model)
     report = fd.convert_report(net)
@@ -635,7 +636,7 @@ FORM = "return x + self.dropout(self.linear(x))"
 
 
 def test_a_changed_source_is_left(library, calls):
-    """The file was changed after it was imported: at the same line stands something else than what runs."""
+    """The file was changed after its import, so the source at that line is not the code that runs."""
     model = library(FORM)
     path = sys.modules["timm.made_up"].__file__
     Path(path).write_text(Path(path).read_text().replace(FORM, "return x - self.dropout(self.linear(x))"))
@@ -652,7 +653,7 @@ def test_a_source_that_is_not_there_is_left(library):
 
 
 def test_decorated_and_wrapped_forwards_are_left(library, calls):
-    """What a decorator does is not known; what was wrapped after its definition neither."""
+    """The effect of a decorator is not known, nor is that of a function that wraps forward after its definition."""
     net = fused(library(FORM, before_forward="    @torch.no_grad()\n"))
     assert fd.convert_report(net).unfused[""] == "Layer.forward is decorated with torch.no_grad()"
     model = library(FORM)

@@ -12,7 +12,7 @@ from helpers import assert_same, for_operators, key_tensor, values
 PHILOX, MASKS, ELEMENTS = golden.read()
 CONTIGUOUS = [m for m in MASKS if m.strides == torch.empty(m.shape, device="meta").stride()]
 OTHER = [m for m in MASKS if m not in CONTIGUOUS]
-NEIGHBOURS = 200  # around an element, to bring it into the middle of a kernel's vectors
+NEIGHBOURS = 200  # around an element, so that it is in the middle of a kernel's vectors
 
 
 def wanted(mask, device):
@@ -36,7 +36,7 @@ def test_the_file_is_what_its_generator_writes():
 
 
 def test_the_file_holds_what_it_should():
-    """A tie won and a tie lost for each slot; masks of every kind."""
+    """The file has masks of every kind. For each slot it has an element that the tie keeps, and one that it drops."""
     assert {(e.index % 8, e.kept) for e in ELEMENTS} == {(slot, kept) for slot in range(8) for kept in (False, True)}
     assert len(PHILOX) == 3
     assert len(CONTIGUOUS) > 100
@@ -46,7 +46,7 @@ def test_the_file_holds_what_it_should():
 
 @pytest.mark.same_without("_eager", "_C")
 def test_contract():
-    """The copy of the contract in plain integers."""
+    """The contract in plain integers gives these masks."""
     for p in PHILOX:
         assert contract.philox4x32(p.counter, p.key) == p.words
     for m in MASKS:
@@ -57,7 +57,7 @@ def test_contract():
 
 @for_operators
 def test_masks(ops, device):
-    """Consecutive elements from a start on."""
+    """Masks of consecutive elements from a start on."""
     for m in CONTIGUOUS:
         check(ops, m, values(golden.COUNT, torch.float32, device).view(m.shape), m.start)
 
@@ -85,7 +85,7 @@ def test_masks_with_index_strides(ops, device):
 @for_operators
 @pytest.mark.parametrize("lead", [0, 77], ids=["alone", "among others"])
 def test_elements(ops, device, lead):
-    """Elements that the last of their 48 bits decide, alone and in the middle of others."""
+    """Elements that the last of their 48 bits decides, alone and in the middle of other elements."""
     for e in ELEMENTS:
         x = torch.ones(NEIGHBOURS if lead else 1, device=device)
         key = key_tensor(e.seed, e.offset, device)

@@ -1,4 +1,4 @@
-"""``python -m fused_dropout gpu-check`` without a GPU: what it says then, its report, its processes and its time."""
+"""``python -m fused_dropout gpu-check`` without a GPU: its message, report, processes and time limits."""
 
 import json
 import math
@@ -106,7 +106,7 @@ def test_summary_names_what_failed(report):
 
 
 def test_report_of_nothing(tmp_path):
-    """All parts may have failed."""
+    """The report works if all parts failed."""
     empty = {"machine": MACHINE, "options": {"seconds": 60.0, "quick": True, "p": 0.1}}
     written = gpu_report.write(empty | {kind: [] for kind in gpu_report.KINDS}, tmp_path / "x.json")
     assert "60 s, quick" in written[1].read_text()
@@ -118,7 +118,7 @@ def test_default_path_of_the_report():
 
 @pytest.mark.gpu
 def test_the_short_checks_pass():
-    """Those that compute-sanitizer runs."""
+    """The checks that compute-sanitizer runs."""
     results = list(correctness.short(True, math.inf))
     assert len(results) == 5
     assert {check.result for check in results} == {"passed"}
@@ -126,7 +126,7 @@ def test_the_short_checks_pass():
 
 @pytest.mark.parametrize("shift", [-8, 0, 4])
 def test_overlap_finds_a_planted_shift(shift, key):
-    """Half of the second mask is the first's, shifted: groups of four of eight, as a generator advanced too little."""
+    """Half of the second mask, four of each eight elements, is a shifted copy: a generator advanced too little."""
     n = 2**16
     first = fd.keep_mask((n,), 0.5, key)
     fresh = fd.keep_mask((n,), 0.5, torch.tensor([7, 7], dtype=torch.uint64))
@@ -151,7 +151,7 @@ def test_same_is_exact():
 
 
 def test_parts_share_the_time():
-    """What one part leaves goes to the others, and none is begun that could not even start."""
+    """Time that one part does not use goes to the others. A part without enough time to start is not started."""
     left, given = 400.0, []
     for name in gpu_check.PARTS:
         given.append(gpu_check.allot(left, name))
@@ -191,7 +191,7 @@ def test_buffers_take_turns():
 
 
 def test_records_of_a_measurement(monkeypatch, tmp_path):
-    """The copy's own share is 1, a contender of twice its time has half the bandwidth; the JSON calls both "speed"."""
+    """The copy's share is 1. A contender with twice its time has half the bandwidth. The JSON calls both "speed"."""
 
     def contenders_for(case, dtype, log2, buffers):
         for name, ns in (("copy", 1e6), ("fd", 2e6)):
@@ -218,7 +218,7 @@ def test_records_of_a_measurement(monkeypatch, tmp_path):
 
 
 def test_buffers_hold_more_than_the_cache(monkeypatch):
-    """A call in place touches one buffer, and others two."""
+    """An in-place call uses one buffer, other calls use two."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50 << 20))
     for case, touched in (("forward", 2), ("in place", 1), ("backward", 2)):
         for log2 in (20, 24, 30):
@@ -293,7 +293,7 @@ def test_checks_after_the_gpu_is_lost(monkeypatch):
 
 
 def test_parts_survive_each_other(monkeypatch, report):
-    """One ends well, one crashes after its first record, one never ends."""
+    """One part ends normally, one crashes after its first record, and one never ends."""
     line = json.dumps({"kind": "check", **asdict(Check("fine", "passed", ""))})
     ends = {"checks": "", "graphs": "import os; os.abort()", "overlap": "import time; time.sleep(60)"}
 
@@ -338,7 +338,7 @@ def test_verdict_of_the_sanitizer(status, said, result):
 
 
 def test_sanitizer_in_place_of_the_tool(tmp_path, monkeypatch):
-    """It is asked for each tool once, and gets a command that runs the short checks."""
+    """The stand-in runs once for each tool, with a command that runs the short checks."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text('#!/bin/sh\necho "========= ERROR SUMMARY: 0 errors of $*"\n')
     tool.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Backward applies forward's mask to the same elements, whatever the layout, and 16 bytes are all it keeps for that."""
+"""Backward applies forward's mask to the same elements in every layout. Forward saves only 16 bytes for it."""
 
 import ctypes
 
@@ -49,7 +49,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("of_gradient", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("of_input", LAYOUTS)
 def test_gradient_gets_the_mask_of_its_own_elements(of_input, of_gradient, device):
-    """A mask that followed the gradient's layout instead of the input's would differ wherever the two do."""
+    """The mask follows the input's layout. If it followed the gradient's, it would differ if the layouts differ."""
     x = of_input(torch.rand(SHAPE, device=device) + 1).requires_grad_()
     y = fd.dropout(x, P)
     if of_gradient == "expanded":
@@ -63,7 +63,7 @@ def test_gradient_gets_the_mask_of_its_own_elements(of_input, of_gradient, devic
 
 
 def test_gradient_of_a_sum(device):
-    """The expanded gradient of sum() is the commonest one of all that are not contiguous."""
+    """The expanded gradient of sum() is the most common gradient that is not contiguous."""
     x = torch.ones(1000, device=device, requires_grad=True)
     y = fd.dropout(x, P)
     y.sum().backward()
@@ -98,7 +98,7 @@ def test_saves_the_key_and_nothing_else(device):
 
 
 def test_graph_keeps_no_memory_of_the_tensors_size():
-    """Hooks see what is saved in the official way only; the process's memory shows the rest."""
+    """Saved-tensor hooks show only tensors saved through autograd. The memory of the process shows all."""
 
     def grown(dropout, n=1 << 24):
         def resident():
@@ -113,7 +113,7 @@ def test_graph_keeps_no_memory_of_the_tensors_size():
 
     ours, _ = grown(fd.dropout)
     theirs, _ = grown(F.dropout)
-    assert theirs > 1.5 * (1 << 26), "the control: torch keeps a mask of the tensor's size"
+    assert theirs > 1.5 * (1 << 26), "the control: torch keeps a mask as large as the tensor"
     assert ours < (1 << 26) / 2
 
 
@@ -234,7 +234,7 @@ class TestTransforms:
         assert torch.equal(dy, torch.where(y != 0, tangent * torch.tensor(1 / (1 - P)).float(), 0))
 
     def test_gradient_with_a_tangent(self, key):
-        """Forward mode over backward: the tangent of the gradient goes through the same mask."""
+        """Forward mode over backward: the tangent of the gradient has the same mask."""
         x, tangent = torch.rand(20, requires_grad=True), torch.rand(20)
         y = fd.dropout(x, P, key=key)
         with torch.autograd.forward_ad.dual_level():

@@ -1,4 +1,4 @@
-"""csrc/philox.h and csrc/mask.h, compiled alone: the functions that every kernel calls, on the device too."""
+"""csrc/philox.h and csrc/mask.h, compiled alone: the functions that every kernel calls, also on the device."""
 
 import ctypes
 import math
@@ -64,7 +64,7 @@ def test_threshold(host):
 
 
 def test_keep_is_a_48_bit_comparison(host):
-    """Each slot; K_hi equal to the draw, below and above it, 0, 65,535 and 65,536; both outcomes of the tie."""
+    """For each slot: K_hi equal to the draw, below it, above it, 0, 65,535 and 65,536; both outcomes of the tie."""
     generator = random.Random(0)
     for draw in (0, 1, 0x7FFF, 0xFFFE, 0xFFFF, generator.randrange(1 << 16)):
         for tie in (0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, generator.randrange(1 << 32)):
@@ -73,7 +73,7 @@ def test_keep_is_a_48_bit_comparison(host):
                 word = slot // 2
                 other = block[word] >> 16 if slot % 2 == 0 else block[word] & 0xFFFF
                 block[word] = draw << 16 | other if slot % 2 else other << 16 | draw
-                # One of the other three words makes their XOR the wanted tie.
+                # Sets one of the other three words so that their XOR is the wanted tie.
                 free = (word + 1) % 4
                 rest = [w for i, w in enumerate(block) if i not in (word, free)]
                 block[free] = tie ^ rest[0] ^ rest[1]
@@ -83,7 +83,7 @@ def test_keep_is_a_48_bit_comparison(host):
 
 
 def test_keep_of_far_elements(host):
-    """The 64 bits of seed, offset and index each reach the counter and the key."""
+    """All 64 bits of seed, offset and index reach the counter and the key."""
     indices = [0, 7, 8, (1 << 32) - 1, 1 << 32, (1 << 35) - 1, 1 << 35, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
     for seed in EDGES[:6]:
         for offset in EDGES[:6]:

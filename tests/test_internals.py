@@ -1,4 +1,4 @@
-"""The private names of torch that the core uses: each is there, and says what torch_internals.py takes it to say.
+"""The private names of torch that the core uses: each exists and has the meaning that torch_internals.py assumes.
 
 ``make test-oldest`` and ``make test-cuda`` run this under other versions of torch.
 """
@@ -105,7 +105,7 @@ def test_subclasses():
 
 
 def test_draws_are_kept_apart():
-    """By AOTAutograd's own list: the packet of the operator is in it once a draw was traced."""
+    """AOTAutograd's list does this: it contains the operator's packet after the first traced draw."""
     from torch._functorch import compile_utils
 
     torch.compile(lambda x: operators.draw_keys(1, device=x.device), backend="aot_eager")(X)
@@ -115,9 +115,9 @@ def test_draws_are_kept_apart():
         graph.call_function(operators.draw_keys, (1,), {"device": X.device})
     graph.output(tuple(graph.nodes))
     assert len([n for n in compile_utils.fx_graph_cse(graph).nodes if n.op == "call_function"]) == 2
-    if torch.__version__ >= "2.14":  # it reads the operator's tag instead
+    if torch.__version__ >= "2.14":  # newer versions read the operator's tag instead
         return
-    # The list is what does it: without it two draws would be one.
+    # The list is the cause: without it two draws become one.
     compile_utils.rand_ops.remove(torch.ops.fused_dropout.draw_keys)
     try:
         merged = compile_utils.fx_graph_cse(graph)
@@ -140,7 +140,7 @@ def test_apply_without_functorch():
 
 
 def test_unwrapped_constant():
-    """Dynamo hands over a stand-in of a mesh; tests/test_dtensors.py has the meshes."""
+    """Dynamo passes a stand-in for a mesh. tests/test_dtensors.py tests real meshes."""
 
     class StandIn:
         real_obj = X

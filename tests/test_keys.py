@@ -13,7 +13,7 @@ from helpers import EDGES, key_tensor
 import fused_dropout as fd
 from fused_dropout import keys
 
-# What torch.func._random.split gives for three keys (torch 2.15, CPU).
+# The results of torch.func._random.split for three keys (torch 2.15, CPU).
 TORCH = {
     (2**64 - 5, 2**64 - 1): [
         [11656978869188787035, 12491300182279802755],
@@ -29,7 +29,7 @@ TORCH = {
 
 
 def expected(seed, offset, data):
-    """From the contract's integers: the four words of the counter (offset + data, 0), two by two."""
+    """From the contract in plain integers: the four words of the counter (offset + data, 0) as two pairs."""
     w0, w1, w2, w3 = contract.block_words(seed, (offset + data) % 2**64, 0)
     return [w1 << 32 | w0, w3 << 32 | w2]
 
@@ -112,7 +112,7 @@ def test_no_generator_is_touched():
 
 
 def test_keys_give_masks_apart(device):
-    """Parent, children and grandchildren, in each pair."""
+    """The masks of parent, children and grandchildren are uncorrelated, in each pair."""
     parent = fd.key(0, device)
     children = list(fd.split(parent, 8))
     keys = [parent, *children, *fd.split(children[0], 8), *(fd.fold_in(parent, i) for i in range(8, 16))]
@@ -179,7 +179,7 @@ CHANGES = {
 
 
 class TestKeysAreKeptByValue:
-    """Nothing that happens to the key's memory between forward and backward changes the gradient."""
+    """Changes of the key's memory between forward and backward do not change the gradient."""
 
     @pytest.mark.parametrize("options", [{}, {"noise_shape": (8, 1)}, {"inplace": True}], ids=["", "rows", "in place"])
     @pytest.mark.parametrize("change", CHANGES)
@@ -195,7 +195,7 @@ class TestKeysAreKeptByValue:
         assert torch.equal(x.grad, y)
 
     def test_a_row_of_several(self):
-        """Of ``split``'s keys one can be written to while another serves."""
+        """One of the keys of ``split`` can be overwritten while another is in use."""
         keys = fd.split(fd.key(1), 3)
         x = torch.ones(100, requires_grad=True)
         y = fd.dropout(x, 0.5, key=keys[1])

@@ -1,6 +1,8 @@
-"""What results do not show of the kernel for rows, counted by an interpreter of the compiled code: one launch a
-call, each element moved once and in the widest accesses that its address allows, on any grid, beyond any memory's
-size."""
+"""Properties of the kernel for rows that results do not show. An interpreter of the compiled code counts them.
+
+Each call is one launch. It moves each element once, with the widest access that its address allows. This holds for any
+grid, and for tensors larger than any memory.
+"""
 
 import functools
 import itertools
@@ -45,7 +47,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_FAKE_GPU, reason="only 
 
 
 class Rows(NamedTuple):
-    """The kernels' struct of that name."""
+    """The kernels' struct Rows."""
 
     count: int
     length: int
@@ -54,7 +56,7 @@ class Rows(NamedTuple):
     index: int
 
     def kept(self, p=P, start=0, key=KEY):
-        """The contract's mask, one row below the other."""
+        """The contract's mask, as an array of rows."""
         return np.stack([contract.keep_numpy(*key, p, self.length, start + r * self.index) for r in range(self.count)])
 
 
@@ -63,8 +65,10 @@ def dense(n):
 
 
 def bytes_by_width(rows, start, size, sides):
-    """How many bytes are moved in accesses of each width. sides: (pointer, stride). A chunk of 32 blocks takes the
-    widest access that both addresses allow, and where the row begins or ends in it."""
+    """The number of bytes that accesses of each width move. sides: (pointer, stride).
+
+    A chunk of 32 blocks uses the widest access that both addresses, and the begin and end of the row, allow.
+    """
     moved = Counter()
     for r in range(rows.count):
         head = (start + r * rows.index) % 8
@@ -78,8 +82,11 @@ def bytes_by_width(rows, start, size, sides):
 
 
 def assert_one_pass(rows, start, size, kept, y, x=None):
-    """Each element of y is stored once. Each element of x is read once at most, and once where it is kept. Accesses are
-    as wide as the addresses allow. Nothing else is touched. y and x: a pointer and the Buffer that it points into."""
+    """Each element of y is stored once. Each element of x is read at most once, and kept elements exactly once.
+
+    Accesses are as wide as the addresses allow. No other memory is accessed. y and x: a pointer, and the Buffer that it
+    points into.
+    """
     sides = [("st", *y, rows.y)] + ([("ld", *x, rows.x)] if x else [])
     moved = bytes_by_width(rows, start, size, [(pointer, stride) for _, pointer, _, stride in sides])
     for kind, pointer, buffer, stride in sides:
@@ -95,7 +102,7 @@ def assert_one_pass(rows, start, size, kept, y, x=None):
         assert {k for k, _ in buffer.counts} <= {k for k, _, b, _ in sides if b is buffer}
 
 
-# ----------------------------------------------------------------------------------------------- what the host launches
+# ------------------------------------------------------------------------------------------------ launches by the host
 
 
 def check_apply(x, rows, start, inplace):
@@ -112,7 +119,7 @@ def check_apply(x, rows, start, inplace):
 @pytest.mark.parametrize("binding", ["eager", "python"])
 @pytest.mark.parametrize("n", [1, 7, 8, 2047, 2049, 65541, 131072])
 def test_one_launch_a_call(dtype, binding, n, monkeypatch):
-    """Forward, backward, in place and mask; the largest sizes take several passes of the grid."""
+    """Forward, backward, in place and mask. The largest sizes need several passes of the grid."""
     if binding == "python":
         monkeypatch.setattr("fused_dropout.dispatch._eager_drop", None)
     rows, size, key = dense(n), dtype.itemsize, key_tensor(*KEY)
@@ -142,7 +149,7 @@ def test_nothing_to_launch(shape, key):
 @for_dtypes
 @pytest.mark.parametrize("start", [0, 8, 2**36])
 def test_widest_accesses(dtype, start, key):
-    """The steady state, whole and aligned blocks, knows no others: 16 bytes, or 8 of a mask."""
+    """Whole and aligned blocks use only the widest accesses: 16 bytes, or 8 bytes for a mask."""
     n, x = 9 * 2**13, values(9 * 2**13 + 16, dtype, "cuda")[16:]
     for call in (torch.ops.fused_dropout.apply, torch.ops.fused_dropout.apply_):
         launched(call, x, P, key, start=start)
@@ -188,7 +195,7 @@ def test_64_bits_only_where_needed(start):
     assert f"{WIDE if start > 2**34 else NARROW}>(" in fake_gpu.launches[-1][0]
 
 
-# --------------------------------------------------------------------------------- grids that no host code would choose
+# ----------------------------------------------------------------------------------- grids that the host never chooses
 
 
 @functools.cache
@@ -197,7 +204,7 @@ def kernel(dtype, block_type):
 
 
 def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, grid=1, block=256, only=None, **source):
-    """The bare kernel. source: where its key comes from, if not by value."""
+    """Launches the kernel directly. source: the source of its key, if it is not given by value."""
     op = bytes(1) if dtype == MASK else cstruct(("f64" if dtype == torch.float64 else "f32", contract.scale(p)))
     rows = cstruct(("s64", [*rows, rows.x, rows.x]))
     args = [streams(x, y), rows, start, key_source(key, **source), contract.threshold(p), op]
@@ -205,7 +212,8 @@ def launch(dtype, block_type, x, y, rows, p=P, start=0, key=KEY, grid=1, block=2
 
 
 def run(dtype, block_type, rows, p=P, start=0, key=KEY, leads=(0, 0), **options):
-    """Launches on just the rows' memory, each side's first block a lead behind an aligned address; checks all."""
+    """Launches on exactly the rows' memory and checks everything. leads: offsets of the first blocks from aligned
+    addresses."""
     size, kept = dtype.itemsize, rows.kept(p, start, key)
     x = values((rows.count - 1) * rows.x + rows.length, torch.float32 if dtype == MASK else dtype)
     y = torch.zeros((rows.count - 1) * rows.y + rows.length, dtype=dtype)
@@ -240,7 +248,8 @@ def test_any_grid(dtype, block_type, grid, block):
 @pytest.mark.parametrize("grid", [1, 3])
 @pytest.mark.parametrize("dtype", [HALF, torch.float32, torch.float64], ids=str)
 def test_any_number_of_chunks(dtype, block_type, grid):
-    """Pairs of passes, a single one after them, what is left at both ends: for each remainder of the grid's stride."""
+    """Pairs of passes, a single pass after them, and partial chunks at both ends, for each remainder of the grid's
+    stride."""
     for chunks, tail, start in itertools.product(range(8), (0, 5, 40), (0, 3)):
         run(dtype, block_type, dense(256 * chunks + tail or 1), start=start, grid=grid, block=32)
 
@@ -269,7 +278,7 @@ def test_start_around_a_power_of_two(dtype, block_type, exponent):
 
 
 def check_windows(folder, block_type, rows, windows, **options):
-    """In tensors beyond any memory, each window (place in x, place in y, length, index) is read and written once."""
+    """In tensors larger than any memory: each window (place in x, place in y, length, index) moves once."""
     x, y = (np.memmap(folder / name, np.float16, "w+", shape=2**38) for name in "xy")
     for a, _, n, _ in windows:
         x[a : a + n] = values(n, HALF).numpy()
@@ -282,7 +291,7 @@ def check_windows(folder, block_type, rows, windows, **options):
 
 @pytest.mark.parametrize(("stride", "block_type"), [(2**29, NARROW), (2**29, WIDE), (2**32, WIDE), (2**33, WIDE)])
 def test_passes_through_a_huge_tensor(tmp_path, stride, block_type):
-    """The grid's first and last blocks: both passes of a pair, and the tail behind the last."""
+    """The first and last blocks of the grid: both passes of a pair, and the tail after the last pass."""
     far, grid, start = 8 * stride, stride // 256, 2**20
     places = ((0, 2048), (far - 2048, 4096), (2 * far - 2048, 2053))
     windows = [(at, at, n, start + at) for at, n in places]
@@ -291,7 +300,7 @@ def test_passes_through_a_huge_tensor(tmp_path, stride, block_type):
 
 @pytest.mark.parametrize(("index", "block_type"), [(59, NARROW), (59, WIDE), (2**18 + 1, WIDE), (2**40 + 3, WIDE)])
 def test_rows_of_a_huge_tensor(tmp_path, index, block_type):
-    """The last line of the tallest grid, and the rows that it goes on to, beyond 2^32 elements."""
+    """The last line of the tallest grid, and the rows that it continues with, beyond 2^32 elements."""
     rows = Rows(3 * 65535, 59, 2**18, 2**17 + 8, index)
     windows = [(r * rows.x, r * rows.y, 59, r * index) for r in (65534, 2 * 65535 - 1, 3 * 65535 - 1)]
     check_windows(tmp_path, block_type, rows, windows, grid=(1, 65535), only=[65534])
@@ -309,8 +318,10 @@ def test_threshold(dtype, k):
 @pytest.mark.parametrize("dtype", [HALF, MASK], ids=str)
 @pytest.mark.parametrize("draw", [0, 40000, 65535])
 def test_ties(dtype, draw):
-    """An element whose draw is the threshold's: dropped by one, kept by one, at each place of a block: in whole chunks,
-    in vectors at the end of a row, and one by one."""
+    """An element whose 48 bits equal K, which drops it, or K - 1, which keeps it.
+
+    It is at each place of a block: in whole chunks, in vectors at the end of a row, and among single elements.
+    """
     for half, tie in itertools.product(range(8), (0, 2**32 - 1)):
         seed, offset, i = contract.forge(random.Random(half), half, draw, tie)
         for n, ahead, lead in ((256, 8 * (half + 1), 0), (256, 8 * (31 - half), 0), (20, 8, 0), (20, 8, 1)):
@@ -325,7 +336,7 @@ def test_ties(dtype, draw):
 
 
 def efficiency(kind):
-    """Of the last launch: the bytes moved, over those of the sectors of memory that the warps' requests touched."""
+    """Of the last launch: the bytes moved, divided by the bytes of the memory sectors that the requests touched."""
     stats = fake_gpu.launches[-1][3]
     sectors = sum(n for (k, space, _), n in stats.sectors.items() if (k, space) == (kind, "global"))
     return stats.bytes(kind) / (32 * sectors)
@@ -338,7 +349,7 @@ def counts_sectors(monkeypatch):
 
 @for_dtypes
 def test_whole_sectors(dtype, counts_sectors, key):
-    """The warps' requests touch no more memory than they move."""
+    """The warps' requests touch only the memory that they move."""
     x = values(2**15, dtype, "cuda")
     y = launched(torch.ops.fused_dropout.apply, x, P, key)
     assert (efficiency("ld"), efficiency("st")) == (1, 1)
@@ -349,7 +360,7 @@ def test_whole_sectors(dtype, counts_sectors, key):
     launched(torch.ops.fused_dropout.apply, x.view(32, 32, 32), P, key, 0, [32, 1, 0])
     assert "::window_kernel<" in fake_gpu.launches[-1][0]
     assert (efficiency("ld"), efficiency("st")) == (1, 1)
-    launched(torch.ops.fused_dropout.apply, x.view(128, 256), P, key, 0, [1, 128])  # of another layout than forward's
+    launched(torch.ops.fused_dropout.apply, x.view(128, 256), P, key, 0, [1, 128])  # the layout differs from forward's
     assert "::window_kernel<" in fake_gpu.launches[-1][0]
     assert (efficiency("ld"), efficiency("st")) == (1, 1)
 
@@ -373,7 +384,7 @@ def test_sectors_of_misaligned_views(dtype, alignment, least, counts_sectors, ke
 @for_ops
 @for_blocks
 def test_the_kernel_draws_and_stores_the_key(dtype, block_type):
-    """From the addresses of seed and offset; once, on whatever grid."""
+    """From the addresses of seed and offset. The key is stored once, on any grid."""
     state = Buffer(np.array([KEY[0], 40], np.uint64), readonly=True)
     for grid, block in (((2, 3), (32, 2)), (1, 256)):
         drawn = Buffer(np.zeros(2, np.uint64))
@@ -384,12 +395,12 @@ def test_the_kernel_draws_and_stores_the_key(dtype, block_type):
 
 
 def test_one_launch_a_call_in_a_captured_graph(info):
-    """The kernel itself draws: no other one writes the key before it."""
+    """The kernel itself draws the key, so no other kernel has to write it before."""
     if not info.eager:
         pytest.skip("without the eager binding torch draws the keys")
     x = torch.ones(600, device="cuda", requires_grad=True)
     ones, graph = torch.ones(20, 30, device="cuda"), torch.cuda.CUDAGraph()
-    launched(fd.dropout, ones, 0.5)  # the device's first call is served in Python
+    launched(fd.dropout, ones, 0.5)  # the first call on a device runs in Python
     with _disable_current_modes(), torch.cuda.graph(graph):
         y = fd.dropout(x, 0.5)
         (dx,) = torch.autograd.grad(y, x, ones.view(600))

@@ -1,4 +1,4 @@
-"""All layers, no eager binding, no kernels, none of them: each serves, with the same masks from the same seeds."""
+"""With all layers, without the eager binding, without the kernels, without both: the same seeds give the same masks."""
 
 import json
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from forks import Forks
 
-# What a user does: train a step, draw with a generator and a key, in place, several layouts; as a digest of all bits.
+# Typical use: a training step, draws with a generator and with a key, in place, several layouts. Prints a digest of all
+# bits.
 SCRIPT = """
 import hashlib, json, sys, warnings
 hide = sys.argv[1].split(",") if sys.argv[1] else []
@@ -85,7 +86,7 @@ def test_each_combination_is_what_it_says(outcomes, info):
 
 
 def test_what_is_missing_is_said_once(outcomes):
-    """One warning with the reason; none where the user asked for the fallback."""
+    """One warning with the reason, and none if the user asked for the fallback."""
     assert len(outcomes["no kernels"]["warnings"]) == 1
     assert "reference" in outcomes["no kernels"]["warnings"][0]
     assert outcomes["by environment"]["warnings"] == []
@@ -125,7 +126,7 @@ def test_native_demanded_but_missing_is_an_error(run):
     assert done.stderr.endswith("ImportError: FUSED_DROPOUT_BACKEND=native, but CPU kernels not built\n")
 
 
-# Limits the address space, so that each call runs out of memory. Prints the error of torch's own dropout, then of ours.
+# Limits the address space, so that each call runs out of memory. Prints the error of torch's dropout, then ours.
 OUT_OF_MEMORY = """
 import json, resource, sys
 sys.modules.update({f"fused_dropout.{name}": None for name in sys.argv[1].split(",") if name})

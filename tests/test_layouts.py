@@ -1,4 +1,4 @@
-"""Layouts, bit for bit against contract.py: which index an element has, where its result goes, what stays untouched."""
+"""Layouts, bit for bit against contract.py: the index of each element, the place of its result, unchanged memory."""
 
 import math
 
@@ -20,7 +20,7 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-# Each function is given full(*sizes), a contiguous tensor with room around it in its storage.
+# Each function gets full(*sizes), which makes a contiguous tensor with unused memory around it in its storage.
 LAYOUTS = {
     "contiguous": lambda full: full(4, 6, 35),
     "rows": lambda full: full(12, 17)[3:9],
@@ -60,8 +60,10 @@ LAYOUTS = {
 @for_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(device, ops, layout, dtype):
-    """Indices follow memory where memory is dense, else row-major order; outputs have empty_like's strides; the input's
-    storage is not written by apply, and by apply_ only where x is."""
+    """Indices follow memory order if x is dense, else row-major order. Outputs have the strides of empty_like.
+
+    apply does not write to the input's storage, and apply_ writes only to the elements of x.
+    """
     x = LAYOUTS[layout](lambda *s: values(math.prod(s) + 128, dtype, device)[64 : 64 + math.prod(s)].view(s))
     storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
     untouched, key, strides = storage.cpu().clone(), key_tensor(2**40, 3), torch.empty_like(x).stride()
@@ -74,7 +76,7 @@ def test_layouts(device, ops, layout, dtype):
     assert_same(storage, untouched)
     assert y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
-    if not layout.startswith(("expanded", "overlapping")):  # these cannot be written in place, in torch either
+    if not layout.startswith(("expanded", "overlapping")):  # these cannot be written in place; torch refuses too
         torch.ops.fused_dropout.apply_(x, 0.4, key, start=6)
         untouched.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(want)
         assert_same(storage, untouched)
@@ -90,14 +92,14 @@ def strided_view(dtype, device, lead, dims, order, repeat):
 
 DIMS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2), st.sampled_from([1, 1, 1, 2, 3])), max_size=4)
 UINT64 = st.sampled_from(EDGES) | st.integers(0, 2**64 - 1)
-SHARED_DEVICE = HealthCheck.function_scoped_fixture  # all examples run on one device, as they should
+SHARED_DEVICE = HealthCheck.function_scoped_fixture  # all examples use the same device, as intended
 P = st.sampled_from([0.0, 1.0, *PROBABILITIES]) | st.floats(0, 1)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[SHARED_DEVICE])
 @given(st.data(), st.sampled_from(DTYPES), DIMS, P, UINT64, UINT64, st.integers(0, 2**63 - 2**16))
 def test_anything(device, data, dtype, dims, p, seed, offset, start):
-    """Combinations that no list above holds: any layout with any key, probability and start."""
+    """Combinations that the lists above do not have: any layout with any key, probability and start."""
     order = data.draw(st.permutations(range(len(dims))))
     lead, repeat = data.draw(st.integers(0, 7)), data.draw(st.sampled_from([0, 0, 0, 1, 3]))
     x = strided_view(dtype, device, lead, dims, order, repeat)

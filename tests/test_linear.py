@@ -1,4 +1,4 @@
-"""``fd.dropout_linear`` against ``F.linear(fd.dropout(...))``: bit for bit, and what is saved for backward."""
+"""``fd.dropout_linear`` against ``F.linear(fd.dropout(...))``: bit for bit, and the tensors saved for backward."""
 
 import doctest
 import itertools
@@ -84,8 +84,10 @@ def assert_same_runs(tensors, ours=ours, theirs=two_calls, **options):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_same_bits(path, inputs, weights, dtype):
-    """Value, gradients and strides, for each choice of what needs a gradient; with an expanded gradient for two of the
-    dtypes, and with one that is stored for the others, in turn."""
+    """Value, gradients and strides, for each choice of the tensors that need a gradient.
+
+    In turn, two of the dtypes have an expanded output gradient, and the others a stored one.
+    """
     torch.manual_seed(1)
     x, weight = INPUTS[inputs](dtype), WEIGHTS[weights](dtype)
     for bias, of in itertools.product(
@@ -97,7 +99,7 @@ def test_same_bits(path, inputs, weights, dtype):
 
 @pytest.mark.parametrize("source", ["default", "generator", "key"])
 def test_same_draws(path, source):
-    """The same mask, and the generator is left where the two calls leave it."""
+    """The same mask as the two calls, and the same final state of the generator."""
     states = []
     for call in (ours, two_calls):
         torch.manual_seed(5)
@@ -157,7 +159,7 @@ def test_saves_the_input_and_the_key(path, x_dtype):
     assert [(t.dtype, t.numel()) for t in fresh] == [(torch.uint64, 2)]
     assert {t.data_ptr() for t in found} >= {x.data_ptr(), layer.weight.data_ptr()}
     found, _ = saved(fd.dropout_linear, x.detach(), layer.weight, layer.bias, P)
-    assert layer.weight.data_ptr() not in {t.data_ptr() for t in found}  # only the gradient of x needs it
+    assert layer.weight.data_ptr() not in {t.data_ptr() for t in found}  # only the gradient of x needs the weight
     layer.weight.requires_grad_(False)
     found, _ = saved(fd.dropout_linear, x, layer.weight, layer.bias, P)
     assert x.data_ptr() not in {t.data_ptr() for t in found}
@@ -250,7 +252,7 @@ def test_examples():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled(compile_as, backend, dtype, monkeypatch):
-    """The gradients of eager calls; of x's size only x itself is saved, in the place of its dropped copy."""
+    """The gradients of eager calls. The only saved tensor of x's size is x itself, instead of its dropped copy."""
     monkeypatch.setattr(native, "compile_as", compile_as)
     x = torch.randn(4, 5, IN, dtype=dtype, requires_grad=True)
     layer = nn.Linear(IN, OUT)

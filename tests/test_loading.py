@@ -1,6 +1,6 @@
-"""What is loaded and what is refused: never a library that is not whole, not ours, or not for this torch; and ``info``.
+"""Loading of the compiled libraries, and ``info``. Incomplete, foreign or incompatible libraries are refused.
 
-Each test imports a copy of the package, with libraries that were tampered with, in a process of its own.
+Each test imports a copy of the package with modified libraries, in a separate process.
 """
 
 import json
@@ -39,7 +39,7 @@ needs_kernels = pytest.mark.skipif(native.kernels is None, reason="no compiled k
 
 @pytest.fixture
 def package(tmp_path):
-    """The installed package, copied to where it can be changed."""
+    """A copy of the installed package, which tests can change."""
     shutil.copytree(Path(fd.__file__).parent, tmp_path / "fused_dropout", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "fused_dropout"
 
@@ -56,7 +56,7 @@ def forks():
 
 @pytest.fixture
 def outcome(forks, package):
-    """What a process that imports the copy finds. It ends well, and its masks are the contract's, whatever serves."""
+    """The report of a process that imports the copy. It succeeds, and its masks are the contract's in every case."""
 
     def outcome(before="", code=REPORT, inherited=os.environ, **environment):
         environment = {"PYTHONPATH": str(package.parent), **environment}
@@ -71,7 +71,7 @@ def outcome(forks, package):
 
 
 def is_refused(found, *why):
-    """One warning that says why; the reference serves."""
+    """Checks that one warning gives the reason, and that the reference runs."""
     assert found["cpu"] == "reference"
     assert not found["eager"]
     assert len(found["warnings"]) == 1
@@ -90,7 +90,7 @@ def test_untouched_copy_is_loaded(outcome, package):
 
 @needs_kernels
 def test_truncated_library(outcome, package):
-    """The loader itself dies of this one, of a bus error."""
+    """The system's loader would crash on this file with a bus error."""
     whole = library(package, "_C").read_bytes()
     library(package, "_C").write_bytes(whole[: len(whole) // 2])
     is_refused(outcome(), "is truncated")
@@ -145,7 +145,7 @@ def test_library_for_another_python(outcome, package):
 
 @needs_kernels
 def test_no_library_elsewhere_is_taken(outcome, package, tmp_path):
-    """One of that name on sys.path, in the working directory or in a package of that name further on."""
+    """No library of the same name is taken from sys.path, the working directory or a later package of the same name."""
     elsewhere = tmp_path / "elsewhere" / "fused_dropout"
     elsewhere.mkdir(parents=True)
     shutil.move(library(package, "_C"), elsewhere)
@@ -173,7 +173,7 @@ def test_eager_binding_of_another_torch(outcome, package):
     ("version", "served"), [("2.10.1", False), ("2.11.0a0+b5c9cb3ab8.nv26.01", True), ("2.11.0.dev20260102", True)]
 )
 def test_floor_of_the_kernels(outcome, package, version, served):
-    """Below it the reference, above it the kernels; a preview of 2.11 counts as 2.11."""
+    """Below this version the reference runs, from it on the kernels. A preview of 2.11 counts as 2.11."""
     before = f"torch.__version__ = torch.torch_version.TorchVersion({version!r})"
     found = outcome(before)
     assert found["cpu"] == ("native" if served else "reference")
@@ -193,7 +193,7 @@ def test_torch_that_is_too_old_for_all(forks, package):
     ("built_for", "here", "fits"),
     [
         ("2.13.0", "2.13.1", True),
-        ("2.13.0+cpu", "2.13.0+cu130", True),  # whether it loads is another question
+        ("2.13.0+cpu", "2.13.0+cu130", True),  # the check does not say whether it loads
         ("2.13.0", "2.12.0", False),
         ("2.1.0", "2.11.0", False),
         ("2.11.0a0+abc", "2.11.0a0+abc", True),
@@ -210,7 +210,7 @@ def test_torch_that_an_eager_binding_fits(built_for, here, fits):
     ("built", "here", "driver", "refused"),
     [
         ("13.0", "12.8", 12, True),
-        ("13.0", "12.8", 0, False),  # no driver, no GPU to serve
+        ("13.0", "12.8", 0, False),  # no driver, so no GPU
         ("13.2", "12.8", 13, False),
         ("12.8", "13.0", 12, False),
         ("13.2", "13.0", 13, False),
@@ -226,7 +226,7 @@ def test_runtime_that_is_newer_than_the_driver(monkeypatch, built, here, driver,
 
 
 def test_nothing_is_written_and_nothing_asked_of_home(outcome, package, tmp_path):
-    """A package that cannot be written to, no home directory: it imports, and leaves no file and no change."""
+    """With a read-only package and no home directory, the import works. It changes no file and no variable."""
     for path in [package, *package.rglob("*")]:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
     before = "import os; environment = dict(os.environ); os.environ.pop('HOME', None); environment.pop('HOME', None)"
@@ -282,7 +282,7 @@ def test_two_processes_at_once(package):
 
 
 def test_importing_starts_nothing(outcome, package):
-    """No CUDA context, no compiler, no thread; nor does the first call."""
+    """The import and the first call start no CUDA context, no compiler and no thread."""
     code = """
 import json, sys, threading
 import torch
@@ -332,8 +332,10 @@ def test_info_says_what_serves_and_why(capsys, monkeypatch):
     ],
 )
 def test_command_that_rebuilds(monkeypatch, origin, command):
-    """The command names the sources of the package, and turns pip's cache off, which holds the same library. If the
-    sources are not known, a sentence stands in its place."""
+    """The command names the sources of the package, and turns off pip's cache, which holds the same library.
+
+    If the sources are not known, there is a sentence instead of a command.
+    """
 
     class Distribution:
         @staticmethod
@@ -364,7 +366,7 @@ def test_command_that_rebuilds(monkeypatch, origin, command):
 
 
 def test_saying_so_leaves_the_process_as_it_was():
-    """setuptools' hook acts on who looks for pip, and Inductor then fails to compile for the CPU."""
+    """A search for pip would trigger a hook of setuptools, and Inductor could then not compile for the CPU."""
     code = """
 import sys, warnings
 sys.modules["fused_dropout._C"] = None

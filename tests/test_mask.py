@@ -1,7 +1,7 @@
 """Masks and values, bit for bit against contract.py: every operator, device, dtype, size, key, start and probability.
 
-Most thresholds and all ties are too rare to meet by chance (one element in 2**48), so Philox is run backwards to make
-an element with a given draw and tie. Layouts have their own file. Left out: gradients, statistics, torch.compile.
+Most thresholds and all ties are too rare to occur by chance (one element in 2**48), so the tests run Philox backwards
+to make an element with a given draw and tie. Other files test layouts, gradients, statistics and torch.compile.
 """
 
 import itertools
@@ -33,14 +33,14 @@ from fused_dropout import reference
 
 @pytest.fixture(params=["cpu", "same"])
 def make_key(request, device):
-    """Keys on the CPU and keys beside the tensor: on a GPU they are two ways into the kernel."""
+    """Keys on the CPU, and keys on the tensor's device. On a GPU the kernel gets them in two different ways."""
     if request.param == "same" and device == "cpu":
         pytest.skip("the same as the cpu case")
     return lambda seed, offset: key_tensor(seed, offset, device if request.param == "same" else "cpu")
 
 
 def sizes(device: str) -> list[int]:
-    """Tails of every vector width and both sides of each power of two; fewer on CUDA, which may be interpreted."""
+    """Tails of every vector width, and both sides of each power of two. CUDA has fewer: an interpreter may run it."""
     if device != "cpu":
         return [*range(18), 31, 33, 63, 64, 65, 127, 255, 256, 257, 1023, 1025, 4099, 2**15 + 5, 2**17 + 9]
     return [*range(71), *(2**k + d for k in range(7, 20) for d in (-1, 0, 1)), 2**20 - 1, 2**20, 2**20 + 1]
@@ -54,7 +54,7 @@ KNOWN_ANSWERS = """00000000 00000000 00000000 00000000 00000000 00000000 6627e8d
 
 
 def test_known_answers_of_random123(device):
-    """contract.py and the reference compute Random123's philox4x32-10: the other tests compare with the real one."""
+    """contract.py and the reference compute Random123's philox4x32-10, so other tests compare with the real Philox."""
     for line in KNOWN_ANSWERS.splitlines():
         numbers = [int(word, 16) for word in line.split()]
         assert list(contract.philox4x32(numbers[:4], numbers[4:6])) == numbers[6:]
@@ -63,7 +63,7 @@ def test_known_answers_of_random123(device):
 
 
 def test_reference_philox_on_many_counters(device):
-    """The reference multiplies in int64, where a product of two 32-bit words overflows: large words must come out."""
+    """The reference multiplies in int64, where a product of two 32-bit words overflows. It must still be right."""
     rng = random.Random(0)
     numbers = [[rng.choice([0, 1, 2**31, 2**32 - 1, rng.getrandbits(32)]) for _ in range(6)] for _ in range(500)]
     columns = torch.tensor(numbers, device=device).unbind(1)
@@ -72,7 +72,7 @@ def test_reference_philox_on_many_counters(device):
 
 
 def test_draws_are_the_half_words_in_memory_order():
-    """On a little-endian machine a block's words, read as eight uint16, are its draws: kernels use that."""
+    """On a little-endian machine, a block's words read as eight uint16 are its draws. The kernels rely on this."""
     words = contract.block_words(2**63 + 5, 2**40 + 3, 2**33 + 1)
     draws = [contract.draw(2**63 + 5, 2**40 + 3, 8 * (2**33 + 1) + h) for h in range(8)]
     assert draws == list(struct.unpack("<8H", struct.pack("<4I", *words)))
@@ -88,7 +88,7 @@ def test_fast_contract_equals_plain_contract():
 
 
 def test_threshold():
-    """K is (1 - p) rounded to 48 bits, never 0 and never 2**48: p > 0 can drop and p < 1 can keep."""
+    """K is (1 - p) rounded to 48 bits. It is never 0 or 2**48, so that p > 0 can drop and p < 1 can keep."""
     known = {0.5: 2**47, 25 / 256: 231 * 2**40, 0.1: 253327479039590, 5e-324: 2**48 - 1, math.nextafter(1, 0): 1}
     assert {p: contract.threshold(p) for p in known} == known
     for p in PROBABILITIES:
@@ -99,7 +99,7 @@ def test_threshold():
 
 
 def assert_decides(ops, dtype, device, p, element, kept):
-    """This element is kept or dropped: alone in its block, inside a vector loop, and where blocks are misaligned."""
+    """Checks the element alone in its block, inside a vector loop, and with misaligned blocks."""
     seed, offset, i = element
     key = key_tensor(seed, offset)
     for before, n in ((i % 8, 8), (i % 8 + 512, 1024), (509, 1027))[device != "cpu" :]:
@@ -114,7 +114,8 @@ def assert_decides(ops, dtype, device, p, element, kept):
 @for_dtypes
 @pytest.mark.parametrize("half", range(8))
 def test_tie_rule_is_a_48_bit_comparison(device, ops, half, dtype):
-    """(draw, tie) < K as one number: K beside the element's own, where signs, carries and an equal tie decide."""
+    """(draw, tie) < K as one 48-bit number. K is close to the element's number, so signs, carries and an equal tie
+    matter."""
     rng = random.Random(half)
     cases = list(itertools.product([0, 1, 0x7FFF, 0x8000, 0xFFFF], [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
     for draw, tie in cases if device == "cpu" else rng.sample(cases, 2):
@@ -129,7 +130,7 @@ def test_tie_rule_is_a_48_bit_comparison(device, ops, half, dtype):
 @for_operators
 @pytest.mark.parametrize("p", PROBABILITIES)
 def test_threshold_of_every_probability(device, ops, p):
-    """The last element kept and the first one dropped: K is right to its last bit, clamped ends included."""
+    """The last element that is kept and the first that is dropped: K is right to its last bit, also if clamped."""
     rng = random.Random(p)
     for dtype in DTYPES if device == "cpu" else rng.sample(DTYPES, 1):
         for number, kept in ((contract.threshold(p) - 1, True), (contract.threshold(p), False)):
@@ -139,7 +140,7 @@ def test_threshold_of_every_probability(device, ops, p):
 
 @for_operators
 def test_every_bit_of_the_key_counts(device, ops, make_key):
-    """64 bits of seed and 64 of offset, unsigned: around the ends of int32 and int64, and one bit at a time."""
+    """64 bits of seed and 64 bits of offset, unsigned: around the limits of int32 and int64, and each single bit."""
     x = values(100, torch.float32, device)
     bits = [2**k for k in range(64)]
     keys = [*itertools.product(EDGES, EDGES), *((b, 0) for b in bits), *((0, b) for b in bits)]
@@ -150,7 +151,7 @@ def test_every_bit_of_the_key_counts(device, ops, make_key):
 @pytest.mark.torch_copies
 @for_operators
 def test_key_may_be_a_view(device, ops):
-    """A column of a table of keys is a key: strides and storage offset of the key are followed."""
+    """A column of a table of keys is a key: its strides and storage offset count."""
     x = values(100, torch.float32, device)
     table = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint64)
     for keys in (table, table.to(device)):
@@ -160,7 +161,7 @@ def test_key_may_be_a_view(device, ops):
 @for_operators
 @pytest.mark.parametrize("edge", [2**31, 2**32, 2**34, 2**35, 2**36, 2**48, 2**62, 2**63 - 1])
 def test_start_far_out(device, ops, make_key, edge):
-    """Indices and blocks pass the ends of 32 bits (2**35 is block 2**32) inside one tensor, at every alignment."""
+    """Indices and blocks exceed 32 bits inside one tensor (2**35 is block 2**32), at every alignment."""
     n = 600
     for shift in range(8) if device == "cpu" else (0, 3):
         start = min(edge - n // 2 - shift, 2**63 - 1 - n - shift)
@@ -172,7 +173,7 @@ def test_start_far_out(device, ops, make_key, edge):
 
 @for_operators
 def test_shards_draw_their_part_of_the_whole(device, ops):
-    """With start, a contiguous piece gets what the whole tensor would have had there, cut where it may."""
+    """With start, a contiguous piece has the same mask as this part of the whole tensor, for any cut."""
     rng, key, x = random.Random(0), key_tensor(11, 12), values(999, torch.float32, device)
     for start in (0, 3, 2**32 - 500):
         whole = ops.apply(x, 0.5, key, start=start)
@@ -186,7 +187,7 @@ def test_shards_draw_their_part_of_the_whole(device, ops):
 @for_operators
 @for_dtypes
 def test_sizes(device, ops, make_key, dtype):
-    """Full vectors, their tails and many threads' shares: apply, apply_ and keep_mask at every size."""
+    """apply, apply_ and keep_mask at every size: full vectors, tails, and shares of many threads."""
     x = values(sizes(device)[-1], dtype, device)
     key, want = make_key(5, 6), expected(x, 5, 6, 0.1)
     mask = torch.from_numpy(contract.keep_numpy(5, 6, 0.1, len(x)))
@@ -199,7 +200,7 @@ def test_sizes(device, ops, make_key, dtype):
 
 
 def test_number_of_threads_does_not_matter(device):
-    """The mask belongs to the index, not to the thread that met it."""
+    """The mask depends on the index, not on the thread."""
     if device != "cpu":
         pytest.skip("CPU threads")
     x, before = values(300_007, torch.float32), torch.get_num_threads()
@@ -213,7 +214,7 @@ def test_number_of_threads_does_not_matter(device):
 
 @for_dtypes
 def test_misaligned_views_and_stray_writes(device, dtype):
-    """In place at every offset into a buffer: heads that vector loads cannot take, and nothing written outside."""
+    """In place at every offset into a buffer: heads that vector loads cannot handle, and no writes outside."""
     for lead, n in itertools.product(range(1, 9), [*range(1, 40), 65, 131, 255] if device == "cpu" else [1, 9, 131]):
         buffer = torch.full((lead + n + 9,), 7.0, dtype=dtype, device=device)
         x = buffer[lead : lead + n]
@@ -228,15 +229,15 @@ def test_misaligned_views_and_stray_writes(device, dtype):
 @pytest.mark.parametrize("p", [0.4, 0.9])
 @for_dtypes
 def test_special_values(device, ops, dtype, p):
-    """Dropping selects +0, whatever was there; keeping multiplies, and neither NaN, -0 nor a denormal is lost."""
+    """A dropped element is +0, whatever its value. A kept one is multiplied, which preserves NaN, -0 and denormals."""
     info = torch.finfo(dtype)
-    tiny = torch.tensor(1, dtype=BITS[dtype]).view(dtype).item()  # the least denormal
+    tiny = torch.tensor(1, dtype=BITS[dtype]).view(dtype).item()  # the smallest denormal
     special = [math.inf, math.nan, 0.0, tiny, 3 * tiny, info.tiny - tiny, info.tiny, 1.0, info.max / 4, info.max]
     x = torch.tensor([sign * v for v in special for sign in (1, -1)], dtype=dtype, device=device).repeat(50)
     y, mask = ops.apply(x, p, key_tensor(8, 9)), expected_mask(x, 8, 9, p)
-    assert all(0 < column.sum() < 50 for column in mask.view(50, -1).unbind(1))  # each value kept and dropped
+    assert all(0 < column.sum() < 50 for column in mask.view(50, -1).unbind(1))  # each value is both kept and dropped
     assert_same(y, expected(x, 8, 9, p))
-    assert (y.cpu().view(BITS[dtype])[~mask] == 0).all()  # +0 is the only value with no bit set
+    assert (y.cpu().view(BITS[dtype])[~mask] == 0).all()  # only +0 has no bit set
     kept = mask & (x.cpu() == 0)
     assert torch.equal(y.cpu()[kept].signbit(), x.cpu()[kept].signbit())
 
@@ -245,8 +246,11 @@ def test_special_values(device, ops, dtype, p):
 @pytest.mark.parametrize("p", [0.4, 0.7, 1 / 3, 1 / 7, 0.5, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_every_16_bit_value(device, ops, dtype, p):
-    """All 65536 bit patterns. At p = 0.4 and 1/7, rounding the product straight to 16 bits, not to float32 first,
-    changes over a thousand of them; at 0.7, 1/3 and 0.9, so does a scale left in double."""
+    """All 65536 bit patterns, because some faults change only some of the results.
+
+    At p = 0.4 and 1/7, more than a thousand change if the product is rounded directly to 16 bits and not to float32
+    first. At 0.7, 1/3 and 0.9, more than a thousand change if the scale stays a double.
+    """
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     for seed in range(2):
         assert_same(ops.apply(x, p, key_tensor(seed, 1)), expected(x, seed, 1, p))
@@ -255,7 +259,7 @@ def test_rounding_of_every_16_bit_value(device, ops, dtype, p):
 @for_operators
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scale_at_every_probability(device, ops, dtype):
-    """s = 1 / (1 - p) from the p asked for, not from K; in float64 the product is wholly float64."""
+    """s = 1 / (1 - p) comes from the given p, not from K. In float64 the whole product is float64."""
     x = values(256, dtype, device)
     for p in PROBABILITIES:
         assert_same(ops.apply(x, p, key_tensor(4, 4)), expected(x, 4, 4, p))
@@ -264,7 +268,7 @@ def test_scale_at_every_probability(device, ops, dtype):
 @for_operators
 @for_dtypes
 def test_p_zero_and_one(device, ops, dtype):
-    """p == 0 gives the values in a new tensor, p == 1 gives +0 everywhere, infinities and NaN included."""
+    """p == 0 gives the values in a new tensor. p == 1 gives +0 everywhere, also for infinities and NaN."""
     x = torch.tensor([1.5, -0.0, math.inf, -math.inf, math.nan, -3.0] * 7, dtype=dtype, device=device)
     for p, want in ((0.0, x.cpu().clone()), (1.0, torch.zeros(42, dtype=dtype))):
         y = ops.apply(x, p, key_tensor(1, 2))
@@ -282,7 +286,7 @@ def test_p_zero_and_one(device, ops, dtype):
 @for_dtypes
 @pytest.mark.parametrize("inplace", [False, True])
 def test_dropout_with_a_key(device, make_key, dtype, inplace):
-    """fd.dropout is the operator: the same bits whether autograd watches or not, and in place."""
+    """fd.dropout has the bits of the operator, with and without autograd, and in place."""
     for view, grad in itertools.product(("contiguous", "transposed", "columns"), (False, not inplace)):
         x = values(960, dtype, device).view(24, 40)
         x = {"contiguous": x, "transposed": x.t(), "columns": x[:, 3:20]}[view].requires_grad_(grad)
@@ -294,7 +298,7 @@ def test_dropout_with_a_key(device, make_key, dtype, inplace):
 
 
 def test_keep_mask_of_a_tensor_or_a_shape(device, make_key):
-    """A shape means a contiguous tensor of it; a tensor means its own layout, whatever its dtype."""
+    """A shape stands for a contiguous tensor. A tensor has its own layout; its dtype does not matter."""
     want = torch.tensor(contract.keep_list(1, 2**50, 0.3, 36, start=13))
     for shape in ((36,), (4, 9), (2, 3, 6), torch.Size((4, 9))):
         mask = fd.keep_mask(shape, 0.3, make_key(1, 2**50), device=device, start=13)
@@ -309,7 +313,7 @@ def test_keep_mask_of_a_tensor_or_a_shape(device, make_key):
 
 
 def next_key(generator: torch.Generator) -> tuple[int, int]:
-    """The key that the next call takes from this generator, taken here instead."""
+    """Draws the key from this generator that the next call would draw."""
     if generator.device.type == "cpu":
         return torch.empty((), dtype=torch.int64).random_(generator=generator).item(), 0
     offset = generator.get_offset()
@@ -319,11 +323,11 @@ def next_key(generator: torch.Generator) -> tuple[int, int]:
 
 @pytest.fixture(params=["default", "own"])
 def generator(request, device):
-    """The device's default generator, left as it was, and one that the user gives."""
+    """The device's default generator, which is restored afterwards, and a generator given by the user."""
     if request.param == "own":
         yield torch.Generator(device).manual_seed(2**40 + 7)
         return
-    torch.empty(0, device=device)  # CUDA's generators are there once CUDA is initialised
+    torch.empty(0, device=device)  # CUDA's generators exist only after CUDA is initialised
     default = torch.default_generator if device == "cpu" else torch.cuda.default_generators[0]
     state = default.get_state()
     default.manual_seed(2**40 + 7)
@@ -337,7 +341,7 @@ def given_to_dropout(generator: torch.Generator) -> dict:
 
 
 def test_keys_come_from_the_generator(device, generator):
-    """One key a call, in the documented way, whatever the size and whoever differentiates: runs can be repeated."""
+    """Each call draws one key in the documented way, for any size, with or without gradients. Runs can be repeated."""
     start = generator.get_state()
     keys = [next_key(generator) for _ in range(6)]
     end = generator.get_state()
@@ -352,7 +356,7 @@ def test_keys_come_from_the_generator(device, generator):
 
 
 def test_what_draws_no_key(device, generator):
-    """p = 0, p = 1, evaluation, an empty tensor and a given key leave the generator alone."""
+    """p = 0, p = 1, evaluation, an empty tensor and a given key do not advance the generator."""
     x, before = values(10, torch.float32, device), generator.get_state()
     given = given_to_dropout(generator)
     assert_same(fd.dropout(x, 0.0, **given), x.cpu())

@@ -16,7 +16,7 @@ PROSE = re.sub(r"\s+", " ", PAGE)  # without line breaks
 
 @pytest.fixture(scope="module")
 def page():
-    """What the page's Python code defines."""
+    """The variables that the page's Python code defines."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names = {}
     exec(code, names)

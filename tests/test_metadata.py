@@ -1,4 +1,4 @@
-"""What a release says of itself, in several files."""
+"""Metadata of a release, which several files repeat."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_repository():
 
 
 def test_torch_of_the_workflows():
-    """They test the oldest torch that the kernels serve, and the torch that the Makefile installs."""
+    """They test the oldest torch that the kernels support, and the torch that the Makefile installs."""
     oldest = ".".join(map(str, native.OLDEST_TORCH)) + ".0"
     default = only(r"^TORCH := .*torch==([\d.]+)\)", "Makefile")
     for name in ("tests.yml", "wheels.yml"):

@@ -53,7 +53,7 @@ def gradient_for(y, layout="contiguous"):
 
 
 def run(call, storages, views, layout=None, written=False, **options):
-    """Result, gradients of the storages if there is a layout for the gradient, storages after the call, views."""
+    """The result, the gradients of the storages (if layout is given), the storages after the call, and the views."""
     leaves = [t.clone().requires_grad_(layout is not None) for t in storages]
     owned = [leaf * 1 for leaf in leaves]
     tensors = [view(t) for view, t in zip(views, owned, strict=True)]
@@ -71,7 +71,7 @@ def strides(t):
 
 
 def check(ours, theirs, storages, views, inplace=False, **options):
-    """The bits of result and gradients, its strides, and that nothing but the result is written."""
+    """Compares the bits of result and gradients and the result's strides. Checks that only the result is written."""
     y, gradients, owned, tensors = run(ours, storages, views, inplace=inplace, key=KEY, **options)
     want, their_gradients, expected, _ = run(theirs, storages, views, written=inplace, key=KEY, **options)
     assert_same(y, want.detach().cpu())
@@ -91,13 +91,13 @@ POOL = torch.randn(2**20, generator=torch.Generator().manual_seed(1))
 
 
 def storage(rng, n, dtype):
-    """Random values, and where in them a view begins: at an odd offset half the time."""
+    """Random values, and the offset at which a view begins, which is odd in half of the cases."""
     lead, first = rng.choice((0, 0, 0, 1, 3, 5)), rng.randrange(len(POOL) - n - 5)
     return POOL[first : first + lead + n].to(dtype, copy=True), lead
 
 
 def check_views(names, dtype, rows, width, rng, with_bias=False, **options):
-    """dropout_add for the names of two views, relu_dropout for one."""
+    """Checks dropout_add for the names of two views, and relu_dropout for one name."""
     size = (6 if "four dimensions" in names or "channels_last" in names else 2) * (rows + 3) * (width + 3)
     made = [(VIEWS[name], *storage(rng, size, dtype)) for name in names]
     views = [lambda t, view=view, lead=lead: view(t[lead:], rows, width) for view, _, lead in made]
@@ -111,8 +111,10 @@ def check_views(names, dtype, rows, width, rng, with_bias=False, **options):
 
 
 def check_all(names, dtype, rows, widths=WIDTHS):
-    """All combinations of width, bias, gradient and in place or not. Of five widths each meets each probability, and
-    so does each combination of the others."""
+    """All combinations of width, bias, gradient and in place.
+
+    With five widths, each width occurs with each probability, and so does each combination of the other options.
+    """
     rng = random.Random(f"{names} {dtype} {rows}")
     first = rng.randrange(len(PROBABILITIES))
     for i, (width, with_bias, grad, inplace) in enumerate(itertools.product(widths, *[(False, True)] * 3)):
@@ -139,7 +141,7 @@ def test_relu_has_the_bits_of_the_separate_calls(view, dtype):
 @for_dtypes
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_many_elements(dtype, threads, info):
-    """Above 65,536 elements several threads share a call; their parts begin anywhere in a row."""
+    """Above 65,536 elements several threads share a call. Their parts can begin at any place in a row."""
     if threads > 1 and info.devices["cpu"] != "native":
         pytest.skip("the reference has no threads of its own")
     before = torch.get_num_threads()
@@ -153,7 +155,7 @@ def test_many_elements(dtype, threads, info):
 
 
 def compact():
-    """Prints the instruction set that serves, after a small part of the matrix above."""
+    """Runs a small part of the matrix above, then prints the instruction set in use."""
     for dtype, names in itertools.product(DTYPES, PAIRS):
         check_all(names, dtype, 5, [77])
         check_all(names[:1], dtype, 5, [77])
@@ -172,7 +174,7 @@ def test_instruction_sets(isa, info):
 
 @for_dtypes
 def test_special_values(dtype):
-    """All triples of input, residual and bias, and each value as a gradient; -0.0 + a dropped element is +0.0."""
+    """All triples of input, residual and bias, and each value as a gradient. -0.0 + a dropped element is +0.0."""
     finfo = torch.finfo(dtype)
     some = [0.0, -0.0, 1.0, -1.5, torch.inf, -torch.inf, torch.nan, finfo.max, finfo.min, finfo.tiny / 4, -finfo.tiny]
     some = torch.tensor(some, dtype=dtype)
@@ -191,7 +193,7 @@ def test_special_values(dtype):
                 assert_same(got, want)
 
 
-# ------------------------------------------------------------------------------------ the separate calls, drawing alike
+# ------------------------------------------------------------------------------- same draws as by the separate calls
 
 
 def assert_alike(got, want):
@@ -205,7 +207,7 @@ def assert_alike(got, want):
 
 
 def drawn(call, tensors, *, grad=True, views=None, **options):
-    """As run(): result, gradients and the tensors after the call; and the generator's state after it."""
+    """Like run(): the result, the gradients, and the tensors and the generator's state after the call."""
     leaves = [None if t is None else t.detach().clone().requires_grad_(grad and t.is_floating_point()) for t in tensors]
     owned = [t if t is None else view(t * 1) for t, view in zip(leaves, views or [lambda t: t] * 3, strict=False)]
     torch.manual_seed(3)
@@ -216,7 +218,7 @@ def drawn(call, tensors, *, grad=True, views=None, **options):
 
 
 def assert_drawn_alike(ours, theirs, tensors, **options):
-    """Out of place, and in place where the result fits the input; otherwise that leaves the input as it was."""
+    """Out of place, and in place if the result fits into the input. If not, the call leaves the input unchanged."""
     want, their_gradients, their_state, their_tensors = drawn(theirs, tensors, **options)
     for inplace in (False, True):
         y, gradients, state, owned = drawn(ours, tensors, inplace=inplace, **options)
@@ -231,7 +233,7 @@ def assert_drawn_alike(ours, theirs, tensors, **options):
 
 
 HALF, DOUBLE, COMPLEX = torch.bfloat16, torch.float64, torch.complex64
-MIXED = {  # dtypes or shapes of input, residual and bias; float32 and (4, 6) where there is none
+MIXED = {  # dtypes or shapes of input, residual and bias; the defaults are float32 and (4, 6)
     "plain": ((4, 6), (4, 6), (6,)),
     "wider residual": (HALF, torch.float32, HALF),
     "narrower residual": (torch.float32, HALF, torch.float32),
@@ -272,7 +274,7 @@ def test_mixed_dtypes_and_shapes(kinds):
 
 
 class Plain(torch.Tensor):
-    """A subclass without any rule of its own."""
+    """A subclass without its own rules."""
 
 
 WRAPPED = {
@@ -321,7 +323,7 @@ def test_contexts(ours, theirs, takes, context):
 @pytest.mark.parametrize("source", ["default", "generator", "key"])
 @for_calls
 def test_same_draws(ours, theirs, takes, source):
-    """The same mask, and the generators are left where one fd.dropout leaves them; on empty tensors too."""
+    """The mask and the generators' final states are those of one fd.dropout, also on empty tensors."""
     for shape, ends in itertools.product(((4, 6), (0, 6), ()), ENDS):
         states = []
         for call in (ours, theirs):
@@ -371,7 +373,7 @@ ALIASED = {
 
 @pytest.mark.parametrize("alias", ALIASED)
 def test_aliasing(alias):
-    """The result is that of the values before the call; beside it nothing is written."""
+    """The result is computed from the values before the call, and nothing else is written."""
     for p, grad, inplace, dtype in itertools.product(
         (0.0, P, 1.0), (False, True), (False, True), (torch.float32, HALF)
     ):

@@ -1,4 +1,4 @@
-"""``fd.dropout_add`` and ``fd.relu_dropout``: what is saved for backward, derivatives, transforms, errors."""
+"""``fd.dropout_add`` and ``fd.relu_dropout``: tensors saved for backward, derivatives, transforms, errors."""
 
 import ctypes
 import doctest
@@ -42,7 +42,7 @@ def saved(call, *tensors, **options):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "columns"])
 @for_calls
 def test_saved(ours, theirs, takes, layout, dtype):
-    """dropout_add: the key, whoever needs a gradient. relu_dropout: its output, not even a copy."""
+    """dropout_add saves the key and nothing else. relu_dropout saves its output, without a copy."""
     view = {"contiguous": lambda t: t, "transposed": lambda t: t.mT, "columns": lambda t: t[:, 3:35]}[layout]
     for needs in itertools.product((False, True), repeat=takes):
         given = [view(t) if t.dim() > 1 else t[:32] for t in tensors(takes, 40, 40, grad=False, dtype=dtype)]
@@ -69,7 +69,7 @@ def test_saved_in_place(ours, theirs, takes):
 
 
 def test_residual_that_is_the_input():
-    """Used a third time: its three gradients are added up in the same order."""
+    """It is used a third time. Its three gradients are summed in the same order."""
     torch.manual_seed(1)
     x, weight = torch.randn(2000, requires_grad=True), torch.randn(2000)
     y = fd.dropout_add(x, x, P, key=KEY) * weight + x * 1e-3
@@ -84,7 +84,7 @@ def test_residual_that_is_the_input():
     ids=["torch", "fd.Dropout", "fd.ReLUDropout"],
 )
 def test_memory_of_a_feed_forward(layers, bytes_an_element):
-    """Of the inner width, float32. What is saved is counted once, less the input and the parameters."""
+    """Bytes per element of the inner width, in float32. Saved tensors count once; input and parameters do not count."""
     model, x = nn.Sequential(nn.Linear(16, 512), *(layer() for layer in layers), nn.Linear(512, 16)), torch.ones(64, 16)
     kept = {}
     not_counted = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
@@ -103,7 +103,7 @@ def test_memory_of_a_feed_forward(layers, bytes_an_element):
 
 @for_calls
 def test_graph_keeps_no_other_memory(ours, theirs, takes):
-    """Hooks see what is saved in the official way only; the process's memory shows the rest."""
+    """Saved-tensor hooks show only tensors saved through autograd. The memory of the process shows all."""
 
     def resident():
         ctypes.CDLL(None).malloc_trim(0)
@@ -173,7 +173,7 @@ def test_who_needs_a_gradient(needs):
 
 
 class Stop(torch.autograd.Function):
-    """Passes no gradient on, not even zeros."""
+    """Passes on no gradient, not even zeros."""
 
     @staticmethod
     def forward(ctx, x):

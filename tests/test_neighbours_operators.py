@@ -1,5 +1,5 @@
-"""The operators behind ``fd.dropout_add`` and ``fd.relu_dropout``, on CPU and CUDA: bit for bit against contract.py,
-what they write, and what they make of arguments that do not fit."""
+"""The operators of ``fd.dropout_add`` and ``fd.relu_dropout``, on CPU and CUDA: bit for bit against contract.py, the
+memory that they write, and their behaviour for arguments that do not fit."""
 
 import itertools
 
@@ -18,7 +18,7 @@ if ON_FAKE_GPU:
 OPS = torch.ops.fused_dropout
 P, SEED, OFFSET = 0.3, 11, 2**40 + 7
 KEY = key_tensor(SEED, OFFSET)
-# full(*sizes) is a contiguous tensor with room around it in its storage.
+# full(*sizes) is a contiguous tensor with unused memory around it in its storage.
 LAYOUTS = {
     "contiguous": lambda full: full(9, 96),
     "odd width": lambda full: full(13, 37),
@@ -47,7 +47,7 @@ RESIDUAL_OF = dict(zip(DTYPES, RESIDUALS, strict=True))
 
 @pytest.fixture
 def made(dtype, device):
-    """A function: a tensor of a layout with other values at each call, and all of its storage."""
+    """A function that makes a tensor of a layout, with new values at each call. Returns it and its whole storage."""
 
     def made(layout, seed=0):
         def full(*sizes):
@@ -61,7 +61,7 @@ def made(dtype, device):
 
 
 def check_both(operator, in_place, x, storage, others, want, **options):
-    """Out of place and in place: the result, and that nothing else is written."""
+    """Checks the result out of place and in place, and that nothing else is written."""
     before, others_before = storage.cpu().clone(), [t.cpu().clone() for t in others if t is not None]
     y = operator(x, *others, P, KEY, **options)
     assert_same(y, want)
@@ -107,7 +107,7 @@ def test_relu_dropout(layout, made, dtype):
 @pytest.mark.parametrize("of_gradient", ["alike", "contiguous", "transposed", "one row"])
 @for_layouts
 def test_relu_dropout_backward(layout, of_gradient, made, dtype, device):
-    """The gradient times the scale, but +0 where the output is 0 or less; a NaN there lets it pass."""
+    """The gradient times the scale, but +0 if the output is 0 or less. If the output is NaN, the gradient passes."""
     output = made(layout)[0]
     gradient = RESIDUALS[of_gradient](made(layout, 3)[0])
     alike = fd.reference.is_dense(output) and output.stride() == gradient.stride()
@@ -124,7 +124,7 @@ def test_relu_dropout_backward(layout, of_gradient, made, dtype, device):
 @for_dtypes
 @pytest.mark.parametrize("index_strides", [(1, 6), (0, 1), (7, 0), (0, 0), (2**33, 3)], ids=str)
 def test_window(index_strides, device, dtype):
-    """Index strides, start and scale are those of apply()."""
+    """Index strides, start and scale have the same meaning as for apply()."""
     x, residual, bias = values(78, dtype), values(79, dtype)[1:], values(13, dtype)
     for view in (lambda t: t.view(6, 13), lambda t: t.view(13, 6).t()):
         for options in ({}, {"start": 2**34 + 3}, {"scale": 2.5, "start": 1}):
@@ -171,7 +171,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_shapes_that_do_not_fit(bad):
-    """The separate calls' result or an error, never memory that is not there."""
+    """The result of the separate calls or an error, but never an access outside of the tensors."""
     x, (residual, bias) = torch.randn(4, 6), BAD[bad]
     for operator in (OPS.dropout_add, OPS.dropout_add_):
         written = x.clone()
@@ -205,8 +205,8 @@ def test_backward_of_shapes_that_do_not_fit(fits):
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_FAKE_GPU, reason="only the fake GPU counts accesses")
 def test_bytes_moved():
-    """An element of bfloat16: 6 bytes forward and 4 backward with a residual, 4 and 6 with a ReLU. A bias of 512 adds
-    its own bytes for each row of elements that read it; all in accesses of 16 bytes."""
+    """Per bfloat16 element: 6 bytes forward and 4 backward with a residual, 4 and 6 with a ReLU. A bias of 512 elements
+    adds its bytes for each row that reads it. All accesses have 16 bytes."""
     n, width = 2**13, 512
     x, residual, gradient = (values(n, torch.bfloat16).cuda().view(-1, width) for _ in range(3))
     bias = values(width, torch.bfloat16).cuda()

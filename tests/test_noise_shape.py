@@ -1,4 +1,4 @@
-"""noise_shape: one mask broadcast over the input, the contract's on the noise shape, in every layout and transform."""
+"""noise_shape: the contract's mask of the noise shape, broadcast over the input, in every layout and transform."""
 
 import math
 
@@ -53,7 +53,7 @@ def mask(noise_shape, p=P, shape=SHAPE):
 
 
 def expected(x, noise_shape, p=P, scale=None):
-    """The product in float32 (float64 for float64), rounded once, and +0 for what is dropped."""
+    """The product in float32 (float64 for float64), rounded once, and +0 for dropped elements."""
     x = x.detach().cpu()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     product = (x.to(wide) * torch.tensor(contract.scale(p) if scale is None else scale, dtype=wide)).to(x.dtype)
@@ -136,7 +136,7 @@ ORDERS = {
 
 @pytest.fixture
 def two_threads():
-    """Whatever the machine has: a thread begins in the midst of a tensor."""
+    """Two threads on any machine, so that the second begins inside the tensor."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -149,7 +149,7 @@ def strides_of(noise_shape):
 
 
 class TestOperator:
-    """The operator itself and its reference: every order of runs that share a draw and runs that do not."""
+    """The operator and its reference: runs that share a draw and runs that do not, in every order."""
 
     @for_runs
     @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
@@ -276,7 +276,7 @@ class TestMemory:
         assert saved == [16]
 
     def test_the_mask_is_never_expanded(self):
-        """Where a mode looks on torch's operations make it: none gives a mask of more than the noise's elements."""
+        """Under a mode torch's operations make the mask. No mask has more elements than the noise."""
 
         class Masks(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -291,7 +291,7 @@ class TestMemory:
         assert set(bytes_of_masks) == {512}
 
     def test_a_mask_of_the_inputs_shape_is_plain_dropouts(self, key):
-        """For row-major inputs; the mask of a transposed one is numbered in the noise's shape all the same."""
+        """For row-major inputs. For a transposed input, the mask is still numbered in row-major order."""
         x = torch.ones(6, 8)
         assert torch.equal(fd.dropout(x, P, key=key, noise_shape=(None, 8)), fd.dropout(x, P, key=key))
         column = x[:, 0].contiguous()
@@ -332,7 +332,7 @@ class TestGradients:
     @for_layouts
     @pytest.mark.parametrize("of_gradient", LAYOUTS.values(), ids=LAYOUTS)
     def test_gradient_gets_forwards_mask(self, layout, of_gradient, key):
-        """NaN and inf where dropped do not come through either."""
+        """NaN and inf do not pass through dropped elements either."""
         x = layout(sample(special=False)).detach().requires_grad_()
         gradient = of_gradient(sample())
         fd.dropout(x, P, key=key, noise_shape=(1, 6, 1, 5)).backward(gradient)

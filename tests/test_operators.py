@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fake kernels, aliasing."""
+"""The operators' registration with torch: schemas, fake kernels, aliasing."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_strides_of_the_result(name, device, key):
 
 
 def test_tags():
-    """A compiler must keep eager's strides for apply, and replay the random state around draw_keys only."""
+    """A compiler must keep eager's strides for apply, and restore the random state only for draw_keys."""
     assert torch.Tag.needs_exact_strides in OPERATORS.apply.default.tags
     assert torch.Tag.nondeterministic_seeded not in OPERATORS.apply.default.tags
     assert torch.Tag.nondeterministic_seeded in OPERATORS.draw_keys.default.tags
@@ -88,7 +88,7 @@ def test_tags():
     ],
 )
 def test_operator_refuses(arguments, message, info):
-    """Called directly, past the checks of fd.dropout, a kernel still never reads what is not there."""
+    """A direct call, without the checks of fd.dropout, still never reads outside of the tensors."""
     if info.devices["cpu"] == "reference":
         pytest.skip("the reference is checked by its callers")
     for operator in (OPERATORS.apply, OPERATORS.apply_, OPERATORS.relu_dropout, OPERATORS.relu_dropout_):

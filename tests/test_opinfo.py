@@ -1,4 +1,4 @@
-"""The family under ``patched()`` on the inputs of torch's own OpInfo, which its test-suite of operators runs on."""
+"""The family under ``patched()`` on the inputs of torch's OpInfo, which torch's own operator tests use."""
 
 import warnings
 from functools import partial
@@ -10,14 +10,14 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fused_dropout as fd
 
-NAMES = ["dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]  # it has no dropout1d
-pytestmark = pytest.mark.filterwarnings("ignore")  # dropout2d and 3d comment on some shapes: test_family.py
+NAMES = ["dropout", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]  # OpInfo has no dropout1d
+pytestmark = pytest.mark.filterwarnings("ignore")  # dropout2d and 3d warn about some shapes: test_family.py
 for_names = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
 def op_db():
-    """torch's table of operators; its import also sets what later tests would see, so that is set back."""
+    """torch's table of operators. Its import changes global settings, which are restored for later tests."""
     pytest.importorskip("expecttest")
     settings = pytest.importorskip("hypothesis").settings
     calls = {c: c.__call__ for c in (torch._C.ScriptFunction, torch._C.ScriptMethod)}
@@ -39,15 +39,15 @@ def ops(name, op_db):
 
 
 def _with_holes(x):
-    """The same values, each the first of two in a wider tensor."""
+    """The same values in a tensor with holes: every second element of a wider tensor."""
     wide = torch.empty(*x.shape, 2, dtype=x.dtype)
     return wide[..., 0].copy_(x)
 
 
 def samples(ops, dtype, grad=False):
-    """function, function in place, input, for each sample of the operators that take this dtype, in two layouts.
+    """Yields (function, in-place function, input) for each sample of the operators with this dtype, in two layouts.
 
-    The functions seed the generator before they draw, and set it back after.
+    The functions seed the generator before they draw, and restore it afterwards.
     """
     for op in ops:
         if dtype in op.supported_dtypes("cpu"):
@@ -59,7 +59,7 @@ def samples(ops, dtype, grad=False):
 
 
 def outcome(function, x):
-    """What a call returns, less the draws: whether it is the input, shape, dtype, strides; or the error."""
+    """The error, or properties that do not depend on the draws: is it the input, shape, dtype, strides."""
     try:
         y = function(x)
     except Exception as error:
@@ -72,7 +72,7 @@ def test_samples_reach_ours(name, ops):
     f, _, x = next(s for s in samples(ops, torch.float32) if not torch.equal(s[0](s[2]), s[2]))
     with fd.patched():
         got = f(x)
-    torch.manual_seed(42)  # as the functions do
+    torch.manual_seed(42)  # like the functions
     assert torch.equal(got, getattr(fd, name)(x, 0.5, True))
 
 
@@ -106,7 +106,7 @@ def test_in_place(name, dtype, ops):
 
 @for_names
 def test_negated_views(name, ops):
-    """``z.conj().imag`` and its like, which keep their sign apart from their values."""
+    """Tensors like ``z.conj().imag``, which store the sign separately from the values."""
     with fd.patched():
         for f, f_, x in samples(ops, torch.float32):
             for function in (f, f_):
@@ -115,10 +115,10 @@ def test_negated_views(name, ops):
 
 @for_names
 def test_derivatives(name, ops):
-    """First and second, backward and forward mode and mixed, batched, in place."""
+    """First and second derivatives: backward, forward and mixed mode, batched, in place."""
     with fd.patched():
         for f, f_, x in samples(ops, torch.float64, grad=True):
-            if f(x) is x or not x.is_contiguous():  # those others: test_gradients.py
+            if f(x) is x or not x.is_contiguous():  # test_gradients.py tests the skipped ones
                 continue
             assert gradcheck(f, x, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
             assert gradcheck(lambda x, f_=f_: f_(x.clone()), x, check_forward_ad=True, fast_mode=True)
@@ -133,12 +133,12 @@ def test_vmap(name, randomness, ops):
         theirs = outcome(batched, x.expand(3, *x.shape))
         with fd.patched():
             ours = outcome(batched, x.expand(3, *x.shape))
-        assert ours[:-1] == theirs[:-1]  # strides: of a batch, and not promised
+        assert ours[:-1] == theirs[:-1]  # without strides, which are not promised for a batch
 
 
 @for_names
 def test_older_vmap_refuses_in_torchs_words(name):
-    """As in ``torch.autograd.functional`` with ``vectorize=True``."""
+    """``torch.autograd.functional`` with ``vectorize=True`` uses the older vmap."""
     x, said = torch.ones(2, 3, 2, 2), []
     for module in (F, fd):
         f = partial(getattr(module, name), p=0.5, training=True)
@@ -151,7 +151,7 @@ def test_older_vmap_refuses_in_torchs_words(name):
 @for_names
 @pytest.mark.parametrize("check", ["operator", "backward", "forward_ad"])
 def test_composite_compliance(name, check, ops):
-    """torch's own check that a wrapped tensor gets what a plain one does: its test_ops.py runs it on every operator."""
+    """torch's own check, from its test_ops.py, that wrapped and plain tensors give the same results."""
     from torch.testing._internal import composite_compliance as compliance
 
     def same(a, b, **_):

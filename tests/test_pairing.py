@@ -1,4 +1,4 @@
-"""Dropouts that run as one with the linear layer after them: ``convert(model, pair_linears=True)``."""
+"""``convert(model, pair_linears=True)``: dropouts that run together with the linear layer after them."""
 
 import copy
 import pickle
@@ -59,7 +59,7 @@ def test_saves_the_input():
 
     assert (
         saved(paired()) == saved(fd.convert(model())) - 5 * 16 * 4
-    )  # the dropped copy; the ReLU's result is kept anyway
+    )  # the dropped copy; the ReLU's result is saved in both cases
 
 
 def test_reverted():
@@ -91,7 +91,7 @@ def test_state_dict():
 
 
 def test_alone_the_dropout_drops():
-    """Outside of its owner's forward nothing is handed on."""
+    """Outside of its owner's forward the dropout drops by itself and passes nothing on."""
     net = paired()
     assert (net[2](torch.ones(100)) == 0).any()
     assert (net[2:4][0](torch.ones(100)) == 0).any()
@@ -102,14 +102,14 @@ def test_alone_the_dropout_drops():
 
 
 def test_nothing_is_lost_silently():
-    """A dropout whose output goes elsewhere raises; afterwards it drops again."""
+    """If the dropout's output does not go to its linear layer, it raises an error. Afterwards it drops again."""
     net = paired()
 
     class Elsewhere(nn.Linear):
         def forward(self, x):
             return x @ self.weight.t()
 
-    net[3].__class__ = Elsewhere  # was PairedLinear: no longer paired, and the dropout drops by itself
+    net[3].__class__ = Elsewhere  # no longer a PairedLinear, so the dropout drops by itself
     torch.manual_seed(1)
     got = net(torch.ones(5, 8))
     assert got.shape == (5, 4)
@@ -128,7 +128,7 @@ def test_an_output_that_goes_elsewhere():
     fused = net[2]
 
     def steal(module, inputs):
-        fused(torch.ones(3))  # handed on, and taken by nobody
+        fused(torch.ones(3))  # passed on, but not taken
 
     net[1].register_forward_hook(lambda module, inputs, output: steal(module, inputs))
     with pytest.raises(RuntimeError, match="nothing was dropped"):
@@ -144,7 +144,7 @@ def test_an_error_inside():
 
 
 def keyed(net):
-    """With masks that no other call can change."""
+    """With given keys, so that other calls do not change the masks."""
     for seed, module in enumerate(m for m in net if isinstance(m, fd.Dropout)):
         module.key = fd.key(seed)
     return net
@@ -162,7 +162,7 @@ def in_this_thread(function, *args):
 @pytest.mark.parametrize("run", [in_a_thread, in_this_thread])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_another_call_between_the_two(monkeypatch, run, mode):
-    """One of the same modules, in another thread or inside the first call."""
+    """A call of the same modules, in another thread or inside the first call."""
     net, plain = keyed(paired()), keyed(fd.convert(model()))
     outer, inner = torch.randn(2, 5, 8)
     hand_on, found = PairedDropout.forward, []
@@ -214,7 +214,7 @@ def test_a_call_inside_its_own_layers():
 
 
 def test_an_interrupt():
-    """Goes past the hook that ends a call. The next call cleans up."""
+    """An interrupt skips the hook that ends a call. The next call cleans up."""
     net = paired()
     outer = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 8), net)
     fd.convert(outer, pair_linears=True)
@@ -247,7 +247,7 @@ def test_threads_at_once():
 
 
 def test_not_paired():
-    """In place, with a noise_shape, shared, subclasses, with hooks."""
+    """Not paired: in place, with a noise_shape, shared modules, subclasses, with hooks."""
 
     class Own(nn.Linear):
         pass

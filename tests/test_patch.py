@@ -1,4 +1,4 @@
-"""patch, unpatch, patched: torch's own names lead to the fused path, and nothing is left behind."""
+"""patch, unpatch, patched: torch's own names call the fused path, and undoing leaves no trace."""
 
 import copy
 import doctest
@@ -35,7 +35,7 @@ def _nothing_left_behind():
 
 
 class Calls(nn.Module):
-    """Each way to call dropout: as a module, as a function, by torch's short forms."""
+    """Each way to call dropout: modules, functions, and torch's short forms."""
 
     def __init__(self):
         super().__init__()
@@ -70,12 +70,12 @@ class Attention(nn.Module):
 
     def forward(self, x):
         x, weights = self.attention(x, x, x)
-        assert weights is not None  # for torch.jit.script
+        assert weights is not None  # torch.jit.script needs this
         return x + weights.sum(-1, keepdim=True)
 
 
 class Dropped(torch.utils.data.Dataset):
-    """A data set with a function as its augmentation."""
+    """A data set that uses a function as augmentation."""
 
     def __init__(self, samples, function):
         self.samples, self.function = samples, function
@@ -88,7 +88,7 @@ class Dropped(torch.utils.data.Dataset):
 
 
 def step(model, x, seed=5):
-    """Output, gradient and the bytes that were saved for backward."""
+    """Output, gradient and the number of bytes saved for backward."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
     saved = []
@@ -190,7 +190,7 @@ class TestWhatIsReached:
         with fd.patched():
             got = list(outcomes())
         for ours, torchs in zip(got, want, strict=True):
-            # Type errors differ in their words.
+            # The messages of type errors differ.
             assert ours[0] is torchs[0] if torchs[0] is TypeError else ours == torchs
 
     def test_what_is_not_fused_goes_to_torch(self):
@@ -268,7 +268,7 @@ class TestState:
         def mine(*args):
             raise NotImplementedError
 
-        monkeypatch.setattr(F, "dropout", F.dropout)  # put back at the end
+        monkeypatch.setattr(F, "dropout", F.dropout)  # restored at the end
         with fd.patched():
             F.dropout = mine
         assert F.dropout is mine
@@ -322,7 +322,7 @@ class TestTypesAndGraphs:
         for dumped in (inside, after):
             assert b"fused_dropout" not in dumped
             assert pickle.loads(dumped) == plain
-        assert copy.deepcopy(fused) == fused  # copies stay fused functions
+        assert copy.deepcopy(fused) == fused  # copies are still fused functions
 
     def test_pickles_load_without_this_package(self, tmp_path):
         with fd.patched():
@@ -429,7 +429,7 @@ class TestTypesAndGraphs:
 
 
 class TestCompile:
-    """Patched and unpatched in turn, whichever comes first: each time what eager gives, and no graph break."""
+    """Patched and unpatched in turn, in either order: each time the result of eager, and no graph break."""
 
     @pytest.mark.parametrize("model", ["calls", "builtin", "encoder"])
     @pytest.mark.parametrize("first", ["patched", "torch"])
@@ -480,7 +480,7 @@ class TestCompile:
             assert state() == TORCHS
 
     def test_a_process_that_starts_patched(self):
-        """torch makes its tables of what may stand in a graph when it first compiles: here, while patched."""
+        """torch lists the functions that a graph may contain at the first compilation: here, while patched."""
         program = """
 import torch, torch.nn.functional as F, fused_dropout as fd
 fd.patch()

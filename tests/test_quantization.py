@@ -143,7 +143,7 @@ def test_subclasses_stay():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_export(training):
-    """PT2E quantization starts from this graph."""
+    """PT2E quantization starts with this exported graph."""
     torch.manual_seed(0)
     model = Net().train(training)
     want = torch.export.export(model, (X,)).graph_module.code

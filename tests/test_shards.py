@@ -1,5 +1,8 @@
-"""``shard=``: a part of a larger tensor is dropped as in the whole tensor. The oracle is the same function on the whole
-contiguous tensor, of whose result the part is cut out. For tensors that are too large it is contract.py."""
+"""``shard=``: a part of a larger tensor is dropped as in the whole tensor.
+
+The expected result is the part's slice of the same function's result on the whole contiguous tensor. For tensors that
+are too large it comes from contract.py.
+"""
 
 import re
 from functools import partial
@@ -15,8 +18,8 @@ import fused_dropout as fd
 
 SEED, OFFSET, P = 0x1234_5678_9ABC_DEF0, 77, 0.4
 KEY = key_tensor(SEED, OFFSET)
-WHOLE = (24, 8, 21, 3, 2)  # rows of 21 begin at each place of a block of eight
-PARTS = {  # where the part begins, and its shape; a function of r dimensions takes the first r entries
+WHOLE = (24, 8, 21, 3, 2)  # rows of 21 elements begin at each place of a block of eight
+PARTS = {  # begin and shape of the part; a function of r dimensions uses the first r entries
     "block": ([3, 1, 2, 1, 0], (11, 6, 17, 2, 1)),
     "one row": ((17, 0, 0, 0, 0), (1, 8, 21, 3, 2)),
     "one run": (((5,), [2], 0, 0, 0), (8, 6, 21, 3, 2)),
@@ -37,12 +40,12 @@ def coordinates(begins, size):
 
 
 def add_with_bias(x, *args, **options):
-    """dropout_add with a bias of i for column i of the whole."""
+    """dropout_add with a bias. Column i of the whole has the bias i."""
     begins = options["shard"][1][-1] if "shard" in options else 0
     return fd.dropout_add(x, x.clone(), *args, bias=coordinates(begins, x.shape[-1]).to(x), **options)
 
 
-CALLS = {  # dimensions, and a function of (x, p, training)
+CALLS = {  # number of dimensions, and a function of (x, p, training)
     "dropout": (3, fd.dropout),
     "noise_shape": (3, partial(fd.dropout, noise_shape=(24, 1, None))),
     "dropout_add": (3, lambda x, *args, **options: fd.dropout_add(x, x.clone(), *args, **options)),
@@ -73,8 +76,10 @@ assert_equal = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=Tru
 
 
 def check(run, part, rank, same=assert_same, **to):
-    """Compares run on the whole with run on the part. run(x, gradient) returns tensors of x's shape, and a value that
-    is the same for all parts."""
+    """Compares run on the whole with run on the part.
+
+    run(x, gradient) returns tensors of x's shape, and a value that is the same for all parts.
+    """
     shape, offsets, of_part = (entries[:rank] for entries in (WHOLE, *PARTS[part]))
     index = torch.meshgrid(*map(coordinates, offsets, of_part), indexing="ij")
     both = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -100,7 +105,7 @@ def outcome(function, x, gradient, source="key", **options):
 @pytest.mark.parametrize(("rank", "function"), (CALLS | VARIANTS).values(), ids=CALLS | VARIANTS)
 @for_parts
 def test_is_the_part_of_the_whole(rank, function, part, device):
-    """With a key and with generators. All parts leave a generator in the same state, empty ones too."""
+    """With a key and with generators. All parts, also empty ones, leave a generator in the same state."""
     for dtype, source in zip(DTYPES, ("key", "default", "generator", "key"), strict=True):
         check(partial(outcome, function, source=source), part, rank, dtype=dtype, device=device)
 
@@ -178,7 +183,7 @@ def test_more_than_2_to_the_32_elements(whole, offsets, shape, noise_shape, devi
 
 @for_calls
 def test_draws_nothing(rank, function):
-    """No key is drawn if the whole is empty, if p is 0 or 1, or outside of training."""
+    """No key is drawn if the whole is empty, if p is 0 or 1, or if training is False."""
     state = torch.get_rng_state()
     for whole, p, training in (((24, 0, 21), P, True), (WHOLE, 0.0, True), (WHOLE, 1.0, True), (WHOLE, P, False)):
         shape, offsets = (*whole, *WHOLE)[:rank], (7, 0, 0, 0, 0)[:rank]
@@ -253,7 +258,7 @@ def test_refuses(rank, function):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_once_for_all_offsets(dynamic):
-    """Each micro-batch has another offset."""
+    """For example, each micro-batch has another offset."""
     torch._dynamo.reset()
     graphs, whole = [], torch.randn(64, 6)
 
@@ -267,7 +272,7 @@ def test_compiles_once_for_all_offsets(dynamic):
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
     for first in (8, 0, 16, 24, 32, 1, 3, 5, 7, 40):
         assert torch.equal(compiled(whole[first : first + 8], first), fd.dropout(whole, P, key=KEY)[first : first + 8])
-    assert len(graphs) <= 3, "0 is a number of its own"
+    assert len(graphs) <= 3, "Dynamo specialises the offset 0"
 
 
 @pytest.mark.parametrize("begins", [(0, 3, 9, 20), (20, 0, 7, 40)])

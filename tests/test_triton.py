@@ -1,4 +1,4 @@
-"""The mask as torch.compile fuses it on a CUDA device: Inductor's kernel, compiled by Triton, on the interpreter."""
+"""The fused mask of torch.compile on a CUDA device: Inductor's kernel, compiled by Triton, run on the interpreter."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SEED, OFFSET, P, BLOCK = 0xFEDC_BA98_7654_3210, 0x8000_0001_FFFF_FFFF, 0.1, 1024
         ("fused", "float16", 5000, 0),
         ("fused", "float32", 5000, 0),
         ("fused", "float32", 2**31 - 8, 2**21 - 3),
-        ("fused", "float16", 2**35 + 4096, 2**25 - 1),  # the number of a mask's block goes from 32 bits to 33
+        ("fused", "float16", 2**35 + 4096, 2**25 - 1),  # the block index of the mask grows from 32 to 33 bits
         ("alone", "float32", 5000, 0),
     ],
 )
@@ -45,7 +45,7 @@ def test_is_the_contracts_mask(drop, dtype, numel, first_block, tmp_path):
     args = [key if kind == "*u64" else next(floats) if kind.startswith("*fp") else numel for kind in kinds]
     module = Module((tmp_path / "fused.ptx").read_text())
     (kernel,) = module.functions
-    args += [0] * (len(module.find(kernel).params) - len(args))  # Triton's own scratch memory, not used
+    args += [0] * (len(module.find(kernel).params) - len(args))  # Triton's scratch memory, not used
     blocks = -(-n // BLOCK)
     module.launch(kernel, first_block + blocks, 128, args, only=range(first_block, first_block + blocks))
     kept = contract.keep_numpy(SEED, OFFSET, P, n, first)

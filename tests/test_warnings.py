@@ -10,7 +10,7 @@ from forks import Forks
 from fused_dropout import native
 from fused_dropout.warn import warn
 
-# Programs, and the number of the line that the warning has to name.
+# Programs, each with the number of the line that the warning has to name.
 PROGRAMS = {
     "import": ("import os\nimport fused_dropout\n", 2),
     "from": ("from fused_dropout import dropout\n", 1),

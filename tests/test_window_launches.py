@@ -1,5 +1,5 @@
-"""What results do not show of the kernel for any window, counted as in test_launches.py; and which kernel
-serves which window."""
+"""Properties of the kernel for any window that results do not show, counted as in test_launches.py. Also the choice of
+the kernel for a window."""
 
 import functools
 import itertools
@@ -64,10 +64,10 @@ def dropped(x, kept, scale):
     return torch.where(torch.from_numpy(kept), product, torch.zeros((), dtype=x.dtype))
 
 
-# ----------------------------------------------------------------------------------------------- what the host launches
+# ------------------------------------------------------------------------------------------------ launches by the host
 
-# A view of full(*sizes), its index strides, and what serves it: dropout_kernel, window_kernel, or the latter with its
-# dimensions in the order of the indices; and the launches.
+# A view of full(*sizes), its index strides, its kernel and the number of launches. The kernel is dropout_kernel,
+# window_kernel, or window_kernel with its dimensions in the order of the indices.
 WINDOWS = {
     "one draw for a channel": (lambda full: full(37, 9, 49), [9, 1, 0], "window", 1),
     "one draw for all channels": (lambda full: full(37, 9, 49), [49, 0, 1], "window", 1),
@@ -114,8 +114,10 @@ def row_major(shape):
 
 
 def check_moves(kind, t, kept=None):
-    """Of t's memory each element is stored once; or read once at most, and once where it is kept. Nothing else is
-    touched. Elements that share memory are read more often."""
+    """Each element of t is stored once; or it is read at most once, and exactly once if it is kept.
+
+    No other memory is accessed. Elements that share memory are read more often.
+    """
     pointer, buffer = memory(t)
     size, shared = t.element_size(), 0 in t.stride()
     places = spread(t.shape, t.stride(), (pointer - buffer.base) // size)
@@ -128,7 +130,7 @@ def check_moves(kind, t, kept=None):
 
 
 def access_allowed(x, y):
-    """The bytes of the widest access that each eight elements in the order of y's memory allow, in x and in y."""
+    """The widest accesses, in bytes, that each eight elements in y's memory order allow, in x and in y."""
     order = np.argsort(spread(y.shape, y.stride()).ravel(), kind="stable")
     bits = 16
     for t in (x, y):
@@ -141,7 +143,7 @@ def access_allowed(x, y):
 
 
 def check_widths(kind, t, access):
-    """All chunks but the last are moved in accesses so wide. That takes what its end allows."""
+    """All chunks except the last use accesses of this width. The last uses the widest that its end allows."""
     (_, buffer), size, last = memory(t), t.element_size(), t.numel() % 256
     want = Counter({access: (t.numel() - last) * size})
     if last:
@@ -162,7 +164,7 @@ def check_window(x, start, strides, served, inplace):
     y = x if inplace else launched(torch.ops.fused_dropout.apply, *args, 1.5, launches=launches)
     names = [name for name, *_ in fake_gpu.launches[-launches:]]
     assert all(f"::{'dropout' if kernel == 'dropout' else 'window'}_kernel<" in name for name in names)
-    if launches == 1:  # only the last one's accesses are known
+    if launches == 1:  # only the accesses of the last launch are known
         check_moves("st", y)
         check_moves("ld", x, kept)
         if kernel != "dropout":
@@ -195,7 +197,7 @@ def test_windows(dtype, inplace, start, window):
 @for_inplace
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_accesses_at_any_offset(dtype, inplace, offset):
-    """As wide as the addresses allow."""
+    """Accesses are as wide as the addresses allow."""
     for name in ("one draw for a channel", "wide steps", "short rows, aligned"):
         view, strides, *served = WINDOWS[name]
         x = view(lambda *shape: values(math.prod(shape) + offset, dtype, "cuda")[offset:].view(shape))
@@ -204,7 +206,7 @@ def test_accesses_at_any_offset(dtype, inplace, offset):
 
 @pytest.mark.parametrize("dtype", [HALF, torch.float64], ids=str)
 def test_one_mask_for_misaligned_rows(dtype):
-    """Rows that begin inside a block, and whose memory is not aligned either, go through dropout_kernel."""
+    """Rows that begin inside a block, and whose memory is not aligned either, use dropout_kernel."""
     x = values(7 * 301 + 1, dtype, "cuda")[1:].view(7, 301)
     y = launched(torch.ops.fused_dropout.apply, x, P, key_tensor(*KEY), 0, [0, 1], 1.5)
     assert "::dropout_kernel<" in fake_gpu.launches[-1][0]
@@ -219,7 +221,7 @@ def test_64_bits_only_where_needed(last, index_type):
 
 
 def test_masks_in_vectors():
-    """Of 8 bytes, for a mask that is broadcast too."""
+    """Masks are stored in vectors of 8 bytes, also if they are broadcast."""
     for strides in ([9, 1, 0], [49, 0, 1], [0, 0, 0]):
         mask = torch.empty(37, 9, 49, dtype=MASK, device="cuda")
         y = launched(torch.ops.fused_dropout.keep_mask, mask, P, key_tensor(*KEY), 0, strides)
@@ -234,7 +236,7 @@ def test_nothing_or_all_is_kept(p, scale):
     assert_same(y, torch.zeros(8, 5) if p else x.cpu() * (1.0 if scale is None else scale))
 
 
-# --------------------------------------------------------------------------------- grids that no host code would choose
+# ----------------------------------------------------------------------------------- grids that the host never chooses
 
 
 @functools.cache
@@ -243,7 +245,7 @@ def kernel(dtype, index_type):
 
 
 def launch(dtype, index_type, x, y, dims, start=0, key=KEY, access=0, grid=1, only=None, **source):
-    """The bare kernel. dims: size, x, y and index of each, from the innermost on. source: where its key comes from."""
+    """Launches the kernel directly. dims: size and strides in x, y and index, innermost first. source: of the key."""
     bits, kind = (32, "u32") if index_type == NARROW else (64, "u64")
     window = b""
     for size, *strides in dims:
@@ -259,7 +261,7 @@ def launch(dtype, index_type, x, y, dims, start=0, key=KEY, access=0, grid=1, on
 
 
 def run(dtype, index_type, dims, start=0, key=KEY, **options):
-    """Launches on just the window's memory, element by element; checks all."""
+    """Launches on exactly the window's memory, element by element, and checks everything."""
     shape, (x_strides, y_strides, strides) = [d[0] for d in dims], zip(*(d[1:] for d in dims), strict=True)
     x_places, y_places = spread(shape, x_strides), spread(shape, y_strides)
     x = values(int(x_places.max()) + 1, torch.float32 if dtype == MASK else dtype)
@@ -316,7 +318,7 @@ def test_the_kernel_draws_and_stores_the_key(dtype, block_type):
 @for_blocks
 @pytest.mark.parametrize("sizes", [(3, 701), (7, 301), (2, 1025), (2**11 + 1, 2), (2**12, 1)], ids=str)
 def test_the_last_position_of_32_bits(block_type, sizes):
-    """Division by a multiplication is exact up to the largest tensor that 32 bits serve."""
+    """The division by multiplication is exact up to the largest tensor with 32-bit indices."""
     inner = math.prod(sizes)
     outer = (2**31 - 1) // inner
     dims = [(sizes[0], 1, 1, 1), (sizes[1], sizes[0], sizes[0], sizes[0]), (outer, 0, 0, inner)]
@@ -335,15 +337,17 @@ def test_the_last_position_of_32_bits(block_type, sizes):
 
 @pytest.mark.parametrize("access", [0, 16], ids=["one by one", "in vectors"])
 def test_passes_through_a_huge_window(tmp_path, access):
-    """The grid's first and last blocks in a window of more than 2^34 elements, with steps beyond 2^33 in x, y and the
-    index."""
+    """The grid's first and last blocks, in a window of more than 2^34 elements.
+
+    It has strides beyond 2^33 in x, y and the index.
+    """
     dims = [(2**33 + 24, 1, 1, 0), (3, 2**33 + 64, 2**33 + 48, 2**35 + 9)]
     grid, numel = 2**21 + 1, 3 * (2**33 + 24)
     at_once = 8 * THREADS
     passes = [first for block in (0, grid - 1) for first in range(block * at_once, numel, grid * at_once)]
     x, y = (np.memmap(tmp_path / name, np.float16, "w+", shape=2**35) for name in "xy")
     windows = []
-    for first in passes:  # whole, or cut where the outer dimension goes on
+    for first in passes:  # whole, or split where the outer dimension advances
         edges = [first, *(k * dims[0][0] for k in (1, 2) if first < k * dims[0][0] < first + at_once)]
         for begin, end in zip(edges, [*edges[1:], min(first + at_once, numel)], strict=True):
             (a, b, i), n = ((begin // dims[0][0]) * np.array(dims[1][1:]), end - begin)

@@ -1,4 +1,4 @@
-"""Processes of one gloo group that run functions of a test file: started once, for all of its tests."""
+"""Processes of one gloo group that run functions of a test file. They start once for all of its tests."""
 
 import datetime
 import importlib
@@ -19,7 +19,7 @@ def _serve(rank, world, store, connection, hidden, module, timeout):
     for name in hidden:
         sys.modules[name] = None
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead to itself
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name may not resolve to this host
     import torch
     import torch.distributed as dist
 
@@ -33,7 +33,7 @@ def _serve(rank, world, store, connection, hidden, module, timeout):
             result = True, getattr(functions, name)(rank, *args)
         except BaseException:
             result = False, traceback.format_exc()
-        # Tensors by value: torch's own way to send them shares memory, which ends with this process.
+        # Sends tensors by value: torch would send them in shared memory, which ends with this process.
         connection.send_bytes(pickle.dumps(result))
 
 
@@ -89,7 +89,7 @@ class Workers:
                 assert done, f"rank {rank}:\n{result}"
                 results.append(result)
         except BaseException:
-            self.stop()  # one may wait for the other; the next call starts anew
+            self.stop()  # one process may wait for another; the next call starts new ones
             raise
         return results
 

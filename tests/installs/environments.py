@@ -1,4 +1,4 @@
-"""Virtual environments in which the package is installed as a user would, and what is then asked of them."""
+"""Virtual environments in which the package is installed as by a user, and the checks that run in them."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# A step with a key: its bits are the contract's, whatever serves.
+# A step with a key. Its bits do not depend on the implementation that runs.
 STEP = """
 import hashlib, torch, fused_dropout as fd
 digest = hashlib.sha256()
@@ -29,7 +29,7 @@ def expected_digest():
 
 
 def clean(**settings):
-    """The environment of a user's shell, with these changed; None removes one."""
+    """The environment of a user's shell with these variables changed; None removes a variable."""
     drop = (
         "VIRTUAL_ENV",
         "PYTHONPATH",
@@ -83,12 +83,12 @@ class Environment:
         return self.run("-W", "ignore", "-c", STEP + "print(digest.hexdigest())").stdout.strip()
 
     def warnings(self):
-        """What a user sees who imports it."""
+        """The warnings that a user sees at the import."""
         return [line for line in self.run("-c", "import fused_dropout").stderr.splitlines() if "RuntimeWarning" in line]
 
 
 def copy_of_the_sources(folder):
-    """Of what git tracks, or would."""
+    """Copies all files that git tracks or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -99,7 +99,7 @@ def copy_of_the_sources(folder):
 
 
 def path_without(*names):
-    """PATH with only links to the tools that a build may use otherwise."""
+    """A PATH without these names: a folder of links to the other tools that a build may use."""
     folder = ROOT / "build/installs/bin-without" / "-".join(names)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""``make test-install``: what a user gets, in each situation that docs/getting-started.md names.
+"""``make test-install``: the result of an installation, in each situation that docs/getting-started.md names.
 
-Each test installs the sources of this tree into a new virtual environment, as that user would, and asks there what
-serves. The environments of other torches come from the Makefile: .venv (torch of the CPU, which runs this),
-.venv-cuda (the newest) and .venv-oldest (2.11); a test is skipped where there is none.
+Each test installs the sources of this tree into a new virtual environment, as that user would, and checks there which
+implementation runs. The Makefile makes the environments with other versions of torch: .venv (CPU torch, which runs
+this file), .venv-cuda (the newest) and .venv-oldest (2.11). A test is skipped if its environment is missing.
 """
 
 import os
@@ -30,7 +30,7 @@ AS_SDIST = "import toolchain; print(toolchain.build_sdist('dist'))"
 
 @pytest.fixture(scope="module")
 def folder():
-    """On the disk of the environments, for hard links."""
+    """A folder on the disk of the environments, because hard links cannot cross disks."""
     folder = ROOT / "build/installs"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def cuda(folder, request):
 
 @pytest.fixture(scope="module")
 def wheels(folder):
-    """Two wheels of the CUDA build: for Python and torch of .venv-cuda, and, by ``make wheel``'s option, for all."""
+    """Two wheels of the CUDA build: for Python and torch of .venv-cuda, and for all, with ``make wheel``'s option."""
     if not Path(NEWER, "bin/python").exists():
         pytest.skip(f"there is no {NEWER}")
     environment = Environment(folder / "venv-wheels", NEWER)
@@ -80,7 +80,7 @@ def wheels(folder):
 
 
 def serves(environment, *, eager, cuda=False):
-    """The native kernels, the contract's masks, no warning."""
+    """Checks that the native kernels run, that the masks are the contract's, and that nothing warns."""
     info = environment.info()
     assert info["devices"]["cpu"] == "native", info
     assert info["eager"] == eager, info
@@ -99,12 +99,12 @@ def only_the_reference_serves(environment, why):
 
 
 def said(done):
-    """The build's own lines, in what pip -v printed."""
+    """The lines of our build in the output of pip -v."""
     return re.findall(r"^\s*fused_dropout: (found|built|left out) (.+)$", done.stdout + done.stderr, re.M)
 
 
 def without_a_toolkit():
-    """A command under which there is no /usr/local/cuda."""
+    """A command prefix that hides /usr/local/cuda."""
     toolkit = os.path.realpath("/usr/local/cuda")
     if not os.path.isdir(toolkit):
         return ()
@@ -119,7 +119,7 @@ def torchs_files(environment):
 
 
 def test_1_torch_of_the_cpu_and_a_compiler(cpu, sources):
-    """And row 6: pip's isolation, in which no torch is seen. Three lines are said, on request."""
+    """Also row 6: pip's build isolation, in which torch is not visible. The build prints three lines if asked to."""
     before = torchs_files(cpu)
     start = time.monotonic()
     done = cpu.pip("install", "-v", sources)
@@ -147,7 +147,8 @@ def test_2_torch_and_toolkit_of_one_cuda(cuda, sources):
 
 
 def test_3_nvcc_of_another_major_version(cuda, sources, tmp_path):
-    """CPU only, and why; asked for CUDA, it takes nvcc from PyPI instead (test 4), or fails and says so."""
+    """Builds for the CPU only and gives the reason. If CUDA is demanded, it takes nvcc from PyPI (test 4) or fails with
+    this reason."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 9.2, V9.2.1\n")
     nvcc.chmod(0o755)
@@ -166,7 +167,7 @@ def test_3_nvcc_of_another_major_version(cuda, sources, tmp_path):
 
 
 def test_4_no_nvcc(cuda, sources):
-    """The command that ``info`` names brings nvcc from PyPI, for the build alone."""
+    """The command that ``info`` names gets nvcc from PyPI, for the build only."""
     settings = {"under": without_a_toolkit(), "PATH": path_without("nvcc")}
     cuda.pip("install", "--no-build-isolation", sources, FUSED_DROPOUT_BUILD="none")
     assert "FUSED_DROPOUT_BUILD=cuda" in cuda.info()["improve"]
@@ -184,7 +185,7 @@ def test_4_no_nvcc(cuda, sources):
 
 
 def test_4_extra_cuda(cuda, sources):
-    """The other way: nvcc is installed beside torch, of torch's own version, and what is built later finds it."""
+    """The extra installs nvcc of torch's CUDA version beside torch, and later builds find it."""
     settings = {"under": without_a_toolkit(), "PATH": path_without("nvcc"), "TORCH_CUDA_ARCH_LIST": "9.0"}
     before = torchs_files(cuda)
     cuda.pip("install", f"{sources}[cuda]", **settings, FUSED_DROPOUT_BUILD="none")
@@ -206,7 +207,7 @@ def test_5_no_compiler(cpu, sources):
 
 
 def test_6_another_torch_where_it_is_built(wheels, cpu):
-    """As uv and ``python -m build`` do it. Built for CUDA and a newer torch, run by a torch of the CPU."""
+    """As with uv and ``python -m build``: built for CUDA and a newer torch, run under a CPU torch."""
     own, _ = wheels
     cpu.pip("install", "--no-deps", own)
     info = cpu.info()
@@ -219,7 +220,7 @@ def test_6_another_torch_where_it_is_built(wheels, cpu):
 
 
 def test_7_torch_is_changed_after_the_installation(wheels, folder, request):
-    """The kernels still serve, and one line says how to get the eager binding back."""
+    """The kernels still run, and a one-line message tells how to get the eager binding back."""
     own, _ = wheels
     older = fresh(folder, request, OLDEST)
     older.pip("install", "--no-deps", own)
@@ -233,7 +234,7 @@ def test_7_torch_is_changed_after_the_installation(wheels, folder, request):
 
 
 def test_8_sdist(cpu, sources):
-    """It holds what is needed and nothing else, and so does the wheel made of it."""
+    """The sdist and the wheel made from it hold all needed files and no others."""
     name = cpu.run("-c", AS_SDIST, cwd=sources, PYTHONPATH="build_backend").stdout.split()[-1]
     sdist = sources / "dist" / name
     with tarfile.open(sdist) as archive:
@@ -264,7 +265,7 @@ def test_8_git(cpu, sources):
 
 
 def test_9_one_wheel_for_all(wheels, cpu, folder, request):
-    """Tagged cp310-abi3, and the same bits under every torch, of the CPU and of CUDA."""
+    """The wheel is tagged cp310-abi3. It gives the same bits under every torch, for CPU and for CUDA."""
     _, wheel = wheels
     assert "-cp310-abi3-linux" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -282,10 +283,10 @@ def test_10_editable_reinstalled_uninstalled(cpu, sources):
     serves(cpu, eager=True)
     assert cpu.info()["improve"] is None
     cpu.pip("install", "--no-build-isolation", "-e", sources, FUSED_DROPOUT_BUILD="none")
-    only_the_reference_serves(cpu, "FUSED_DROPOUT_BUILD=none")  # and not what the earlier build left
+    only_the_reference_serves(cpu, "FUSED_DROPOUT_BUILD=none")  # the libraries of the earlier build must not be loaded
     command = cpu.info()["improve"]
     assert command == f"pip install -e '{sources}'"
-    cpu.pip(*shlex.split(command)[1:])  # it does what it says
+    cpu.pip(*shlex.split(command)[1:])  # the printed command works
     serves(cpu, eager=True)
     cpu.pip("install", "--no-build-isolation", sources, FUSED_DROPOUT_BUILD="cpu")
     assert cpu.package.exists()
@@ -297,7 +298,7 @@ def test_10_editable_reinstalled_uninstalled(cpu, sources):
 
 
 def test_10_uv(cpu, sources):
-    """Its isolation hides the environment altogether; without it, it builds for the torch there."""
+    """With uv's build isolation the environment is hidden. Without isolation uv builds for the installed torch."""
     cpu.pip("install", "-q", "uv")
     uv = ("-m", "uv", "pip", "install", "--python", str(cpu.python))
     before = torchs_files(cpu)
@@ -309,7 +310,7 @@ def test_10_uv(cpu, sources):
 
 
 def test_11_two_builds_at_once_in_an_odd_place(folder, request):
-    """From one tree that cannot be written to, with spaces and letters in its path, without a home directory."""
+    """Two builds of one read-only tree, with spaces and letters in its path, without a home directory."""
     odd = copy_of_the_sources(folder / "ein Ordner, größer 日本" / "fused dropout")
     files = sorted(odd.rglob("*"))
     two = [fresh(folder, request), Environment(folder / "noch ein größerer Ordner", sys.prefix)]
@@ -341,7 +342,7 @@ def without_writing_to(folder):
     "version", ["2.8.0a0+5228986c39.nv25.05", "2.11.0a0+b5c9cb3ab8.nv26.01", "2.12.0.dev20260401+cu130"]
 )
 def test_12_no_torch_is_replaced(cpu, sources, version):
-    """A vendor's and a nightly build of torch satisfy the requirement, for pip and for uv."""
+    """Vendor and nightly builds of torch satisfy the requirement, for pip and for uv."""
     (metadata,) = cpu.site.glob("torch-*.dist-info")
     renamed = metadata.with_name(f"torch-{version}.dist-info")
     text = (metadata / "METADATA").read_text()
@@ -361,7 +362,7 @@ def test_12_no_torch_is_replaced(cpu, sources, version):
 
 
 def test_12_a_torch_that_the_kernels_do_not_serve(folder, request, sources):
-    """From the lowest torch on that the metadata allows: the fallback, and its tests."""
+    """The fallback works, and passes its tests, from the lowest torch that the metadata allows."""
     floor = fresh(folder, request, FLOOR)
     before = torchs_files(floor)
     floor.pip("install", "--no-build-isolation", sources)
@@ -383,7 +384,7 @@ def test_12_a_torch_that_the_kernels_do_not_serve(folder, request, sources):
 
 
 def test_13_cuda_runtime_is_static(wheels):
-    """So the wheel asks for no version of it."""
+    """The wheel therefore requires no version of the CUDA runtime."""
     _, wheel = wheels
     if not shutil.which("readelf"):
         pytest.skip("no readelf")
@@ -396,7 +397,7 @@ def test_13_cuda_runtime_is_static(wheels):
 
 
 def test_compile_error_is_the_compilers_own(cpu, sources):
-    """What fails is left out and the rest stays; where it was demanded the build fails, with the compiler's message."""
+    """A part that does not compile is left out. If it was demanded, the build fails with the compiler's message."""
     (sources / "csrc/eager.cpp").write_text('#include "there_is_no_such_header.h"\n')
     done = cpu.pip("install", "-v", "--no-build-isolation", sources)
     assert dict(said(done))["left out"].count("there_is_no_such_header.h: No such file") == 1
@@ -423,7 +424,7 @@ def test_unknown_setting(cpu, sources):
 
 
 def test_metadata(wheels):
-    """torch is all that it needs to run."""
+    """torch is the only runtime requirement."""
     with zipfile.ZipFile(wheels[1]) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
         metadata = archive.read(name).decode()

@@ -1,4 +1,5 @@
-"""Shared by the tests of whole models: the ways to swap, training runs to compare, and what a swap leaves as it was."""
+"""Shared by the tests of whole models: ways to swap dropout, training runs to compare, and checks that a swap can be
+undone."""
 
 import copy
 from collections import Counter
@@ -24,7 +25,7 @@ RUNS, STEPS = 12, 10
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Other work on the machine cannot stall one thread at OpenMP's barriers; the tensors here are small."""
+    """One thread: with several, other work on the machine can stall OpenMP's barriers. The tensors here are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,11 +34,12 @@ def one_thread():
 
 @dataclass
 class Case:
-    """A model, what it is called with, and where it drops in training: pairs of a module's name and how it drops there.
+    """A model, its inputs, and its dropout sites in training: pairs of a module's name and the kind of dropout.
 
-    module: one of torch's dropout modules, which both ways reach. call: a functional call, which ``patch`` reaches.
-    attention: ``F.scaled_dot_product_attention``, which ``patch`` reaches. path: timm's drop path, which ``convert``
-    reaches. kernel: inside torch's own, which nobody reaches. own: a mask that the model draws itself.
+    module: one of torch's dropout modules, which ``patch`` and ``convert`` replace. call: a functional call, which
+    ``patch`` replaces. attention: ``F.scaled_dot_product_attention``, which ``patch`` replaces. path: timm's drop path,
+    which ``convert`` replaces. kernel: inside a kernel of torch, which neither can replace. own: a mask that the model
+    draws itself.
     """
 
     make: Callable[[], nn.Module]
@@ -53,7 +55,7 @@ class Case:
 
     @property
     def has_calls(self) -> bool:
-        """Whether there is what ``patch`` reaches and ``convert`` does not."""
+        """Whether there are sites that ``patch`` replaces and ``convert`` does not."""
         return not self.kinds.isdisjoint({"call", "attention"})
 
     def model(self) -> nn.Module:
@@ -61,7 +63,7 @@ class Case:
         return self.make().train()
 
     def step(self, model: nn.Module, seed: int, call: Callable[..., Any] | None = None) -> list[Tensor]:
-        """Loss and gradients of one step, with the masks of a seed; call: what stands for the model, compiled."""
+        """Loss and gradients of one step, with the masks of a seed. call: the compiled model, called instead."""
         model.zero_grad()
         torch.manual_seed(seed)
         loss = self.loss((model if call is None else call)(**self.inputs))
@@ -70,14 +72,14 @@ class Case:
 
 
 def assert_close(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    """But for the order of sums; another mask gives other numbers."""
+    """Equal up to the order of sums. Another mask gives clearly different numbers."""
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @contextmanager
 def swapped(ways: str, model: nn.Module):
-    """Fused dropout in the model, for the length of a block. ways: names of WAYS; neither is torch's own."""
+    """Fused dropout in the model inside a with block. ways: names of WAYS; with none of them, torch's dropout stays."""
     with ExitStack() as stack:
         if "patched" in ways:
             stack.enter_context(fd.patched())
@@ -93,7 +95,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def fused_calls():
-    """Counts what fused layers call: ``dropout_add`` and ``relu_dropout``."""
+    """Counts the calls that fused layers make: ``dropout_add`` and ``relu_dropout``."""
     made = Counter()
 
     def counted(name):
@@ -107,8 +109,8 @@ def fused_calls():
 
 
 def check_fused(case: Case, calls: dict[str, int]) -> None:
-    """A step of the fused model makes these calls, and gives what the converted model gives, bit for bit; so do a copy
-    and eval. Afterwards all is as before."""
+    """A step of the fused model makes these calls and gives the converted model's results, bit for bit. So do a copy of
+    it, and eval mode. Reverting restores the model."""
     plain, model = case.model(), case.model()
     before = [(name, type(m), set(vars(m))) for name, m in model.named_modules()]
     fd.convert(plain)
@@ -129,7 +131,7 @@ def check_fused(case: Case, calls: dict[str, int]) -> None:
 
 
 def curve(case: Case, ways: str, seed: int = 1, train: bool = True) -> list[float]:
-    """Losses in training: always the same weights and batch, masks by the seed; train: whether anything is dropped."""
+    """Losses in training. Weights and batch are always the same; the seed sets the masks. train: whether to drop."""
     model = case.model().train(train)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=case.lr)
     losses = []
@@ -145,8 +147,8 @@ def curve(case: Case, ways: str, seed: int = 1, train: bool = True) -> list[floa
 
 
 def alike(ours: list[float], theirs: list[float]) -> bool:
-    """Means of several runs each: within six standard errors of their difference. With twelve runs each, chance leaves
-    that range 5 times in a million (Student's t, 22 degrees of freedom)."""
+    """Whether the means of two sets of runs differ by less than six standard errors of the difference. With twelve runs
+    each, chance exceeds this 5 times in a million (Student's t, 22 degrees of freedom)."""
     error = (variance(ours) / len(ours) + (variance(theirs) / len(theirs) if len(theirs) > 1 else 0)) ** 0.5
     return abs(fmean(ours) - fmean(theirs)) < 6 * error
 
@@ -156,11 +158,11 @@ def mean_losses(case: Case, ways: str) -> list[float]:
 
 
 class Promises:
-    """What is tested of each case: a file's class inherits it, and is parametrized with its cases."""
+    """The tests of each case. A test file inherits from this class and parametrizes it with its cases."""
 
     def test_the_loss_falls_as_with_torchs(self, case: Case) -> None:
-        """The loss falls, and its mean over the run is nn.Dropout's. Without dropout it is not: that can be seen."""
-        # Where convert reaches all that patch does, or nothing, its runs are patch's or torch's own: the next test.
+        """The loss falls, and its mean over the run is that of nn.Dropout. Without dropout the mean differs."""
+        # If convert replaces all sites that patch does, or none, its runs equal patch's or torch's: see the next test.
         both = ("module" in case.kinds and case.has_calls) or "path" in case.kinds
         ways = ["patched", "converted"] if both else ["patched"]
         mean = {way: mean_losses(case, way) for way in ("torch", *ways)}
@@ -174,7 +176,7 @@ class Promises:
         assert not alike(mean["patched"], without), (mean, without)
 
     def test_both_ways_draw_the_same_masks(self, case: Case) -> None:
-        """Patched and converted is the same as one of them alone, where that reaches all that the other does."""
+        """Both ways together give the same masks as one alone, if that one replaces all sites that the other does."""
         patched, converted, both = curve(case, "patched"), curve(case, "converted"), curve(case, "patched, converted")
         assert (both == patched) is ("path" not in case.kinds)
         assert (both == converted) is not case.has_calls
@@ -192,7 +194,7 @@ class Promises:
 
     @for_ways
     def test_undone_it_is_as_before(self, case: Case, way: str) -> None:
-        """Afterwards all is as before: classes, attributes, state dict, torch's functions, masks and gradients."""
+        """Undoing restores everything: classes, attributes, state dict, torch's functions, masks and gradients."""
         model = case.model()
 
         def state():

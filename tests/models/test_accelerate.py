@@ -1,4 +1,5 @@
-"""accelerate's hooks replace the forward of instances: convert leaves those alone and says so, patch reaches them."""
+"""accelerate's hooks replace the forward of instances. convert leaves these alone and reports it; patch replaces their
+dropout."""
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def paths(model):
 
 
 def test_dispatched():
-    """Block by block to devices: the modules that are blocks themselves have hooks, those inside them have not."""
+    """A model dispatched to devices block by block: the blocks have hooks, the modules inside them have none."""
     model = accelerate.dispatch_model(
         small(), {"0": "cpu", "1": "cpu", "2": "cpu"}, main_device="cpu", force_hooks=True
     )
@@ -66,7 +67,7 @@ def test_hook_on_and_off(converted_before):
 
 
 def test_prepared():
-    """Accelerator.prepare wraps the forward of the whole model alone: every dropout in it is converted."""
+    """Accelerator.prepare wraps only the forward of the whole model, so every dropout inside is converted."""
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = accelerator.prepare(small())
     assert not fd.convert_report(fd.convert(model)).left

@@ -1,4 +1,4 @@
-"""Models written out here, patched and converted: trained, evaluated, undone and audited."""
+"""Small models of this file, patched and converted: trained, evaluated, undone and audited."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ class Translator(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Layers of LSTM with a functional dropout between them, as in AWD-LSTM."""
+    """LSTM layers with functional dropout between them, as in AWD-LSTM."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
 
 
 def bias_dropout_add(x, bias, residual, p: float, training: bool):
-    """As in Megatron-LM, where the linear layer leaves its bias to this function."""
+    """As in Megatron-LM, where this function adds the bias of the linear layer."""
     return residual + F.dropout(x + bias.expand_as(residual), p=p, training=training)
 
 
@@ -115,7 +115,7 @@ class TestPromises(Promises):
 
 
 def test_the_comparison_of_losses_can_fail(monkeypatch):
-    """Half as much dropout again is not alike, nor is dropout whose kept elements are not scaled."""
+    """The comparison rejects a p that is 1.5 times as large, and dropout that does not scale the kept elements."""
     case, fused = CASES["megatron"], fd.functional.dropout
     faults = {
         "p": lambda x, p=0.5, training=True, inplace=False: fused(x, 1.5 * p, training, inplace),

@@ -1,4 +1,4 @@
-"""A graph attention network of PyTorch Geometric: dropout of the attention's weights is a functional call."""
+"""A graph attention network of PyTorch Geometric: it drops the attention weights with a functional call."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A loop of Lightning's Trainer, patched and converted, and resumed from its checkpoint."""
+"""Training with Lightning's Trainer, patched and converted, and resumed from a checkpoint."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ class Classifier(L.LightningModule):
 
 
 def trained(ways, seed=0, steps=16, folder=None, resume=False):
-    """The module after the steps; its losses are in it."""
+    """The module after training; it holds its losses."""
     torch.manual_seed(0)
     model = Classifier()
     trainer = L.Trainer(

@@ -1,4 +1,4 @@
-"""Opacus: its validator makes layers anew, those have dropout modules of their own, and its engine wraps the model."""
+"""Opacus: its validator replaces layers by new ones with their own dropout modules, and its engine wraps the model."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ LABELS = torch.arange(16) % 4
 
 
 class Model(nn.Module):
-    """With layers that Opacus replaces: batch norm, LSTM, attention."""
+    """A model with the layers that Opacus replaces: batch norm, LSTM, attention."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ def made():
 
 
 def private(model):
-    """The model under a PrivacyEngine, its optimizer and its data."""
+    """The model, its optimizer and its data under a PrivacyEngine."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
     return opacus.PrivacyEngine().make_private(
@@ -58,7 +58,7 @@ INSIDE = ["attention.dropout", "channels", "dropout", "lstm.dropout_layer"]
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after", "both"])
 def test_fixed(when):
-    """fix keeps what was converted before, and brings its own layers' dropout, which convert finds after."""
+    """fix keeps modules that were converted before, and adds layers with new dropouts. A later convert finds these."""
     torch.manual_seed(0)
     model = Model() if when == "after" else fd.convert(Model())
     model = validators.ModuleValidator.fix(model)
@@ -72,7 +72,7 @@ def test_fixed(when):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", ["patched", "converted", "converted under the engine"])
 def test_private_training(way):
-    """Each sample's gradient has that sample's mask: their mean is the gradient of the model without the engine."""
+    """Each sample's gradient has that sample's mask, so their mean is the gradient of the model without the engine."""
     model = made()
     if way == "converted":
         fd.convert(model)
@@ -96,7 +96,7 @@ def test_private_training(way):
             for a, b in zip(sums, plain.parameters(), strict=True):
                 torch.testing.assert_close(a, b.grad, rtol=1e-3, atol=1e-5)
             optimizer.step()
-        # Last: a forward pass without a backward, as an audit is, leaves Opacus' hooks waiting for one.
+        # Last, because the audit runs a forward pass without a backward, and Opacus' hooks then wait for that backward.
         sites = {site.module: site.path for site in fd.audit(model, IMAGES).sites if site.train}
         assert sorted(sites) == [f"_module.{name}" for name in INSIDE]
         assert all(path.startswith("fused") for path in sites.values())

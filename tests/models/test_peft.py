@@ -1,4 +1,4 @@
-"""A Llama with PEFT's LoRA: its dropout is in modules of the adapters, which come and go."""
+"""A Llama with PEFT's LoRA. The dropout modules belong to the adapters, which can be added and removed."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ import fused_dropout as fd
 
 hf = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls what transformers renames
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT uses names that transformers has renamed
 
 IDS = torch.randint(50, (6, 8), generator=torch.Generator().manual_seed(0))
 LAYERS = [f"base_model.model.model.layers.{i}.self_attn" for i in range(2)]
@@ -65,7 +65,7 @@ def test_adapters_added_since_are_converted_the_second_time():
     report = fd.convert_report(fd.convert(model))
     assert len(report.fused) == 4 + 2
     assert not report.torch
-    # With p = 0 PEFT puts an Identity there.
+    # With p = 0 PEFT uses an Identity instead of a dropout.
     assert report.left == {f"{layer}.q_proj.lora_dropout.none": "Identity: drops nothing" for layer in LAYERS}
     model.set_adapter("third")
     sites = {site.module: site for site in fd.audit(model, **CASE.inputs).sites if site.train}
@@ -76,7 +76,7 @@ def test_adapters_added_since_are_converted_the_second_time():
 
 
 def test_converted_before_the_adapters():
-    """What get_peft_model adds is torch's; merged away again, nothing of it is left."""
+    """get_peft_model adds torch's dropout modules. Merging the adapters removes them."""
     model = CASE.model()
     base = fd.convert(model.unload())
     model = peft.get_peft_model(base, lora(0.5, "q_proj"))
@@ -87,7 +87,7 @@ def test_converted_before_the_adapters():
 
 
 def test_saved_and_loaded(tmp_path):
-    """An adapter's folder holds nothing of the conversion."""
+    """A saved adapter holds no trace of the conversion."""
     model = fd.convert(CASE.model())
     model.save_pretrained(tmp_path)
     twin = peft.PeftModel.from_pretrained(CASE.model().unload(), tmp_path)
@@ -106,7 +106,7 @@ def paired(model):
 
 
 def steps(model, inputs=CASE.inputs, count=2):
-    """Losses and gradients of some steps."""
+    """Losses and gradients of several steps."""
     torch.manual_seed(5)
     found = []
     for _ in range(count):
@@ -157,13 +157,13 @@ def saved_bytes(model):
 
 
 def test_paired_takes_the_memory_of_no_dropout():
-    """16 bytes a site more."""
+    """A paired model saves 16 bytes per site more than a model without dropout."""
     assert saved_bytes(paired(CASE.model())) == saved_bytes(fd.convert(variant(lora_dropout=0.0))) + 4 * 16
     assert saved_bytes(fd.convert(CASE.model())) > saved_bytes(paired(CASE.model()))
 
 
 def test_paired_over_a_bfloat16_base():
-    """PEFT keeps the adapters in float32. The layer's input is saved in bfloat16, and its cast not at all."""
+    """PEFT keeps the adapters in float32. The layer's input is saved in bfloat16, and its float32 cast is not saved."""
 
     def model():
         made = CASE.model()
@@ -181,7 +181,7 @@ def test_paired_over_a_bfloat16_base():
 
 
 def test_paired_adapters_over_a_bfloat16_base():
-    """Two at once share PEFT's cast, whose gradient is rounded once."""
+    """Two active adapters share PEFT's cast, whose gradient is rounded once."""
     found = []
     for convert in (paired, fd.convert):
         layer = nn.Sequential(nn.Linear(16, 16))
@@ -204,7 +204,7 @@ def test_paired_adapters_over_a_bfloat16_base():
 @pytest.mark.parametrize("base", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_paired_under_autocast_to_another_dtype(base, dtype):
-    """Where PEFT's cast to float32 comes before dropout, and autocast's after it."""
+    """PEFT casts to float32 before dropout, and autocast casts after it."""
     found = []
     for convert in (paired, fd.convert):
         torch.manual_seed(0)
@@ -223,8 +223,10 @@ def test_paired_under_autocast_to_another_dtype(base, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_formula_of_the_documentation(dtype):
-    """docs/lora.md: 2h + i elements a token and layer are kept, where each dropout alone keeps 6h + i; over a bfloat16
-    base, in bfloat16 where each cast keeps float32."""
+    """docs/lora.md: paired dropouts keep 2h + i elements per token and layer, unpaired dropouts 6h + i.
+
+    Over a bfloat16 base the paired ones keep bfloat16, and the unpaired ones keep the float32 casts.
+    """
     hidden, intermediate, layers, tokens = 32, 48, 2, 6 * 8
     shared, each = 2 * hidden + intermediate, 6 * hidden + intermediate
 
@@ -241,7 +243,7 @@ def test_the_formula_of_the_documentation(dtype):
         return peft.get_peft_model(hf.LlamaForCausalLM(config).to(dtype), lora(p, *names)).train()
 
     alone, both = saved_bytes(fd.convert(model(0.5))), saved_bytes(paired(model(0.5)))
-    # The first layer's input needs no gradient: its q, k and v drop without saving a key.
+    # The first layer's input needs no gradient, so its q, k and v dropouts save no key.
     assert alone - both == (4 * each - dtype.itemsize * shared) * tokens * layers - 3 * 16
     none = saved_bytes(model(0.0))
     assert both - 16 * 7 * layers == none if dtype == torch.float32 else both < none
@@ -260,7 +262,7 @@ def test_variants(options):
 
 
 def test_a_variant_that_is_added_later():
-    """Is noticed at the call."""
+    """It is noticed at the call."""
 
     class Variant:
         @staticmethod
@@ -320,7 +322,7 @@ def test_paired_adapters_come_and_go(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = paired(peft.PeftModel.from_pretrained(CASE.model().unload(), tmp_path, is_trainable=True).train())
     for ours, theirs in zip(steps(loaded), steps(model), strict=True):
-        torch.testing.assert_close(ours, theirs)  # merging and back has rounded the weights
+        torch.testing.assert_close(ours, theirs)  # merging and unmerging has rounded the weights
     assert len([m for m in model.merge_and_unload().modules() if isinstance(m, nn.Dropout)]) == 0
 
 
@@ -350,7 +352,7 @@ def test_paired_and_compiled(backend):
     model, twin = paired(CASE.model()), fd.convert(CASE.model())
     for layers in (model.base_model.model.model.layers, twin.base_model.model.model.layers):
         del layers[1]  # for time
-        layers[0].self_attn.attention_dropout = 0.0  # torch's own, whose masks differ in Inductor
+        layers[0].self_attn.attention_dropout = 0.0  # torch's dropout, whose masks differ under Inductor
     torch.compiler.reset()
     for ours, theirs in zip(steps(torch.compile(model, backend=backend)), steps(twin), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -360,7 +362,7 @@ def test_paired_and_compiled(backend):
 
 
 def quantized(bits):
-    """Two layers with two adapters, over a base of bitsandbytes."""
+    """Two layers with two adapters, over a quantized base of bitsandbytes."""
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
@@ -412,7 +414,7 @@ def test_paired_over_quantized_layers(bits, autocast, dtype):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_nothing_is_lost_over_quantized_layers(bits, monkeypatch):
-    """A later PEFT whose forward takes the dropout's output past lora_A."""
+    """Simulates a later PEFT whose forward does not pass the dropout's output to lora_A."""
     model = paired(quantized(bits))
 
     def forward(self, x):
@@ -437,7 +439,7 @@ def workers():
 
 
 def sharded_step(rank, lora, checkpointed, dtype):
-    """The loss, gradients and weights of a step of a model that is sharded by decoder layer."""
+    """Loss, gradients and weights after a step of a model that is sharded by decoder layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -12,7 +12,7 @@ from swapping import (
 
 import fused_dropout as fd
 
-# A torchvision that was built for another torch raises a RuntimeError.
+# torchvision raises a RuntimeError if it was built for another torch.
 timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
 
 P = 0.3
@@ -38,7 +38,7 @@ def vit(fused_attention):
             block.attn.fused_attn = fused_attention
         return model
 
-    # The rate of drop path grows with depth, from 0, where timm puts an Identity.
+    # The rate of drop path grows with depth. At 0, in the first block, timm uses an Identity.
     sites = [("pos_drop", "module"), ("blocks.1.drop_path1", "path"), ("blocks.1.drop_path2", "path")]
     for i in range(2):
         sites += [(f"blocks.{i}.{name}", "module") for name in ("attn.proj_drop", "mlp.drop1", "mlp.drop2")]
@@ -69,7 +69,7 @@ def test_drop_path_is_converted_and_back():
 
 
 def test_drop_path_drops_as_timms():
-    """Of samples: the same scale and, over many, the same rate."""
+    """Whole samples are dropped, with timm's scale and, over many samples, timm's rate."""
     theirs, ours = timm.layers.DropPath(P).train(), fd.DropPath(P).train()
     x = torch.ones(20000, 3)
     for seed, drop_path in enumerate((theirs, ours)):
@@ -83,7 +83,7 @@ def test_drop_path_drops_as_timms():
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_fused(case):
-    """The drop paths of the second block; the first has none."""
+    """The drop paths of the second block are fused; the first block has none."""
     check_fused(case, {"dropout_add": 2})
     model = fd.convert(case.model(), fuse=True)
     assert fd.convert_report(model).layers == {"blocks.1": "dropout_add: drop_path1, drop_path2"}

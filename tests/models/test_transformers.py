@@ -21,7 +21,7 @@ from torch import nn
 import fused_dropout as fd
 
 hf = pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that older versions need
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # about names that older versions need
 
 P = 0.3
 generator = torch.Generator().manual_seed(0)
@@ -175,12 +175,12 @@ for_some = pytest.mark.parametrize("case", [CASES[name] for name in ("bert", "gp
 
 @for_cases
 class TestPromises(Promises):
-    """Attention drops in a functional call, which patch reaches: F.dropout, or all of it in one function."""
+    """Attention drops in a functional call, which patch replaces: F.dropout, or torch's attention function."""
 
 
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_both_kinds_of_attention_have_the_same_masks(make):
-    """The weights of eager attention, which F.dropout drops, are the weights that no tensor holds in the other."""
+    """Eager attention drops its weights with F.dropout. sdpa drops the same weights, which no tensor holds."""
     with fd.patched():
         eager, whole = (case.step(case.model(), 1) for case in (make("eager"), make("sdpa")))
     assert_close(whole, eager)
@@ -213,7 +213,7 @@ def test_compiled_the_masks_are_eagers(case, way):
 
 
 def trained(way, folder, reentrant=None):
-    """The weights of a BERT after a few steps of HF's Trainer."""
+    """The weights of a BERT after a few steps of Hugging Face's Trainer."""
     pytest.importorskip("accelerate")
     case = CASES["bert"]
     model = case.model()
@@ -238,7 +238,7 @@ def trained(way, folder, reentrant=None):
 
 @for_ways
 def test_trainer(way, tmp_path):
-    """The same weights with and without checkpointing, and not those of torch's masks."""
+    """The weights are equal with and without checkpointing, and differ from those of torch's masks."""
     plain = trained(way, tmp_path)
     assert not torch.allclose(plain[0], trained("torch", tmp_path)[0], atol=1e-3)
     for reentrant in (True, False):
@@ -264,7 +264,7 @@ def test_copies_and_pickles_of_a_converted_model(case):
 
 @for_cases
 def test_saved_pretrained_and_loaded(case, tmp_path):
-    """The folder holds nothing of the conversion: it loads as any other, and into a converted model."""
+    """The saved folder holds no trace of the conversion. It loads into a plain model and into a converted one."""
     model = fd.convert(case.model())
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).train()
@@ -294,7 +294,7 @@ def copy_of_bert(name):
     )
 
 
-# Two layers of two sums each, where nothing else is said.
+# By default, two layers with two sums each.
 FUSED = {
     "bert": (CASES["bert"], {"dropout_add": 4}),
     "bert-sdpa": (CASES["bert-sdpa"], {"dropout_add": 4}),
@@ -317,7 +317,7 @@ def test_fused(case, calls):
 @for_some
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_fused_and_checkpointed(case, reentrant):
-    """Backward computes the fused layers again."""
+    """Backward recomputes the fused layers."""
     model = fd.convert(case.model(), fuse=True)
     want = case.step(model, 1)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -329,7 +329,7 @@ def test_fused_and_checkpointed(case, reentrant):
 
 @for_some
 def test_fused_and_compiled(case):
-    """The compiler is given the separate calls."""
+    """The compiler sees the separate calls."""
     torch._dynamo.reset()
     model = fd.convert(case.model(), fuse=True)
     want = case.step(model, 1)
@@ -346,7 +346,7 @@ def test_fused_report():
 
 
 def test_attention_that_is_looked_at_is_not_fused():
-    """A hook on GPT-2's attention sees what was dropped."""
+    """A hook on GPT-2's attention sees the result of its dropout."""
     case, seen = CASES["gpt2"], []
     model = fd.convert(case.model(), fuse=True)
     want = case.step(model, 1)

@@ -1,4 +1,4 @@
-"""Shared by the statistics: the rates, when a result is fine, the threads, and two one-sided tests for equivalence."""
+"""Shared by the statistics: rates, limits for the results, the threads, and two one-sided tests for equivalence."""
 
 from statistics import NormalDist
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 LEVEL = 1e-6
-# 8-bit and 16-bit thresholds and their neighbours, next to which a rounded p would have another rate.
+# 8-bit and 16-bit thresholds and values beside them, where a rounded p would have another rate.
 RATES = [1e-6, 1e-4, 0.01, 24 / 256, 25 / 256, 0.1, 26 / 256, 0.3, 1 / 3, 0.5, 0.7, 0.9, 0.99]
 RATES += [k / 2**16 + side * 2**-19 for k in (1, 6553, 2**15, 2**16 - 1) for side in (-1, 0, 1)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Other work on the machine cannot stall one thread at OpenMP's barriers; most tensors here are small."""
+    """One thread: with several, other work on the machine can stall OpenMP's barriers. Most tensors here are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,13 +21,13 @@ def one_thread():
 
 
 def fine(results):
-    """Under a fixed key the level only says how improbable a mask has to be for the contract to be thought wrong."""
+    """Under a fixed key, the level is how improbable a mask has to be before we consider the contract wrong."""
     for result in results if isinstance(results, (list, tuple)) else [results]:
         assert result.p_value > LEVEL, f"{result}: {result.detail}"
 
 
 def wrong(results):
-    """Some test alarms, at the level that ``testing`` takes for one of a hundred tests."""
+    """Whether some test alarms, at the level that ``testing`` uses for one of a hundred tests."""
     from fused_dropout import testing
 
     results = results if isinstance(results, (list, tuple)) else [results]
@@ -40,5 +40,5 @@ def tost(difference, deviation, margin):
 
 
 def power_of_tost(deviation, margin, level):
-    """Probability that ``tost`` is below the level where there is no difference."""
+    """Probability that ``tost`` is below the level if there is no difference."""
     return max(0.0, 2 * NormalDist().cdf(margin / deviation + NormalDist().inv_cdf(level)) - 1)

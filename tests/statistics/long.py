@@ -1,8 +1,9 @@
-"""The long form of the statistics, with fresh keys: `make statistics`, under twenty minutes on two cores.
+"""The long form of the statistics, with new keys: `make statistics`, under twenty minutes on two cores.
 
-Prints a table: test, draws, statistic, p-value, and the smallest fault that would have been seen. An alarm is a p-value
-below 1e-6 / 400 (there are fewer tests), so that a faultless dropout alarms once in a million runs. What runs is what
-the suite runs with fixed keys, on up to 2^31 draws, and the equivalence of trained networks, which only this form has.
+Prints a table: test, draws, statistic, p-value, and the smallest fault that the test would have detected. An alarm is
+a p-value below 1e-6 / 400. There are fewer than 400 tests, so a correct dropout alarms at most once in a million runs.
+The suite runs the same tests with fixed keys; here they use up to 2^31 draws. The test that trained networks are
+equivalent runs only here.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from fused_dropout.testing.statistics import HEADER
 
 TESTS = 400
 ALPHA = 1e-6 / TESTS
-# Fixed before the first run: what nobody would call another result, on a test set of 450 digits.
+# Differences that do not matter on a test set of 450 digits. They were fixed before the first run.
 MARGINS = {"test accuracy": 0.005, "test loss": 0.02}
 MODULES = (fd.Dropout, nn.Dropout)
 RUNS, EPOCHS, P_HIDDEN, EQUIVALENCE_LEVEL = 48, 15, 0.2, 0.01
 
 
 def fresh_key(seed: int | None = None, offset: int | None = None) -> torch.Tensor:
-    """[seed, offset], drawn from the default generator where not given."""
+    """[seed, offset]; a part that is not given is drawn from the default generator."""
     drawn = torch.empty(2, dtype=torch.int64).random_().tolist()
     given = [given if given is not None else fresh for given, fresh in zip((seed, offset), drawn, strict=True)]
     return torch.tensor(given, dtype=torch.uint64)
@@ -80,7 +81,7 @@ def stacked(name: str, masks: torch.Tensor) -> Iterator[testing.Result]:
 
 
 def related_keys(n: int = 2**17) -> Iterator[testing.Result]:
-    """Seeds and offsets one bit apart and next to one another, and pieces of one mask far apart."""
+    """Seeds and offsets that are adjacent or differ in one bit, and distant pieces of one mask."""
     seed, offset = fresh_key().tolist()
     keys = {
         "seeds one bit apart": [(seed ^ 1 << bit, offset) for bit in range(64)],
@@ -96,7 +97,7 @@ def related_keys(n: int = 2**17) -> Iterator[testing.Result]:
 
 
 def layers_in_training(module: type[nn.Module]) -> Iterator[testing.Result]:
-    """The masks of four layers of one width in 128 steps: any layer, any number of steps apart, at any shift."""
+    """The masks of four layers of one width in 128 steps: compares all layers, step distances and shifts."""
     masks: list[torch.Tensor] = []
     model = nn.Sequential(*itertools.chain(*((nn.Linear(64, 64), module(0.1)) for _ in range(4))))
     for layer in model[1::2]:
@@ -107,7 +108,7 @@ def layers_in_training(module: type[nn.Module]) -> Iterator[testing.Result]:
 
 
 def short_calls() -> Iterator[testing.Result]:
-    """2^20 fresh seeds: a generator of 32 bits would have met some of them a hundred times."""
+    """2^20 new seeds. Among 32-bit seeds, about a hundred would repeat."""
     masks = testing.sample(partial(fd.dropout, p=0.5), 2**20, (64,), torch.float32, "cpu", seconds=120)
     yield testing.collisions(masks, "collisions, 2^20 calls", ALPHA)
     yield from named("2^20 calls:", list(testing.uniformity(masks, ALPHA)))
@@ -146,7 +147,7 @@ def train(module: type[nn.Module], data: list[torch.Tensor], seed: int) -> tuple
 
 
 def equivalence_in_training(seed: int) -> Iterator[tuple[bool, str]]:
-    """Two one-sided tests on the means over runs of separate seeds: whether equivalent, and the interval."""
+    """Two one-sided tests on the means over runs with different seeds: the verdict, and the interval."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
@@ -158,7 +159,7 @@ def equivalence_in_training(seed: int) -> Iterator[tuple[bool, str]]:
     for (name, margin), a, b in zip(MARGINS.items(), ours, theirs, strict=True):
         difference, deviation = fmean(a) - fmean(b), math.sqrt((variance(a) + variance(b)) / RUNS)
         p_value, power = tost(difference, deviation, margin), power_of_tost(deviation, margin, EQUIVALENCE_LEVEL)
-        half = 2.3263 * deviation  # the interval that goes with a level of 0.01
+        half = 2.3263 * deviation  # the interval for a level of 0.01
         interval = f"98 % interval [{difference - half:+.5f}, {difference + half:+.5f}]"
         means = f"{name}: fd {fmean(a):.5f}, torch {fmean(b):.5f}, {RUNS} runs each, difference {difference:+.5f}"
         verdict = f"margin {margin}, p-value {p_value:.1e}, power {power:.3f}"

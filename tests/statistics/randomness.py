@@ -1,11 +1,11 @@
-"""The generator's words, in the orders in which training uses them, under the batteries of tests that are installed.
+"""Runs the installed test batteries on the generator's words, in the orders in which training uses them.
 
-    python tests/statistics/randomness.py                 # make randomness: all that is installed, a report to a file
-    python tests/statistics/randomness.py --stream calls  # 32-bit words to stdout, for a battery of one's own
+    python tests/statistics/randomness.py                 # make randomness: all installed batteries, a report to a file
+    python tests/statistics/randomness.py --stream calls  # 32-bit words to stdout, for another battery
 
-dieharder is a Debian package. PractRand is run as ``RNG_test stdin32``, TestU01 by a program ``testu01_stdin`` that
-reads words from its standard input and prints Crush's report, if they are on the PATH. The words are those of
-``reference.philox``, which the tests of the mask show to be the kernels' too.
+dieharder is a Debian package. PractRand runs as ``RNG_test stdin32``. TestU01 runs as a program ``testu01_stdin`` that
+reads words from its standard input and prints Crush's report. Both have to be on the PATH. The words come from
+``reference.philox``; the tests of the mask show that the kernels have the same words.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CHUNK = 2**14  # blocks drawn at a time
 BLOCKS = 16  # of a short call: 128 elements
 SEED = 0x0123_4567_89AB_CDEF
 
-# Those of dieharder that its author does not call suspect or broken, at sizes that need a few GB of words at most.
+# The tests of dieharder that its author does not call suspect or broken, in sizes that need at most a few GB of words.
 TESTS = [(test, None) for test in (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 15, 16, 100, 101, 102, 204, 205, 206, 207, 209)]
 TESTS += [*((200, size) for size in (1, 4, 8)), (201, 2), (202, 3), (202, 5), (203, 0), (203, 3)]
 
@@ -47,19 +47,19 @@ def words(seed: Tensor, offset: Tensor, block: Tensor) -> bytes:
 
 
 def one_call(first: int) -> bytes:
-    """A single very long call: blocks next to one another."""
+    """A single very long call: consecutive blocks."""
     block = torch.arange(first, first + CHUNK)
     return words(torch.full_like(block, SEED), torch.zeros_like(block), block)
 
 
 def calls(first: int) -> bytes:
-    """Short calls, whose offset advances by one each, as on CUDA."""
+    """Short calls whose offset advances by one per call, as on CUDA."""
     number = torch.arange(first, first + CHUNK)
     return words(torch.full_like(number, SEED), number // BLOCKS, number % BLOCKS)
 
 
 def fresh_seeds(first: int) -> bytes:
-    """Short calls, each with a seed of its own, drawn as the CPU's keys are."""
+    """Short calls with a new seed for each, drawn like keys on the CPU."""
     generator = torch.Generator().manual_seed(SEED + first)
     seed = torch.empty(CHUNK // BLOCKS, dtype=torch.int64).random_(generator=generator).repeat_interleave(BLOCKS)
     number = torch.arange(CHUNK)
@@ -67,7 +67,7 @@ def fresh_seeds(first: int) -> bytes:
 
 
 def one_position(first: int) -> bytes:
-    """The same block of call after call: what one neuron sees in the course of training."""
+    """The same block of consecutive calls: the words that one neuron uses during training."""
     offset = torch.arange(first, first + CHUNK)
     return words(torch.full_like(offset, SEED), offset, torch.full_like(offset, 3))
 
@@ -81,7 +81,7 @@ ORDERS: dict[str, Callable[[int], bytes]] = {
 
 
 def stream(order: str) -> None:
-    """Writes words to stdout until whoever reads has enough."""
+    """Writes words to stdout until the reader closes the pipe."""
     torch.set_num_threads(1)
     first = 0
     try:
@@ -94,7 +94,7 @@ def stream(order: str) -> None:
 
 @contextmanager
 def words_in(order: str) -> Iterator[IO[bytes]]:
-    """The reading end of a pipe that never runs dry."""
+    """The reading end of a pipe with an endless stream of words."""
     source = subprocess.Popen([sys.executable, __file__, "--stream", order], stdout=subprocess.PIPE)
     assert source.stdout is not None
     try:
@@ -111,8 +111,8 @@ def run(command: list[str], source: IO[bytes]) -> str:
 
 
 def dieharder(source: IO[bytes]) -> Iterator[str]:
-    """The lines of all tests, one after the other on one stream. A weak result, as one in a hundred is by chance, is
-    repeated three times on the words that follow."""
+    """The report lines of all tests, which run one after the other on one stream. One result in a hundred is weak by
+    chance, so a weak result is repeated three times on the words that follow."""
     for test, size in TESTS:
         command = ["dieharder", "-g", "200", "-d", str(test), *(["-n", str(size)] if size is not None else [])]
         lines = assessed(run(command, source))
@@ -126,7 +126,7 @@ def assessed(output: str) -> list[str]:
 
 
 def batteries(practrand_size: str) -> dict[str, Callable[[IO[bytes]], Iterator[str]]]:
-    """Those that are installed."""
+    """The installed batteries."""
 
     def practrand(source: IO[bytes]) -> Iterator[str]:
         yield from run(["RNG_test", "stdin32", "-tlmax", practrand_size], source).splitlines()
@@ -139,7 +139,7 @@ def batteries(practrand_size: str) -> dict[str, Callable[[IO[bytes]], Iterator[s
 
 
 def report(names: list[str], practrand_size: str) -> Iterator[str]:
-    """Line by line, as it is found out."""
+    """Yields the report line by line, as the results arrive."""
     found = batteries(practrand_size)
     yield f"Philox4x32-10, seed {SEED:#x}, {time.strftime('%Y-%m-%d')}, {platform.machine()}, torch {torch.__version__}"
     for name, program in (("dieharder", "dieharder"), ("PractRand", "RNG_test"), ("TestU01", "testu01_stdin")):

@@ -1,4 +1,4 @@
-"""``testing.check`` and ``python -m fused_dropout check``: a healthy dropout passes, a faulty one is named."""
+"""``testing.check`` and ``python -m fused_dropout check``: a correct dropout passes, and a fault is named."""
 
 import sys
 
@@ -248,7 +248,7 @@ def test_verdict(name, verdict, planted, capsys):
     assert ("tests fail" in output) == ("WRONG" in verdict)
     assert sum(not line.startswith("  note:") for line in output.splitlines()) <= 8
     if name in ("unscaled", "forgetful", "half_the_rate", "columns", "Repeats", "by_position"):
-        assert ";" not in second, "a consequence is named beside the cause"
+        assert ";" not in second, "a consequence is reported beside the cause"
     moves = ("textbook", "unscaled", "columns", "by_position", "unscaled_backward", "always", "once_differentiable")
     assert ("the generator moves" in output) == (name in moves)
     assert ("double backward was not tested: RuntimeError: " in output) == (name == "once_differentiable")
@@ -318,7 +318,7 @@ def test_no_cuda_device(capsys):
 
 
 def test_report():
-    """What is wrong is listed; fewer than the fifty tests that the level of each is made for; slow callables work."""
+    """Faults are listed. There are fewer tests than the fifty that the level of each assumes. Slow callables work."""
 
     def without_backward(x):
         if x.dtype != torch.float32:

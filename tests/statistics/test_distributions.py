@@ -1,4 +1,4 @@
-"""Tail probabilities and limits against scipy's, and p-values of independent draws."""
+"""Compares tail probabilities and limits with scipy's, and checks p-values of independent draws."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_normal(stats):
 @pytest.mark.parametrize("p", [1e-9, 1e-6, 1e-3, 0.1, 1 / 3, 0.5, 0.9, 0.99, 1 - 1e-6])
 @pytest.mark.parametrize("n", [1, 7, 60, 2**10, 2**16, 2**20, 2**24, 2**31, 2**32])
 def test_binomial(n, p, stats):
-    """The tolerance grows with n, since the first term is exp() of a difference of numbers as large as n * log(n)."""
+    """The tolerance grows with n: the first term is exp() of a difference of numbers as large as n * log(n)."""
     deviation = math.sqrt(n * p * (1 - p))
     for k in {0, n, *(min(n, max(0, round(n * p + sigmas * deviation))) for sigmas in SIGMAS)}:
         tail = stats.binom.cdf(k, n, p) if k < n * p else stats.binom.sf(k - 1, n, p)
@@ -56,8 +56,8 @@ def test_peak(shifts, stats):
 
 @pytest.mark.parametrize("skewness", [0.01, 0.05, 0.1])
 def test_peak_of_a_skew_variable(skewness, stats):
-    """Up to the largest skewness that ``testing`` admits the p-value is too large, by less than a factor of two. The
-    normal one is too small, at 0.1 by a factor of nine."""
+    """Up to the largest skewness that ``testing`` admits, the p-value is too large by less than a factor of two. The
+    p-value of a normal variable would be too small, at skewness 0.1 by a factor of nine."""
     shape = 4 / skewness**2
     gamma = stats.gamma(shape, loc=-(shape**0.5), scale=shape**-0.5)  # mean 0, variance 1
     for z in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
@@ -68,7 +68,7 @@ def test_peak_of_a_skew_variable(skewness, stats):
 
 @pytest.mark.parametrize("alpha", [1e-12, 1e-8, 1e-4])
 def test_limits_are_seen_99_times_in_100(alpha, stats):
-    """A fault of the size that a result names: alarm in 99 of 100 draws, or more where a bound stands in for it."""
+    """A fault of the size that a result names alarms in 99 of 100 draws, or in more if the size is only a bound."""
     for shifts in (1, 2**20):
         critical = stats.norm.isf(alpha / shifts / 2)
         assert stats.norm.sf(critical - normal_limit(alpha, shifts)) == pytest.approx(0.99, rel=1e-9)
@@ -80,7 +80,7 @@ def test_limits_are_seen_99_times_in_100(alpha, stats):
 
 @pytest.mark.parametrize("q", [0.5, 0.9])
 def test_p_values_of_free_draws_are_uniform(q):
-    """A hundred sets of masks from a fixed seed: as many small p-values as there should be, of each test."""
+    """A hundred sets of masks from a fixed seed: each test has the expected number of small p-values."""
     generator = torch.Generator().manual_seed(5)
     found = {}
     for _ in range(100):
@@ -91,7 +91,7 @@ def test_p_values_of_free_draws_are_uniform(q):
         results += [testing.blocks(masks.view(128, 256), side) for side in (4, 16)]
         results += [testing.autocorrelation(masks), testing.autocorrelation(masks.flatten(), "flat")]
         results += [testing.cross_correlation(masks[:20], masks[20:]), *testing.uniformity(masks)]
-        if q != 0.5:  # where y - x is x or -x
+        if q != 0.5:  # at 0.5, y - x is x or -x
             results.append(testing.variance(x, y, 1 - q))
         for result in results:
             found.setdefault(result.test, []).append(result.p_value)
@@ -99,12 +99,12 @@ def test_p_values_of_free_draws_are_uniform(q):
     for test, p_values in found.items():
         for level in (0.05, 0.5):
             share = sum(p_value < level for p_value in p_values) / len(p_values)
-            # Four standard deviations, and 0.02 since counts are discrete and a little skew.
+            # Four standard deviations, plus 0.02 because counts are discrete and slightly skewed.
             assert abs(share - level) < 4 * math.sqrt(level * (1 - level) / len(p_values)) + 0.02, (test, level, share)
 
 
 def test_uniformity_of_small_calls():
-    """No position is counted twice where heads and tails meet, and no class is empty."""
+    """No position is counted in both the head and the tail, and no class is empty."""
     for n in (5, 40, 100):
         masks = torch.rand(2000, n, generator=torch.Generator().manual_seed(n)) < 0.7
         for result in testing.uniformity(masks):

@@ -1,6 +1,6 @@
 """Statistics of fd.dropout under fixed keys, with nn.Dropout under a fixed seed as the control.
 
-Under a fixed key a statistic is a constant: these tests pass or fail for ever. Fresh keys are for the long form.
+Under a fixed key a statistic is a constant, so the result of these tests never changes. The long form uses new keys.
 """
 
 import itertools
@@ -20,13 +20,13 @@ SEED = 0x5EED_0000_C0FF_EE11
 
 
 def with_offsets():
-    """Keys as on CUDA: one seed, offsets next to one another."""
+    """Keys as on CUDA: one seed, consecutive offsets."""
     offset = itertools.count()
     return lambda x, p: fd.dropout(x, p, key=key_tensor(SEED, next(offset)))
 
 
 def with_generator():
-    """Keys as on the CPU: a seed a call."""
+    """Keys as on the CPU: a new seed for each call."""
     return partial(fd.dropout, generator=torch.Generator().manual_seed(SEED))
 
 
@@ -50,12 +50,12 @@ def sample(dropout, p, calls, *shape):
 
 @pytest.mark.parametrize("p", RATES)
 def test_rate(p):
-    """2^24 draws each: a bias of 6e-4 would be seen at p = 0.1, the difference to 25/256 forty times over."""
+    """2^24 draws each. At p = 0.1 the test would detect a bias of 6e-4, and 25/256 differs by more."""
     fine(testing.rate(fd.keep_mask((2**24,), p, key_tensor(SEED, 1)), p))
 
 
 def test_rates_differ_where_they_should():
-    """The test that passes above fails for the nearest p of the 8-bit grid, and of the 16-bit one at a small p."""
+    """The test above fails for the nearest p of the 8-bit grid, and for a small p with the 16-bit grid too."""
     for p, other in ((0.1, 25 / 256), (25 / 256, 0.1), (1e-6, 1 / 2**16)):
         assert testing.rate(fd.keep_mask((2**24,), other, key_tensor(SEED, 1)), p).p_value < 1e-9
 
@@ -63,7 +63,7 @@ def test_rates_differ_where_they_should():
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 @for_dtypes
 def test_mean_variance_and_scale(dtype, p):
-    """E[y] / x = 1 and Var[y] / x^2 = p / (1 - p) by dtype: true scale, rounded without bias."""
+    """E[y] / x = 1 and Var[y] / x^2 = p / (1 - p) for each dtype: the scale is exact and the rounding has no bias."""
     x = torch.rand(2**22, generator=torch.Generator().manual_seed(3)).add_(1).to(dtype)
     y = fd.dropout(x, p, key=key_tensor(SEED, 2))
     fine([testing.mean(x, y, p), testing.variance(x, y, p), testing.scale(x, y, p)])
@@ -71,7 +71,7 @@ def test_mean_variance_and_scale(dtype, p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_mean_and_variance_of_torch(p):
-    """The control, in float32. In bfloat16 nn.Dropout on a CPU rounds the scale itself, and E[y] / x is 0.9983."""
+    """The control, in float32. In bfloat16, nn.Dropout on a CPU rounds the scale itself, so E[y] / x is 0.9983."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         x = torch.rand(2**22) + 1
@@ -84,7 +84,7 @@ def test_mean_and_variance_of_torch(p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_uniformity(dropout, p):
-    """Short calls with a tail of seven; an image batch, by each of its dimensions."""
+    """Short calls with a tail of seven elements, and a batch of images along each of its dimensions."""
     fine(list(testing.uniformity(sample(dropout, p, 4096, 255))))
     fine(list(testing.uniformity(sample(dropout, p, 2, 8, 32, 32, 64))))
 
@@ -101,7 +101,7 @@ def test_independence_within_a_call(dropout, p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_independence_of_calls(dropout, p):
-    """Two long calls; a thousand short ones, any number apart; 64-bit words of fifteen thousand."""
+    """Two long calls; a thousand short calls, at all distances; the 64-bit words of fifteen thousand calls."""
     fine(testing.cross_correlation(*sample(dropout, p, 2, 2**20)))
     fine(testing.autocorrelation(sample(dropout, p, 1024, 1023)))
     fine(testing.collisions(sample(dropout, p, 2**14, 64) if p == 0.5 else sample(dropout, p, 2**10, 1280)))
@@ -128,7 +128,7 @@ def test_independence_of_related_keys(keys):
 
 
 def test_independence_of_far_parts():
-    """One key, pieces that begin where an index of 16, 19, 32 or 35 bits would begin again."""
+    """One key, and pieces that begin where an index of 16, 19, 32 or 35 bits would wrap around."""
     starts = [0, 2**16, 2**19, 2**31, 2**32, 2**35, 2**35 + 2**32, 2**40, 2**62]
     pieces = torch.stack([fd.keep_mask((2**16,), 0.5, key_tensor(SEED, 0), start=start) for start in starts])
     fine([testing.autocorrelation(pieces), testing.collisions(pieces), *testing.uniformity(pieces)])
@@ -136,7 +136,7 @@ def test_independence_of_far_parts():
 
 @pytest.mark.parametrize("module", [fd.Dropout, nn.Dropout])
 def test_independence_of_layers_in_a_training_step(module):
-    """Layers of several widths, in two steps: no mask is another's, shifted by whatever."""
+    """Layers of several widths, in two steps: no mask is a shifted copy of another."""
     masks = []
     with torch.random.fork_rng():
         torch.manual_seed(6)
@@ -153,14 +153,14 @@ def test_independence_of_layers_in_a_training_step(module):
 
 
 def test_independence_of_dtypes_and_sizes_on_one_generator(dropout):
-    """Consecutive calls of another dtype or size share a generator, but no draws."""
+    """Consecutive calls with different dtypes or sizes share a generator, but no draws."""
     kinds = itertools.product((torch.float32, torch.bfloat16, torch.float64, torch.float16), (4096, 5000, 4103))
     masks = [dropout(torch.ones(n, dtype=dtype), 0.5) != 0 for dtype, n in kinds]
     fine([testing.cross_correlation(a, b) for a, b in itertools.combinations(masks, 2)])
 
 
 def test_independence_of_ranks():
-    """Sixteen ranks seeded as people seed them, base + rank, eight calls each."""
+    """Sixteen ranks with the usual seeds, base + rank, and eight calls each."""
     ranks = []
     for rank in range(16):
         generator = torch.Generator().manual_seed(1234 + rank)
@@ -178,7 +178,7 @@ def test_one_mask_in_forward_and_backward(inplace):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_mask_in_forward_and_backward_compiled(backend):
-    """Double backward is not for compiled functions: torch refuses it."""
+    """Without double backward, which torch refuses for compiled functions."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: fd.dropout(x, 0.3), backend=backend, fullgraph=True)
     x, gradient = (torch.rand(10_007) + 1).requires_grad_(), torch.rand(10_007) + 1
@@ -195,5 +195,5 @@ def test_what_draws_nothing(module):
 
 
 def test_one_key_one_mask():
-    """Whatever the call, the size, the dtype and the alignment."""
+    """The mask depends on the key alone, not on the function, the size, the dtype or the alignment."""
     fine(list(testing.same_mask(partial(fd.dropout, p=0.3), torch.ones(1001))))

@@ -1,5 +1,7 @@
-"""Faults that users met, or that a kernel of this kind could have, planted in a copy of the reference: each must be
-caught, by a test of ``fused_dropout.testing`` that the healthy copy passes, or by arithmetic if no statistic sees it.
+"""Faults planted in a copy of the reference: faults that users found, or that a kernel of this kind could have.
+
+A test of ``fused_dropout.testing`` that the correct copy passes has to detect each fault. Arithmetic detects those that
+no statistic can.
 """
 
 import importlib.util
@@ -28,13 +30,13 @@ def copy_of_reference():
 
 
 class Healthy:
-    """A dropout over a copy of the reference. A fault overrides one method."""
+    """A correct dropout: a copy of the reference. Each fault overrides one method."""
 
     def __init__(self, p=P):
         self.p, self.reference, self.calls = p, copy_of_reference(), count()
 
     def key(self):
-        """Offsets next to one another, as on CUDA."""
+        """Consecutive offsets, as on CUDA."""
         return key_tensor(SEED, next(self.calls))
 
     def flat(self, n, key, start=0):
@@ -68,7 +70,7 @@ class Apply(torch.autograd.Function):
 
 
 class SeededByTorch(Healthy):
-    """A seed a call from torch's default generator, as on the CPU: what checkpointing and torch.manual_seed replay."""
+    """Each call draws a seed from torch's default generator, as on the CPU. Checkpointing and manual_seed replay it."""
 
     def key(self):
         return keys.draw_key(torch.device("cpu"))
@@ -78,7 +80,7 @@ def sample(dropout, calls, *shape):
     return testing.sample(dropout, calls, shape, torch.float32, "cpu", seconds=60)
 
 
-# ------------------------------------------------------------------------------------------ what is run on each
+# ------------------------------------------------------------------------------------------ the tests of each
 
 
 def rate(dropout):
@@ -86,7 +88,7 @@ def rate(dropout):
 
 
 def mean_and_scale(dropout):
-    """At the p that the mask has, 25 / 256: its rate is right, and only the scale can be wrong."""
+    """At p = 25 / 256, the true rate of the mask, so that only the scale can be wrong."""
     x = torch.rand(2**22, generator=torch.Generator().manual_seed(1)) + 1
     y = dropout(x)
     results = [testing.mean(x, y, 25 / 256), testing.scale(x, y, 25 / 256)]
@@ -163,14 +165,14 @@ class RateOffByAThousandth(Healthy):
 
 
 class EightBits(Healthy):
-    """p as TransformerEngine has it: floor(256 p) / 256."""
+    """The p of TransformerEngine: floor(256 p) / 256."""
 
     def flat(self, n, key, start=0):
         return self.reference.keep_window((n,), math.floor(self.p * 256) / 256, key, start, (1,), torch.device("cpu"))
 
 
 class NominalScale(EightBits):
-    """The scale of the p that was asked for, over a mask of another."""
+    """The scale of the requested p, with the mask of another p."""
 
 
 class TrueScale(EightBits):
@@ -190,8 +192,10 @@ class OffsetNotAdvanced(Healthy):
 
 
 class AdvancedByTooLittle(Healthy):
-    """Eight elements take two Philox counters, and the generator advances by one: half of a call is in the next,
-    shifted by 4."""
+    """Eight elements use two Philox counters, but the generator advances by one.
+
+    The next call therefore repeats half of the mask, shifted by 4.
+    """
 
     def flat(self, n, key, start=0):
         seed, offset = key.tolist()
@@ -200,7 +204,7 @@ class AdvancedByTooLittle(Healthy):
 
 
 class IndexCut(Healthy):
-    """The element index wraps: by a block index of 16 or 32 bits, or by itself at 32 bits."""
+    """The element index wraps around: the block index has 16 or 32 bits, or the element index has 32 bits."""
 
     bits = 0
 
@@ -241,7 +245,7 @@ class OneMaskForFourChannels(Healthy):
 
 
 class HighWordOfTheSeedIgnored(Healthy):
-    """Seeds that differ in one bit, one call each: half of the bits make no difference here."""
+    """Seeds that differ in one bit, one call each. Half of the bits have no effect."""
 
     def key(self):
         return key_tensor((SEED ^ 1 << next(self.calls)) % 2**32, 0)
@@ -271,7 +275,7 @@ class ThreeRounds(Healthy):
 
 
 class FiveRounds(Healthy):
-    """At p = 1/2, where a draw's highest bit decides: a correlation of 0.007, eight elements apart."""
+    """At p = 1/2 the highest bit of a draw decides. Elements that are eight apart then have a correlation of 0.007."""
 
     def __init__(self):
         super().__init__(p=0.5)
@@ -295,7 +299,7 @@ class MaskDependsOnDtype(SeededByTorch):
 
 
 class MaskDependsOnAlignment(SeededByTorch):
-    """The elements before the first aligned one are left out of the count."""
+    """The index of the first element is the number of elements before the first aligned one, instead of 0."""
 
     def mask(self, x, key):
         return self.flat(x.numel(), key, start=-x.data_ptr() % 16 // x.element_size()).view(x.shape)
@@ -308,14 +312,14 @@ class MaskDependsOnSize(SeededByTorch):
 
 
 class OneMaskOnAllRanks(Healthy):
-    """A call here is a rank's: its seed is the job's."""
+    """Each call stands for a rank, and every rank uses the seed of the job."""
 
     def key(self):
         return key_tensor(SEED, 5)
 
 
 class RanksInPairs(Healthy):
-    """Ranks 2k and 2k + 1 share a stream, as where a rank is counted within something else than the job."""
+    """Ranks 2k and 2k + 1 share a stream, as if the rank were counted in another group than the job."""
 
     def key(self):
         return key_tensor(SEED + next(self.calls) // 2, 5)
@@ -362,7 +366,7 @@ def test_is_caught(fault, healthy, test):
     wrong(test(fault()))
 
 
-# ------------------------------------------------------------------------------------------ drawing out of turn
+# ------------------------------------------------------------------------------------------ draws in the wrong order
 
 
 def test_drawing_at_p_zero_is_caught():
@@ -375,11 +379,11 @@ def test_dropping_in_evaluation_is_caught():
     wrong(testing.draws_nothing(torch.nn.Dropout(0.5), torch.rand(100)))
 
 
-# ------------------------------------------------------------------------------------------ what no statistic can see
+# ------------------------------------------------------------------------------------------ invisible to statistics
 
 
 class TieKept(Healthy):
-    """draw <= K_hi: the 16 high bits of K decide alone."""
+    """draw <= K_hi: only the 16 high bits of K decide."""
 
     def flat(self, n, key, start=0):
         high = (contract.threshold(self.p) >> 32) + 1
@@ -396,7 +400,7 @@ class TieDropped(Healthy):
 
 @pytest.mark.parametrize("fault", [TieKept, TieDropped])
 def test_tie_rule_is_caught_by_arithmetic(fault):
-    """Two elements made to order, of the draw that is a tie, with ties on both sides of the rest of the threshold."""
+    """Two constructed elements whose draw equals K_hi, with ties on both sides of K_lo."""
     high, low = contract.threshold(P) >> 32, contract.threshold(P) & contract.LOW32
     disagree = 0
     for half in range(8):
@@ -409,15 +413,15 @@ def test_tie_rule_is_caught_by_arithmetic(fault):
 
 
 def test_drop_rate_of_the_contract_is_exact_by_arithmetic():
-    """draw and tie are uniform and independent: of the 2^48 pairs K are kept, and K / 2^48 is 1 - p to 2^-49."""
+    """K of the 2^48 equally likely (draw, tie) pairs are kept, and K / 2^48 differs from 1 - p by at most 2^-49."""
     for p in (1e-6, 1e-4, 0.01, 25 / 256, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.9, 0.99):
         high, low = divmod(original.threshold(p), 2**32)
-        pairs = high * 2**32 + low  # draws below high with any tie, and the one equal to it with ties below low
+        pairs = high * 2**32 + low  # draws below high with any tie, and draw == high with ties below low
         assert abs(pairs / 2**48 - (1 - p)) <= 2**-49
 
 
 def test_lanes_permuted_are_caught_by_identity():
-    """Each lane with its neighbour's draw is a permutation of a good mask: only the contract says that it is wrong."""
+    """With each lane's draw taken from its neighbour, the mask is a permuted good one. Only the contract shows it."""
 
     class Permuted(Healthy):
         def flat(self, n, key, start=0):
@@ -429,20 +433,21 @@ def test_lanes_permuted_are_caught_by_identity():
     fine([lags(Permuted()), calls_any_number_apart(Permuted()), *positions(Permuted(), 128)])
 
 
-# Not seen by the statistics of this suite, and the n that it would take: draws for the rates, else elements or calls.
+# Faults that this suite's statistics do not detect, with the n that is needed: draws for the rates, else elements or
+# calls.
 UNSEEN = {
-    "tie kept, p = 0.1": 2**37,  # the rate is off by 0.6 / 65536
+    "tie kept, p = 0.1": 2**37,  # the rate differs by 0.6 / 65536
     "tie dropped, p = 0.1": 2**38,  # by 0.4 / 65536
     "block index cut to 32 bits, in one call": 2**35 + 2**10,  # `two_parts` reaches it by the start of a piece
     "32-bit index, in one call": 2**32 + 2**10,
-    "seed's high word ignored, fresh seeds": 2**18,  # calls: some eight pairs of them share 32 bits
+    "seed's high word ignored, fresh seeds": 2**18,  # calls: about eight pairs of them share 32 bits
 }
-# Six rounds for ten are not seen at 2^24 either; what they would take is not known.
+# Six rounds instead of ten are not detected at 2^24 either. The n that they would need is not known.
 
 
 @pytest.mark.parametrize("fault", [TieKept, TieDropped])
 def test_tie_rule_is_not_seen_at_this_n(fault):
-    """The n listed is where a rate test begins to see the bias, 2^24 is far from it, and so the test passes there."""
+    """A rate test begins to detect the bias at the listed n. 2^24 is far below it, so the test passes there."""
     share = (contract.threshold(P) & contract.LOW32) / 2**32
     bias = (1 - share if fault is TieKept else share) / 2**16
     needed = (normal_limit(testing.ALPHA) / bias) ** 2 * P * (1 - P)

@@ -1,7 +1,7 @@
-"""Equivalence with nn.Dropout by two one-sided tests, and training runs that have to be equal bit for bit.
+"""Equivalence with nn.Dropout, by two one-sided tests, and training runs that have to be equal bit for bit.
 
-The margins: a thousandth for the rate; for mean and variance 2^-9, the error of rounding one value to bfloat16. (A
-thousandth there too, in a first version, left no power to compare the mean at p = 0.5.)
+The margin is a thousandth for the rate, and 2^-9, the error of rounding one value to bfloat16, for mean and variance. A
+first version used a thousandth there too, which was too small to compare the mean at p = 0.5.
 """
 
 from functools import partial
@@ -45,7 +45,7 @@ def test_equivalent_to_torch(p):
 
 
 def test_equivalence_can_fail():
-    """A rate off by the margin and a little, as with 8 bits at p = 0.1, is not equivalent."""
+    """A rate that differs by slightly more than the margin, as with 8 bits at p = 0.1, is not equivalent."""
     ours, theirs = moments(fd.dropout, 25 / 256), moments(F.dropout, 0.1)
     for name in ("rate", "variance"):
         assert tost(ours[name][0] - theirs[name][0], 1e-4, MARGINS[name]) > 0.9, name
@@ -67,14 +67,14 @@ class _Reference(torch.autograd.Function):
 
 
 class ReferenceDropout(nn.Dropout):
-    """The contract in PyTorch under autograd, with nothing of the library's but where keys come from."""
+    """The PyTorch reference under autograd. Of the rest of the library it uses only the drawing of keys."""
 
     def forward(self, x):
         return _Reference.apply(x, self.p, keys.draw_key(x.device)) if self.training else x
 
 
 class Run:
-    """A small classifier in training: weights, data, dropout and the optimizer all from one seed."""
+    """A small classifier in training. One seed determines the weights, data and dropout."""
 
     def __init__(self, module=fd.Dropout, checkpointed=False):
         torch.manual_seed(31)
@@ -105,7 +105,7 @@ class Run:
 
 @pytest.fixture
 def weights():
-    """Of a plain run of sixty steps."""
+    """The weights after a plain run of sixty steps."""
     with torch.random.fork_rng():
         yield list(Run().train(60).model.parameters())
 
@@ -124,7 +124,7 @@ def test_checkpointing_changes_no_weight(weights):
 
 def test_resumed_is_uninterrupted(weights, tmp_path):
     torch.save(Run().train(25).state(), tmp_path / "state.pt")
-    torch.manual_seed(99)  # what a new process would have there
+    torch.manual_seed(99)  # as in a new process
     state = torch.load(tmp_path / "state.pt")
     assert_equal(Run().load(state).train(35), weights)
 

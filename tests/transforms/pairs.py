@@ -1,4 +1,4 @@
-"""All pairs: a small selection of a table's cells in which each two values of different axes meet."""
+"""All-pairs testing: a small selection of a table's cells in which each two values of different axes occur together."""
 
 import itertools
 from collections import Counter
@@ -13,13 +13,16 @@ def every_cell(axes: Sequence[Sequence[Any]]) -> list[tuple]:
 def all_pairs(
     axes: Sequence[Sequence[Any]], costly: Sequence[Any] = (), apart: Collection[frozenset] = ()
 ) -> list[tuple]:
-    """Greedy and deterministic. Each cell starts with the first pair that no cell has yet, and takes on each other axis
-    the value that adds most new pairs. Where several add as many: none of the costly ones, and the least used. The
-    pairs in apart need no cell."""
+    """A greedy and deterministic selection.
+
+    Each cell starts with the first pair that no cell has yet. On each other axis it takes the value that adds most new
+    pairs. If several values add equally many, it avoids the costly ones and takes the least used. The pairs in apart
+    need no cell.
+    """
     numbers = range(len(axes))
     used: Counter[tuple[int, Any]] = Counter()
     missing = {
-        ((i, a), (j, b)): None  # a dict, for its order
+        ((i, a), (j, b)): None  # a dict keeps the order
         for i, j in itertools.combinations(numbers, 2)
         for a in axes[i]
         for b in axes[j]

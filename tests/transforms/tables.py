@@ -1,7 +1,7 @@
 """The tables of the matrix: transforms, functions, sources of keys, compilers.
 
-What each cell has to give follows from the contract: the mask of a key is ``fd.keep_mask``, so that values and
-derivatives come from torch's own operations, by ``Function.formula`` under the same transform without a compiler.
+The expected result of each cell follows from the contract. ``fd.keep_mask`` gives the mask of a key.
+``Function.formula``, in torch's own operations, gives values and derivatives under the same transform, not compiled.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ KEY = torch.tensor([5, 2**40 + 1], dtype=torch.uint64)
 
 
 def inputs() -> Tensor:
-    """A batch for vmap, of which the other transforms take the first sample; no value is near 0."""
+    """A batch for vmap. The other transforms use its first sample. No value is near 0."""
     return torch.rand(SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(SEED)) + 0.5
 
 
@@ -29,7 +29,7 @@ def inputs() -> Tensor:
 
 @dataclass(frozen=True)
 class Function:
-    """make: from options (generator, key or neither) the function under test; noise: the shape of its mask."""
+    """make: makes the function under test from options (generator, key or neither). noise: the shape of its mask."""
 
     make: Callable[..., Callable[[Tensor], Tensor]]
     noise: tuple[int, ...] = SHAPE
@@ -47,7 +47,7 @@ class Function:
         return fd.keep_mask(self.noise, P, key).expand(SHAPE)
 
     def mask_shown_by(self, y: Tensor) -> Tensor:
-        """The mask of an output of this function: a dropped element is a constant."""
+        """The mask, taken from an output of this function: dropped elements have a constant value."""
         dropped = self.formula(torch.zeros_like(y), torch.zeros_like(y, dtype=torch.bool))
         return ~torch.isclose(y, dropped)
 
@@ -68,7 +68,7 @@ FUNCTIONS = {
 }
 
 
-# ---- transforms: each makes of f a function of x that returns f(x) and derivatives
+# ---- transforms: each converts f to a function of x that returns f(x) and derivatives
 
 
 def _loss(y: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class _Scaled(nn.Module):
 
 
 def functional_call(f):
-    """The gradient of the parameters, x; the data are constant."""
+    """The gradient with respect to the parameters, x. The data are constant."""
     net, data = _Scaled(f), torch.full(SHAPE, 0.75)
     return grad(lambda weight: func.functional_call(net, {"weight": weight}, (data,)))
 
@@ -173,9 +173,13 @@ def grad_vmap(f):
 
 @dataclass(frozen=True)
 class Transform:
-    """each: for those that batch, what comes of one sample. draws: "one" key for the call, "each" sample its own, or an
-    "error". traced: whether Dynamo traces it without a graph break (it traces no linearize). redraws: whether the
-    derivative has a mask of its own where none is given, as in torch: linearize calls f once for each."""
+    """each: for transforms that batch, the transform of one sample. draws: "one" key per call, a key for "each" sample,
+    or an "error".
+
+    traced: whether Dynamo traces it without a graph break (it does not trace linearize). redraws: whether the
+    derivative has another mask if no key is given, as in torch. For example, linearize calls f once for the value and
+    once for the derivative.
+    """
 
     make: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], tuple[Tensor, ...]]]
     each: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], tuple[Tensor, ...]]] | None = None
@@ -190,7 +194,7 @@ TRANSFORMS = {
     "jvp": Transform(jvp),
     "jacrev": Transform(jacrev),
     "jacfwd": Transform(jacfwd),
-    "hessian": Transform(hessian, draws="error"),  # torch's takes no randomness
+    "hessian": Transform(hessian, draws="error"),  # torch's hessian has no randomness option
     "linearize": Transform(linearize, traced=False, redraws=True),
     "vmap_same": Transform(vmap("same"), value),
     "vmap_different": Transform(vmap("different"), value, draws="each"),
@@ -215,7 +219,7 @@ SOURCES = {
     "key": lambda: {"key": KEY},
 }
 COMPILERS = {"none": None, "eager": "eager", "aot_eager": "aot_eager", "inductor": "inductor"}
-COMPILE_AS = ("kernel", "fuse")  # FUSED_DROPOUT_COMPILE
+COMPILE_AS = ("kernel", "fuse")  # values of FUSED_DROPOUT_COMPILE
 
 
 def drawn_keys(n: int) -> list[Tensor]:

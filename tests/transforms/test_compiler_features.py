@@ -18,7 +18,7 @@ def _fresh():
 
 @pytest.fixture(params=COMPILE_AS)
 def compile_as(request, monkeypatch):
-    """FUSED_DROPOUT_COMPILE"""
+    """Values of FUSED_DROPOUT_COMPILE."""
     monkeypatch.setattr(native, "compile_as", request.param)
 
 
@@ -47,7 +47,7 @@ class TestUnbackedSizes:
             torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
             fd.patched() if how == "patched" else contextlib.nullcontext(),
         ):
-            for n in (7, 12, 1):  # one graph for all
+            for n in (7, 12, 1):  # one graph for all sizes
                 rows, x.grad = torch.arange(20) < n, None
                 torch.manual_seed(SEED)
                 y = run(x, rows)
@@ -117,7 +117,7 @@ class TestCompiledAutograd:
         torch.testing.assert_close(self.step(run, inputs()[0], context), want)
 
     def test_the_gradient_is_the_mask(self):
-        """By inductor, which compiles the backward that it was given."""
+        """With Inductor, which compiles the given backward."""
 
         def context():
             return torch._dynamo.compiled_autograd._enable(torch.compile(backend="inductor"))

@@ -1,6 +1,7 @@
 """Dropout under torch.func, forward AD and torch.compile: transforms x functions x sources of keys x compilers.
 
-``make test`` runs a selection in which every two values meet; ``make test-transforms`` (pytest --every-cell) all cells.
+``make test`` runs a selection in which every two values occur together. ``make test-transforms`` (pytest --every-cell)
+runs all cells.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ from tables import COMPILE_AS, COMPILERS, FUNCTIONS, KEY, SAMPLES, SOURCES, TRAN
 from fused_dropout import native
 
 AXES = [list(TRANSFORMS), list(FUNCTIONS), list(SOURCES), list(COMPILERS), list(COMPILE_AS)]
-COSTLY = ["inductor", "generator"]  # a generator costs a graph break at each draw
-# Inductor sees these as it sees grad, jacrev, jvp and vmap: as the graph that is left when the transform is traced.
+COSTLY = ["inductor", "generator"]  # a generator causes a graph break at each draw
+# Inductor gets these in the same form as grad, jacrev, jvp and vmap: as the graph from tracing the transform.
 APART = {frozenset((name, "inductor")) for name in ("vjp", "jacfwd", "hessian", "linearize", "functional_call")}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),  # torch's own, of linearize
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),  # a warning of torch's linearize
 ]
 
 
@@ -36,7 +37,7 @@ def compiled(f, backend, fullgraph):
 
 
 def expected(transform, function, x, masks):
-    """The transform of the formula with these masks: one, or one for each sample."""
+    """The transform of the formula with these masks: one mask, or one for each sample."""
     if transform.each is None:
         return transform.make(lambda x: function.formula(x, masks[0]))(x)
     samples = [transform.each(lambda x, m=m: function.formula(x, m))(x_) for x_, m in zip(x, masks, strict=True)]
@@ -44,8 +45,8 @@ def expected(transform, function, x, masks):
 
 
 def check_masks(function, masks):
-    """The properties of masks whose keys are not known: different samples have different masks, the elements that share
-    a draw agree, and the rate is right."""
+    """The properties of masks whose keys are not known: different samples have different masks, elements that share a
+    draw are equal, and the rate is right."""
     assert len({str(mask.tolist()) for mask in masks}) == len(masks)
     kept = n = 0
     for mask in masks:
@@ -89,8 +90,10 @@ def check(transform, function, source, compiler):
 
 
 def torch_fails_too(transform, backend):
-    """Whether this transform and compiler raise or lose the derivative where torch draws from a generator: Dynamo does
-    not trace that, and calls it between two graphs."""
+    """Whether this transform and compiler raise an error or lose the derivative if torch draws from a generator.
+
+    Dynamo does not trace such a draw, and calls it between two graphs.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def dropout(x):
@@ -114,7 +117,7 @@ def test_cell(cell, monkeypatch):
 
 
 def test_all_pairs():
-    """Every two values of different axes meet, in little more cells than the two longest axes have pairs."""
+    """Every two values of different axes occur together, in few more cells than the two longest axes have pairs."""
     cells = all_pairs(AXES, COSTLY, APART)
     for i, j in itertools.combinations(range(len(AXES)), 2):
         missing = set(itertools.product(AXES[i], AXES[j])) - {(cell[i], cell[j]) for cell in cells}

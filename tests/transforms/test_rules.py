@@ -1,4 +1,4 @@
-"""vmap's rules for random operations, and inputs that are easily got wrong, compiled and not."""
+"""vmap's rules for random operations, and inputs that are error-prone, compiled and not."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fused_dropout import native
 SCALE = torch.tensor(1 / (1 - P)).float()
 SHAPE = (6, 4, 5, 2)
 CHANNELS = (6, 4, 1, 1)
-# name: the function, and the shape of the mask of an input of SHAPE
+# name: the function, and the shape of its mask for an input of SHAPE
 CALLS = {
     "dropout": (fd.dropout, SHAPE),
     "dropout2d": (fd.dropout2d, CHANNELS),
@@ -28,7 +28,7 @@ for_compilers = pytest.mark.parametrize("compiler", [None, "aot_eager"], ids=str
 
 @pytest.fixture(params=["kernel", "fuse"])
 def compile_as(request, monkeypatch):
-    """FUSED_DROPOUT_COMPILE"""
+    """Values of FUSED_DROPOUT_COMPILE."""
     monkeypatch.setattr(native, "compile_as", request.param)
 
 
@@ -70,7 +70,7 @@ class TestVmap:
 
         for of_x, batch, samples in ((0, x, x), (None, x[0], [x[0]] * 3)):
             if name == "in_place" and of_x is None:
-                continue  # no room for the samples: torch refuses too
+                continue  # there is no memory for the samples; torch refuses too
             got = compiled(func.vmap(both, (of_x, 0)), compiler)(batch, keys)
             want = zip(*(both(sample, key) for sample, key in zip(samples, keys, strict=True)), strict=True)
             torch.testing.assert_close(got, tuple(map(torch.stack, want)))
@@ -104,7 +104,7 @@ class TestVmap:
     @for_compilers
     @pytest.mark.parametrize("layout", ["dim 1", "last dim", "transposed", "channels_last"])
     def test_samples_are_numbered_as_alone(self, layout, compiler):
-        """A key's mask follows the sample's own layout, wherever vmap has its dimension."""
+        """The mask of a key follows the layout of the sample, wherever the batch dimension is."""
         x, dim = {
             "dim 1": (values(6, 3, 5), 1),
             "last dim": (values(6, 5, 3), 2),
@@ -125,7 +125,7 @@ class DropConnect(nn.Module):
 
 
 class TestDropConnect:
-    """Dropout of the differentiated tensor itself: nothing stands between it and the transform."""
+    """Dropout of the differentiated tensor itself, with no operation in between."""
 
     @for_compilers
     def test_autograd(self, compiler):
@@ -171,7 +171,7 @@ class TestDtypes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("shape", [(), (1, 1, 3)], ids=["0-d", ""])
     def test_tangents_and_gradients_have_the_inputs(self, dtype, shape):
-        """Of a 0-d input too: a Python number as a factor makes that tangent float64 (torch 2.13)."""
+        """Also for a 0-d input, where a Python number as factor would make the tangent float64 (torch 2.13)."""
         x = torch.ones(shape, dtype=dtype)
         functions = [fd.dropout, fd.alpha_dropout, *([fd.feature_alpha_dropout, fd.drop_path] if shape else [])]
         for function in functions:
@@ -195,7 +195,7 @@ def loss(x):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 class TestCompileOfATransform:
-    """The transform itself is given to torch.compile, as users write it."""
+    """torch.compile of the transform itself, as users write it."""
 
     def test_grad(self, compiler, compile_as):
         x = values(60)

@@ -1,4 +1,4 @@
-"""Tensor subclasses that wrap a tensor (``__torch_dispatch__``): the mask of the tensor that they wrap."""
+"""Tensor subclasses that wrap a tensor (``__torch_dispatch__``): they have the mask of the wrapped tensor."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import fused_dropout as fd
 
 
 class Wrapper(Tensor):
-    """Runs each operator on the wrapped tensors, and wraps what comes out."""
+    """Runs each operator on the wrapped tensors, and wraps the result."""
 
     refused: tuple = ()
     seen: list
@@ -44,7 +44,7 @@ class Wrapper(Tensor):
         inner_args, inner_kwargs = tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
         result = operator(*inner_args, **inner_kwargs)
         if operator.name().split(".")[0].endswith("_"):
-            return args[0]  # what was changed in place
+            return args[0]  # the tensor that was changed in place
         return tree_map_only(Tensor, cls, result)
 
 
@@ -55,7 +55,7 @@ class WithTorchFunction(Wrapper):
 
 
 class WithoutWhere(Wrapper):
-    """As subclasses that implement some operators only."""
+    """Like subclasses that implement only some operators."""
 
     refused = ("aten::where", "fused_dropout::apply", "fused_dropout::apply_", "fused_dropout::keep_mask")
 
@@ -103,7 +103,7 @@ def test_the_mask_that_a_plain_tensor_draws(name, own):
 
 @for_functions
 def test_layout(name):
-    """The wrapped tensor's element order."""
+    """The mask follows the element order of the wrapped tensor."""
     function, x = FUNCTIONS[name], inputs()[0].to(memory_format=torch.channels_last)
     got = function.make(key=KEY)(Wrapper(x)).inner
     torch.testing.assert_close(got, function.make(key=KEY)(x))
