@@ -5,6 +5,7 @@ Sphinx (``make docs``) runs the ``pycon`` blocks and the examples of docstrings.
 recipes of docs/distributed.md.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -89,6 +90,21 @@ def test_api_reference_is_complete():
     page = (ROOT / "docs/api.md").read_text()
     listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", page, re.MULTILINE)
     assert sorted({*listed, "uncertainty"} - {"check", "Report", "Result"}) == sorted(fd.__all__)
+
+
+def test_numbers_in_the_text():
+    """Numbers that sentences repeat are those of benchmarks/results."""
+    results = [json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")]
+    kernels, models = (next(r[key] for r in results if key in r) for key in ("rows", "model"))
+    forward = [case["ratio"] for row in kernels if row["what"].startswith("float32 forward: ") for case in row["cases"]]
+    steps = [r["ratio"] for r in models if r["module"] == "fd.Dropout"]
+    fast = f"{min(forward):.0f} to {max(forward):.0f} times as fast"
+    for name, text in (
+        ("README.md", fast),
+        ("docs/getting-started.md", fast),
+        ("docs/getting-started.md", f"{min(steps):.2f} to {max(steps):.2f} times as fast"),
+    ):
+        assert text in re.sub(r"\s+", " ", (ROOT / name).read_text()), (name, text)
 
 
 def test_readme_renders_on_pypi():
