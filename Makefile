@@ -22,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/* csrc/sim
 PACKAGE := $(wildcard fused_dropout/*.py fused_dropout/*/*.py fused_dropout/*/*/*.py)
 # The tests that run for every layer, torch version and device.
 CORE := tests/test_golden.py tests/test_internals.py tests/test_mask.py tests/test_layouts.py tests/test_gradients.py tests/test_operators.py
-DROP_IN := tests/test_dropin.py tests/test_arguments.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py tests/test_shards.py
+DROP_IN := tests/test_dropin.py tests/test_docstrings.py tests/test_arguments.py tests/test_family.py tests/test_noise_shape.py tests/test_keys.py tests/test_composition.py tests/test_linear.py tests/test_neighbours.py tests/test_neighbours_gradients.py tests/test_shards.py
 
 # The files that the second run of make test does not run again.
 APART := tests/transforms tests/test_bench.py tests/test_examples.py tests/test_dtensors.py

@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 import fused_dropout
 
 ROOT = Path(__file__).parent.parent
-# pyproject.toml has the only address of the repository.
+# The address of the repository, for links to its files.
 REPOSITORY = re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 
 project = "fused_dropout"

@@ -1,8 +1,6 @@
 """Same behaviour as nn.Dropout and F.dropout: seeding, eval mode, modules, scripting, unusual inputs."""
 
 import copy
-import doctest
-import importlib
 import inspect
 import pickle
 
@@ -246,11 +244,3 @@ class TestOtherPaths:
         with ThreadPoolExecutor(8) as pool:
             masks = list(pool.map(lambda _: tuple(fd.dropout(ones(64)).tolist()), range(200)))
         assert len(set(masks)) == 200
-
-
-@pytest.mark.parametrize("name", ["family", "functional", "modules"])
-def test_examples_of_the_docstrings(name):
-    module = importlib.import_module(f"fused_dropout.{name}")
-    outcome = doctest.testmod(module, extraglobs={"fd": fd, "torch": torch})
-    assert outcome.attempted > 0
-    assert outcome.failed == 0

@@ -1,8 +1,6 @@
 """The rest of the family: dropout1d to 3d, alpha dropout, their modules, drop path and Monte Carlo dropout."""
 
 import copy
-import doctest
-import importlib
 import inspect
 import math
 import pickle
@@ -395,12 +393,3 @@ class TestMonteCarlo:
             fd.mc_predict(nn.Identity(), torch.arange(3))
         with pytest.raises(ValueError, match="2 or more"):
             fd.mc_predict(self.model(), x, passes=1)
-
-
-def test_examples_of_the_docstrings():
-    for name in ("functional", "modules", "uncertainty"):
-        outcome = doctest.testmod(
-            importlib.import_module(f"fused_dropout.{name}"), extraglobs={"fd": fd, "torch": torch, "nn": nn}
-        )
-        assert outcome.attempted > 0
-        assert outcome.failed == 0

@@ -22,7 +22,7 @@ def short(value: float) -> str:
 
 
 def mebibytes(nbytes: int) -> str:
-    return "not measured" if nbytes < 0 else f"{nbytes:,} B" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f} MiB"
+    return f"{nbytes:,} B" if nbytes < 2**20 else f"{nbytes / 2**20:,.1f} MiB"
 
 
 def _spread(r: Record) -> str:
